@@ -1,0 +1,41 @@
+# make demo      set up, train a small generator, draw cells with it
+# make test      the tests that take seconds      make test-all   all of them
+# make lint      ruff, as in CI                   make clean      remove the environment and caches; runs/ stays
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=FOLDER the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test test-all lint clean
+
+demo: $(INSTALLED)
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 10
+	$(RUN) generate_archs.py --checkpoint runs/demo/checkpoint.pt --num_archs 20 --output_dir runs/demo/archs
+	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
+	@echo
+	@echo "The cells are drawn in runs/demo/figures. Next, train one of them on CIFAR-10:"
+	@echo
+	@echo "    $(RUN) train_cifar.py --arch runs/demo/archs/genotypes.json:0"
+
+test: $(INSTALLED)
+	$(RUN) -m pytest
+
+test-all: $(INSTALLED)
+	$(RUN) -m pytest -m ""
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Touched last: an interrupted installation is taken up again by the next make.
+$(INSTALLED): requirements.txt requirements-dev.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -r requirements-dev.txt
+	touch $@

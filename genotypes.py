@@ -1,0 +1,376 @@
+"""Cells, genotypes and the search space they live in; the published cells.
+
+    >>> genotype = load_genotype("NAG_FEW_PARAMS")
+    >>> genotype.normal.ops
+    ('input0', 'input1', 'seqconv3x3', 'avgpool3x3', 'output')
+    >>> genotype.normal.prune() == genotype.normal
+    True
+
+No torch here: a cell is plain data that can be read, compared and drawn without it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What cells may look like. Everything that knows about vertices, ops or cells takes one of these.
+
+    name: for messages and files.
+    cells: names of the cells of one genotype, in order.
+    inputs: labels of a cell's first vertices (outputs of earlier cells), never connected among themselves.
+    ops: labels an interior vertex may carry.
+    max_vertices: inputs, interior vertices and output together.
+    max_edges: a cell with more edges after pruning is invalid; None = no limit.
+    """
+
+    name: str
+    cells: tuple[str, ...]
+    inputs: tuple[str, ...]
+    ops: tuple[str, ...]
+    max_vertices: int
+    max_edges: int | None = None
+
+    output = "output"
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Every vertex label; a label's position is its token id."""
+        return (self.output, *self.inputs, *self.ops)
+
+    @cached_property
+    def token_id(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def min_vertices(self) -> int:
+        return self.num_inputs + 1
+
+
+# METHOD: the published search space (NAG paper, section 3.1); the token order is that of the reference.
+NAG_SPACE = SearchSpace(
+    name="nag",
+    cells=("normal", "reduction"),
+    inputs=("input0", "input1"),
+    ops=("seqconv3x3", "seqconv5x5", "avgpool3x3", "maxpool3x3", "identity"),
+    max_vertices=10,
+)
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """A cell: a DAG over V vertices, given by a strictly upper-triangular matrix and V labels.
+
+        input0 --> seqconv3x3 --+             0 1 2 3
+        input1 -------^         +--> output   0 . 1 .   CellSpec([[0, 0, 1, 0],
+                                              1 . 1 .             [0, 0, 1, 0],
+                                              2 . . 1             [0, 0, 0, 1],
+                                              3 . . .             [0, 0, 0, 0]],
+                                                                 ["input0", "input1", "seqconv3x3", "output"])
+
+    matrix: (V, V) of 0/1, `matrix[source][target]`; anything nested and indexable, stored as tuples.
+    ops: V labels, the inputs' and the output's included.
+
+    Raises ValueError, with the reason, for anything that is not such a cell.
+    """
+
+    matrix: tuple[tuple[int, ...], ...]
+    ops: tuple[str, ...]
+    space: SearchSpace = field(default=NAG_SPACE, repr=False)
+
+    def __post_init__(self):
+        try:
+            matrix = tuple(tuple(int(x) for x in row) if all(x in (0, 1) for x in row) else None for row in self.matrix)
+        except (TypeError, ValueError):
+            raise ValueError("matrix must be a nested list of 0 and 1") from None
+        ops, space, size = tuple(self.ops), self.space, len(matrix)
+        if any(row is None for row in matrix):
+            raise ValueError("matrix may hold only 0 and 1")
+        if any(len(row) != size for row in matrix):
+            raise ValueError(f"matrix must be square, got {size} rows of {sorted({len(row) for row in matrix})} entries")
+        if not space.min_vertices <= size <= space.max_vertices:
+            raise ValueError(f"a cell has {space.min_vertices} to {space.max_vertices} vertices, got {size}")
+        if any(matrix[src][dst] for src in range(size) for dst in range(src + 1)):
+            raise ValueError("matrix must be strictly upper triangular (edges run from lower to higher vertices)")
+        if any(matrix[src][dst] for dst in range(space.num_inputs) for src in range(dst)):
+            raise ValueError("matrix has an edge between two inputs")
+        if len(ops) != size:
+            raise ValueError(f"ops must name each of the {size} vertices, got {len(ops)} labels")
+        if ops[: space.num_inputs] != space.inputs or ops[-1] != space.output:
+            raise ValueError(f"ops must start with {', '.join(space.inputs)} and end with {space.output}")
+        unknown = [op for op in ops[space.num_inputs : -1] if op not in space.ops]
+        if unknown:
+            raise ValueError(f"unknown op {unknown[0]!r}; known: {', '.join(space.ops)}")
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "ops", ops)
+
+    @property
+    def num_vertices(self) -> int:
+        return len(self.ops)
+
+    @property
+    def num_edges(self) -> int:
+        return sum(map(sum, self.matrix))
+
+    @property
+    def density(self) -> float:
+        """Share of the allowed edges that are there (edges between inputs are not allowed)."""
+        inputs = self.space.num_inputs
+        return self.num_edges / (self.num_vertices * (self.num_vertices - 1) // 2 - inputs * (inputs - 1) // 2)
+
+    def predecessors(self, vertex: int) -> list[int]:
+        return [src for src in range(vertex) if self.matrix[src][vertex]]
+
+    def prune(self) -> "CellSpec | None":
+        """The cell without the interior vertices that lie on no path from an input to the output.
+
+        Inputs and output always stay, connected or not: dropping an unused input would turn the vertex after it
+        into that input (the reference does). None when the cell is invalid.
+        """
+        size, inputs = self.num_vertices, self.space.num_inputs
+        reached = [v < inputs for v in range(size)]  # from an input
+        for dst in range(inputs, size):
+            reached[dst] = any(reached[src] for src in self.predecessors(dst))
+        needed = [v == size - 1 for v in range(size)]  # by the output
+        for src in reversed(range(size - 1)):
+            needed[src] = any(needed[dst] for dst in range(src + 1, size) if self.matrix[src][dst])
+        if not reached[-1]:
+            return None
+        keep = [v for v in range(size) if v < inputs or (reached[v] and needed[v])]
+        pruned = self if len(keep) == size else self._take(keep)
+        if self.space.max_edges is not None and pruned.num_edges > self.space.max_edges:
+            return None
+        return pruned
+
+    @property
+    def is_valid(self) -> bool:
+        """True when at least one path leads from an input to the output (and the space's other limits hold)."""
+        return self.prune() is not None
+
+    def canonical(self) -> "CellSpec | None":
+        """The same cell for every relabelling of the interior vertices, a different one for every other cell.
+
+        Exact, not a hash: colour refinement of the pruned cell, with a search over the vertices that refinement
+        cannot tell apart. Depth (longest path from an input) is the first colour, so the order of the colours is
+        a topological one and the result is a cell again. None when the cell is invalid.
+        """
+        cell = self.prune()
+        if cell is None:
+            return None
+        size = cell.num_vertices
+        predecessors = [cell.predecessors(v) for v in range(size)]
+        successors = [[dst for dst in range(src + 1, size) if cell.matrix[src][dst]] for src in range(size)]
+        depth = [0] * size
+        for v in range(size):
+            depth[v] = max((depth[p] + 1 for p in predecessors[v]), default=0)
+        token_id = self.space.token_id
+        colours = _rank([(depth[v], token_id[op]) for v, op in enumerate(cell.ops)])
+        order = min(
+            (_order(c) for c in _discrete_colourings(colours, predecessors, successors)),
+            key=lambda order: [cell.matrix[src][dst] for src in order for dst in order],
+        )
+        return cell._take(order)
+
+    def _take(self, vertices: Sequence[int]) -> "CellSpec":
+        """The cell induced by `vertices`, in that order."""
+        matrix = [[self.matrix[src][dst] for dst in vertices] for src in vertices]
+        return CellSpec(matrix, [self.ops[v] for v in vertices], self.space)
+
+    def to_dict(self) -> dict:
+        return {"matrix": [list(row) for row in self.matrix], "ops": list(self.ops)}
+
+    @staticmethod
+    def from_dict(data: dict, space: SearchSpace = NAG_SPACE) -> "CellSpec":
+        """Inverse of `to_dict`. Raises ValueError with the reason."""
+        if not isinstance(data, dict) or not {"matrix", "ops"} <= data.keys():
+            raise ValueError('a cell must be an object with "matrix" and "ops"')
+        if not isinstance(data["ops"], (list, tuple)):
+            raise ValueError("ops must be a list of labels")
+        return CellSpec(data["matrix"], data["ops"], space)
+
+
+def _rank(keys: list) -> list[int]:
+    """Replace each key by its position among the sorted distinct keys."""
+    position = {key: i for i, key in enumerate(sorted(set(keys)))}
+    return [position[key] for key in keys]
+
+
+def _order(colours: list[int]) -> list[int]:
+    return sorted(range(len(colours)), key=colours.__getitem__)
+
+
+def _discrete_colourings(colours: list[int], predecessors: list, successors: list) -> Iterable[list[int]]:
+    """All ways to refine `colours` until every vertex has its own, up to exchanging twins."""
+    size, count = len(colours), len(set(colours))
+    while count < size:
+        neighbours = [
+            (tuple(sorted([colours[p] for p in predecessors[v]])), tuple(sorted([colours[s] for s in successors[v]])))
+            for v in range(size)
+        ]
+        colours = _rank(list(zip(colours, neighbours, strict=True)))
+        before, count = count, len(set(colours))
+        if count == before:
+            break
+    if count == size:
+        yield colours
+        return
+    ambiguous = min(c for c in colours if colours.count(c) > 1)
+    tried = set()
+    for v in range(size):
+        # Vertices with the same neighbours are exchanged by an automorphism: trying one of them is enough.
+        twins = (tuple(predecessors[v]), tuple(successors[v]))
+        if colours[v] == ambiguous and twins not in tried:
+            tried.add(twins)
+            individualised = [2 * c for c in colours]
+            individualised[v] -= 1
+            yield from _discrete_colourings(_rank(individualised), predecessors, successors)
+
+
+@dataclass(frozen=True, init=False)
+class Genotype:
+    """One cell for each of the space's cell names: for NAG, a normal and a reduction cell."""
+
+    cells: tuple[CellSpec, ...]
+    space: SearchSpace = field(repr=False)
+
+    def __init__(self, *cells: CellSpec, space: SearchSpace = NAG_SPACE):
+        if len(cells) != len(space.cells):
+            raise ValueError(f"a genotype has {len(space.cells)} cells ({', '.join(space.cells)}), got {len(cells)}")
+        object.__setattr__(self, "cells", tuple(cells))
+        object.__setattr__(self, "space", space)
+
+    def __getitem__(self, name: str) -> CellSpec:
+        return self.cells[self.space.cells.index(name)]
+
+    @property
+    def normal(self) -> CellSpec:
+        return self["normal"]
+
+    @property
+    def reduction(self) -> CellSpec:
+        return self["reduction"]
+
+    @property
+    def is_valid(self) -> bool:
+        return all(cell.is_valid for cell in self.cells)
+
+    def prune(self) -> "Genotype | None":
+        """Every cell pruned; None when one of them is invalid."""
+        return self._each(CellSpec.prune)
+
+    def canonical(self) -> "Genotype | None":
+        """Every cell in canonical form; None when one of them is invalid."""
+        return self._each(CellSpec.canonical)
+
+    def _each(self, change) -> "Genotype | None":
+        cells = [change(cell) for cell in self.cells]
+        return None if None in cells else Genotype(*cells, space=self.space)
+
+    def to_dict(self) -> dict:
+        return {name: cell.to_dict() for name, cell in zip(self.space.cells, self.cells, strict=True)}
+
+    @staticmethod
+    def from_dict(data: dict, space: SearchSpace = NAG_SPACE) -> "Genotype":
+        """Inverse of `to_dict`; other keys are ignored. Raises ValueError with the reason."""
+        if not isinstance(data, dict):
+            raise ValueError(f"a genotype must be an object with {' and '.join(space.cells)}")
+        cells = []
+        for name in space.cells:
+            if name not in data:
+                raise ValueError(f"the genotype has no {name} cell")
+            try:
+                cells.append(CellSpec.from_dict(data[name], space))
+            except ValueError as error:
+                raise ValueError(f"{name} cell: {error}") from None
+        return Genotype(*cells, space=space)
+
+
+def _cell(edges: str, ops: str) -> CellSpec:
+    """A cell in the notation of the tables: edges as "0>2 1>2 ...", interior ops in vertex order."""
+    labels = [*NAG_SPACE.inputs, *ops.split(), NAG_SPACE.output]
+    matrix = [[0] * len(labels) for _ in labels]
+    for edge in edges.split():
+        src, dst = map(int, edge.split(">"))
+        matrix[src][dst] = 1
+    return CellSpec(matrix, labels)
+
+
+# The cells of the NAG paper (figures of sections 4.2 and 4.3).
+GENOTYPES = {
+    "NAG_HIGH_ACC": Genotype(
+        _cell(
+            "0>2 0>6 0>8 1>2 1>3 1>4 1>5 1>7 1>8 2>7 2>8 3>4 3>5 3>6 3>8 4>5 4>6 4>8 5>7 6>7 7>8",
+            "seqconv3x3 seqconv5x5 maxpool3x3 seqconv5x5 seqconv5x5 seqconv5x5",
+        ),
+        _cell("0>2 0>3 0>5 1>2 1>3 1>4 1>5 2>3 2>5 3>5 4>5", "seqconv5x5 seqconv3x3 seqconv5x5"),
+    ),
+    "NAG_ENSEMBLE_A": Genotype(
+        _cell(
+            "0>2 0>3 0>4 0>6 1>2 1>3 1>4 1>5 2>3 2>5 2>6 3>4 3>6 3>7 4>6 4>7 5>6 6>7",
+            "seqconv3x3 avgpool3x3 maxpool3x3 maxpool3x3 maxpool3x3",
+        ),
+        _cell("0>2 1>2 2>3", "maxpool3x3"),
+    ),
+    "NAG_ENSEMBLE_B": Genotype(
+        _cell("0>2 0>3 0>4 1>2 2>3 3>4", "seqconv3x3 avgpool3x3"),
+        _cell("0>2 0>3 1>2 2>3", "seqconv3x3"),
+    ),
+    "NAG_ENSEMBLE_C": Genotype(
+        _cell(
+            "0>2 0>5 1>2 1>3 1>4 1>5 1>6 1>7 2>3 2>4 2>5 2>6 2>7 3>5 4>5 5>6 5>7 6>7",
+            "maxpool3x3 identity seqconv5x5 maxpool3x3 seqconv5x5",
+        ),
+        _cell("0>2 0>3 0>4 1>2 1>3 2>3 2>4 3>4", "maxpool3x3 maxpool3x3"),
+    ),
+}
+GENOTYPES["NAG_FEW_PARAMS"] = GENOTYPES["NAG_ENSEMBLE_B"]
+
+
+def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tuple[Genotype, dict]]:
+    """Read a genotype file: one genotype object or a list of them.
+
+    Returns (genotype, the object it came from) pairs, so that whatever else the file knows of each stays at hand.
+    Raises ValueError naming the file and what is wrong with it, OSError when it cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    entries = data if isinstance(data, list) else [data]
+    genotypes = []
+    for i, entry in enumerate(entries):
+        try:
+            genotypes.append((Genotype.from_dict(entry, space), entry))
+        except ValueError as error:
+            raise ValueError(f"{path}, genotype {i}: {error}") from None
+    return genotypes
+
+
+def load_genotype(name: str) -> Genotype:
+    """The genotype called `name`: a key of GENOTYPES, "FILE.json" or "FILE.json:INDEX" (an entry of a list).
+
+    Raises ValueError saying what was expected.
+    """
+    if name in GENOTYPES:
+        return GENOTYPES[name]
+    path, _, index = name.rpartition(":") if name.rpartition(":")[2].isdecimal() else (name, "", None)
+    if not path.endswith(".json"):
+        raise ValueError(f"unknown genotype {name!r}; known: {', '.join(GENOTYPES)}, or FILE.json, FILE.json:INDEX")
+    if not Path(path).is_file():
+        raise ValueError(f"no such genotype file: {path}")
+    genotypes = read_genotypes(path)
+    if not genotypes:
+        raise ValueError(f"{path} holds no genotypes")
+    if index is None and len(genotypes) > 1:
+        raise ValueError(f"{path} holds {len(genotypes)} genotypes: choose one with {path}:INDEX")
+    if int(index or 0) >= len(genotypes):
+        raise ValueError(f"{path} holds genotypes 0 to {len(genotypes) - 1}, not {index}")
+    return genotypes[int(index or 0)][0]

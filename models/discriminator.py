@@ -1,0 +1,89 @@
+"""The discriminator: does a genotype look like one of the NAS dataset with these labels?"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genotypes import NAG_SPACE, SearchSpace
+from models.graph import CellBatch, GraphState, LabelEmbedding
+
+
+class CellEncoder(nn.Module):
+    """CellBatch -> graph states (B, S), by graph convolutions over the undirected cell (NAG paper, section 3.2)."""
+
+    def __init__(
+        self, num_tokens: int, vertex_size: int, graph_size: int, num_layers: int, dropout: float, aggregation: str
+    ):
+        super().__init__()
+        # A linear layer rather than a table, since the tokens of generated cells are soft.
+        self.tokens = nn.Linear(num_tokens, vertex_size, bias=False)
+        self.convs = nn.ModuleList(nn.Linear(vertex_size, vertex_size, bias=False) for _ in range(num_layers))
+        self.dropout = nn.Dropout(dropout)
+        self.graph_state = GraphState(vertex_size, graph_size, aggregation)
+
+    def forward(self, cells: CellBatch) -> Tensor:
+        vertices = cells.adj.shape[1]
+        adj = cells.adj + cells.adj.mT + torch.eye(vertices, dtype=cells.adj.dtype, device=cells.adj.device)
+        scale = adj.sum(-1).rsqrt()  # (B, V); the loops keep every degree at 1 or more
+        adj = scale[:, :, None] * adj * scale[:, None, :]
+
+        states = self.tokens(cells.ops)  # (B, V, D)
+        for i, conv in enumerate(self.convs):
+            if i > 0:
+                states = F.leaky_relu(states, 0.2)
+            states = adj @ conv(self.dropout(states))
+        present = torch.arange(vertices, device=adj.device) < cells.num_nodes[:, None]  # (B, V)
+        return self.graph_state(F.normalize(states, dim=-1), present)
+
+
+class Discriminator(nn.Module):
+    """Scores genotypes against labels (NAG paper, section 3.2): 1 is real, 0 is generated (least squares, no sigmoid).
+
+    num_classes, label_sizes: classes and embedding width of each of the K objectives.
+    aggregation: "gsum" or "mean", see GraphState.
+    """
+
+    def __init__(
+        self,
+        vertex_size: int = 250,
+        graph_size: int = 56,
+        num_layers: int = 3,
+        mlp_layers: int = 4,
+        gcn_dropout: float = 0.5,
+        mlp_dropout: float = 0.5,
+        aggregation: str = "gsum",
+        num_classes: tuple[int, ...] = (3,),
+        label_sizes: tuple[int, ...] = (10,),
+        space: SearchSpace = NAG_SPACE,
+    ):
+        super().__init__()
+        self.config = {
+            "vertex_size": vertex_size,
+            "graph_size": graph_size,
+            "num_layers": num_layers,
+            "mlp_layers": mlp_layers,
+            "gcn_dropout": gcn_dropout,
+            "mlp_dropout": mlp_dropout,
+            "aggregation": aggregation,
+            "num_classes": tuple(num_classes),
+            "label_sizes": tuple(label_sizes),
+        }
+        self.space = space
+        self.encoders = nn.ModuleDict(
+            {
+                cell: CellEncoder(len(space.tokens), vertex_size, graph_size, num_layers, gcn_dropout, aggregation)
+                for cell in space.cells
+            }
+        )
+        self.labels = LabelEmbedding(num_classes, label_sizes)
+        layers = []
+        width = len(space.cells) * graph_size + sum(label_sizes)
+        for _ in range(mlp_layers - 1):
+            layers += [nn.Dropout(mlp_dropout), nn.Linear(width, max(1, width // 2)), nn.LeakyReLU(0.2)]
+            width = max(1, width // 2)
+        self.score = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, cells: tuple[CellBatch, ...], labels: Tensor) -> Tensor:
+        """cells: one CellBatch of B cells for each cell of the space; labels (B, K) long -> scores (B, 1)."""
+        states = [encoder(batch) for encoder, batch in zip(self.encoders.values(), cells, strict=True)]
+        return self.score(torch.cat([*states, self.labels(labels)], dim=-1))

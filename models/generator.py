@@ -1,0 +1,256 @@
+"""The generator: grows the cells of a genotype vertex by vertex, from noise and the labels asked for.
+
+    generator = Generator.from_checkpoint("runs/gan/checkpoint.pt")
+    genotypes = generator.sample(labels=(2,), n=100, seed=1997)     # 2: the highest of three accuracy classes
+
+What the discriminator sees of a cell is soft (probabilities of tokens and edges); growth itself is hard.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genotypes import NAG_SPACE, Genotype, SearchSpace
+from models.graph import CellBatch, GraphState, LabelEmbedding
+from utils import load_checkpoint
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, outputs))
+
+
+class MessagePassing(nn.Module):
+    """One round of messages along the edges and against them, then a GRU cell (NAG paper, section 3.2)."""
+
+    def __init__(self, vertex_size: int, dropout: float):
+        super().__init__()
+        width = 2 * vertex_size
+        self.dropout = nn.Dropout(dropout)
+        self.message = nn.Linear(width, width)  # of edge j -> i, to i, from [h_j, h_i]
+        self.message_reversed = nn.Linear(width, width)  # of the same edge, to j, from [h_i, h_j]
+        self.update = nn.GRUCell(width, vertex_size)
+
+    def forward(self, states: Tensor, adj: Tensor) -> Tensor:
+        """states (B, V, D), adj (B, V, V) of 0/1 -> new states (B, V, D)."""
+        states = self.dropout(states)
+        messages = self._sum(self.message, states, adj.mT) + self._sum(self.message_reversed, states, adj)
+        return self.update(messages.flatten(0, 1), states.flatten(0, 1)).view_as(states)
+
+    @staticmethod
+    def _sum(linear: nn.Linear, states: Tensor, senders: Tensor) -> Tensor:
+        """What every vertex i gets from its senders j, the sum of Linear([h_j, h_i]): (B, V, 2D).
+
+        The sum of a linear map is the linear map of the sum, so the map is applied once per vertex, not per edge.
+        senders: (B, receiver, sender) of 0/1.
+        """
+        count = senders.sum(-1, keepdim=True)  # (B, V, 1)
+        inputs = torch.cat([senders @ states, count * states], dim=-1)  # (B, V, 2D)
+        return F.linear(inputs, linear.weight) + count * linear.bias
+
+
+class CellGenerator(nn.Module):
+    """Grows one cell per sample (NAG paper, section 3.2). Sizes: D vertex state, S graph state, C condition."""
+
+    def __init__(
+        self,
+        condition_size: int,
+        vertex_size: int,
+        graph_size: int,
+        num_layers: int,
+        dropout: float,
+        aggregation: str,
+        max_vertices: int,
+        space: SearchSpace,
+    ):
+        super().__init__()
+        tokens, hidden = len(space.tokens), vertex_size + graph_size
+        self.max_vertices = max_vertices
+        self.num_inputs = space.num_inputs
+        self.output_token = space.token_id[space.output]
+        self.input_tokens = slice(1, 1 + space.num_inputs)  # space.tokens = (output, *inputs, *ops)
+        self.register_buffer("one_hot", torch.eye(tokens), persistent=False)
+
+        self.tokens = nn.Embedding(tokens, vertex_size)
+        self.start = mlp(vertex_size + condition_size, hidden, vertex_size)
+        self.layers = nn.ModuleList(MessagePassing(vertex_size, dropout) for _ in range(num_layers))
+        self.graph_state = GraphState(vertex_size, graph_size, aggregation)
+        self.graph_state_init = GraphState(vertex_size, graph_size, aggregation)
+        self.add_vertex = mlp(graph_size + condition_size, graph_size, tokens)
+        self.init_vertex = mlp(vertex_size + graph_size + condition_size, hidden, vertex_size)
+        self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
+
+    def forward(self, condition: Tensor, fixed_shape: bool) -> CellBatch:
+        """condition (B, C) -> CellBatch of B cells, soft.
+
+        Growth follows the hard decisions; the soft values returned carry the gradient.
+        fixed_shape: keep finished samples in the batch, masked, so that no shape depends on a value. Otherwise they
+            leave it, and b <= B samples are left at a step. The result is the same.
+        """
+        batch, size = len(condition), self.max_vertices
+        sample = torch.arange(batch, device=condition.device)  # (b,) the sample that each row below belongs to
+        growing = torch.ones_like(sample, dtype=torch.bool)  # (b,)
+        states = self._start_states(condition)  # (b, inputs, D)
+        adj = condition.new_zeros(batch, self.num_inputs, self.num_inputs)  # (b, t, t) of 0/1, inputs unconnected
+        soft_tokens = [row.expand(batch, -1) for row in self.one_hot[self.input_tokens]]  # vertex by vertex, (B, T)
+        soft_edges = [condition.new_zeros(batch, size)] * self.num_inputs  # target by target, (B, V sources)
+
+        for t in range(self.num_inputs, size):  # t vertices exist, vertex t is added
+            if t > self.num_inputs:  # there can be an edge
+                states = self._propagate(states, adj)
+            graph = self.graph_state(states)  # (b, S)
+            tokens = self._token_probabilities(graph, condition, last=t == size - 1)  # (b, T)
+            token = tokens.argmax(-1)  # (b,)
+            vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
+            vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
+            edges = self._edge_probabilities(states, torch.cat([vertex, graph, condition], dim=-1))  # (b, t)
+
+            soft_tokens.append(self._scatter(tokens, growing, sample, batch))
+            soft_edges.append(self._scatter(F.pad(edges, (0, size - t)), growing, sample, batch))
+
+            states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
+            hard_edges = (edges > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
+            adj = F.pad(torch.cat([adj, hard_edges], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge yet
+            growing = growing & (token != self.output_token)
+            if not fixed_shape:
+                left = growing.nonzero().squeeze(1)
+                if len(left) < len(sample):
+                    sample, growing, condition, states, adj = (
+                        x.index_select(0, left) for x in (sample, growing, condition, states, adj)
+                    )
+
+        ops = torch.stack(soft_tokens, dim=1)  # (B, V, T)
+        num_nodes = (ops.detach() != 0).any(-1).sum(-1)  # the rows of absent vertices, and only they, are zero
+        return CellBatch(torch.stack(soft_edges, dim=2), ops, num_nodes)
+
+    def _start_states(self, condition: Tensor) -> Tensor:
+        """(B, C) -> states of the input vertices (B, inputs, D), not normalised."""
+        tokens = self.tokens.weight[self.input_tokens].expand(len(condition), -1, -1)  # (B, inputs, D)
+        return self.start(torch.cat([tokens, condition[:, None].expand(-1, self.num_inputs, -1)], dim=-1))
+
+    @staticmethod
+    def _scatter(values: Tensor, growing: Tensor, sample: Tensor, batch: int) -> Tensor:
+        """Values (b, N) of the samples left in the batch -> (B, N), zero for those that have finished."""
+        values = torch.where(growing[:, None], values, 0)
+        return values.new_zeros(batch, values.shape[1]).index_copy(0, sample, values)
+
+    def _propagate(self, states: Tensor, adj: Tensor) -> Tensor:
+        """Message passing over (b, t, D); a sample without any edge keeps its states."""
+        new = states
+        for layer in self.layers:
+            new = layer(new, adj)
+        has_edge = adj.sum((1, 2), keepdim=True) > 0  # (b, 1, 1)
+        return torch.where(has_edge, F.normalize(new, dim=-1), states)
+
+    def _token_probabilities(self, graph: Tensor, condition: Tensor, last: bool) -> Tensor:
+        """graph (b, S) -> what vertex is added, (b, T): never an input, and the output when no vertex may follow."""
+        if last:
+            return self.one_hot[self.output_token].expand(len(graph), -1)
+        logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
+        logits[:, self.input_tokens] = -math.inf
+        return logits.softmax(-1)
+
+    def _edge_probabilities(self, states: Tensor, context: Tensor) -> Tensor:
+        """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t).
+
+        The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
+        The reference mixes the contexts of different samples here, which cuts the edges off from the labels.
+        """
+        first, activation, second = self.add_edge
+        of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
+        hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
+        return torch.sigmoid(second(activation(hidden))).squeeze(-1)
+
+
+class Generator(nn.Module):
+    """Noise and labels -> genotypes: one CellGenerator for each cell of the space, on a common condition.
+
+    num_classes, label_sizes: classes and embedding width of each of the K objectives.
+    max_vertices: at which growth ends (default: the space's limit).
+    aggregation: "gsum" or "mean", see GraphState.
+
+    fixed_shape (attribute): True for shapes that depend on no value and a forward pass that never waits for the
+    device; False for less work, finished samples leaving the batch; None: True on CUDA only.
+    """
+
+    fixed_shape: bool | None = None
+
+    def __init__(
+        self,
+        latent_dim: int = 100,
+        vertex_size: int = 250,
+        graph_size: int = 56,
+        num_layers: int = 3,
+        dropout: float = 0.5,
+        aggregation: str = "gsum",
+        num_classes: tuple[int, ...] = (3,),
+        label_sizes: tuple[int, ...] = (10,),
+        max_vertices: int | None = None,
+        space: SearchSpace = NAG_SPACE,
+    ):
+        super().__init__()
+        max_vertices = space.max_vertices if max_vertices is None else max_vertices
+        if not space.min_vertices <= max_vertices <= space.max_vertices:
+            limits = f"{space.min_vertices} to {space.max_vertices}"
+            raise ValueError(f"max_vertices must be {limits} in the space {space.name}, got {max_vertices}")
+        self.config = {
+            "latent_dim": latent_dim,
+            "vertex_size": vertex_size,
+            "graph_size": graph_size,
+            "num_layers": num_layers,
+            "dropout": dropout,
+            "aggregation": aggregation,
+            "num_classes": tuple(num_classes),
+            "label_sizes": tuple(label_sizes),
+            "max_vertices": max_vertices,
+        }
+        self.space = space
+        self.labels = LabelEmbedding(num_classes, label_sizes)
+        sizes = (latent_dim + sum(label_sizes), vertex_size, graph_size, num_layers)
+        self.cells = nn.ModuleDict(
+            {cell: CellGenerator(*sizes, dropout, aggregation, max_vertices, space) for cell in space.cells}
+        )
+
+    def forward(self, z: Tensor, labels: Tensor) -> tuple[CellBatch, ...]:
+        """z (B, latent_dim), labels (B, K) long -> one CellBatch of B soft cells for each cell of the space."""
+        fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
+        condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
+        return tuple(cell(condition, fixed_shape) for cell in self.cells.values())
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: torch.device | str = "cpu", space: SearchSpace = NAG_SPACE
+    ) -> "Generator":
+        """The generator of a GAN checkpoint, in eval mode. Raises ValueError when the file is no such checkpoint."""
+        checkpoint = load_checkpoint(path, kind="gan")
+        generator = cls(**checkpoint["generator_config"], space=space)
+        generator.load_state_dict(checkpoint["generator"])
+        return generator.to(device).eval()
+
+    @torch.no_grad()
+    def sample(self, labels: tuple[int, ...], n: int, seed: int, batch_size: int = 512) -> list[Genotype | None]:
+        """Draw n genotypes for `labels` (one class for each objective), pruned; None where a cell is invalid.
+
+        What is drawn depends on weights, labels, n and seed, not on batch_size, device or training mode: the noise
+        comes from the CPU in one draw, dropout is off, and decisions are taken in float64, since in float32 the order
+        of a sum (another batch size or device) can carry a probability from one side of 0.5 to the other.
+        """
+        num_classes = self.config["num_classes"]
+        if len(labels) != len(num_classes):
+            raise ValueError(f"expected {len(num_classes)} labels, one for each objective, got {len(labels)}")
+        for i, (label, classes) in enumerate(zip(labels, num_classes, strict=True)):
+            if not 0 <= label < classes:
+                raise ValueError(f"label {i} must be 0 to {classes - 1}, got {label}")
+        generator = copy.deepcopy(self).double().eval()
+        device = next(generator.parameters()).device
+        z = torch.randn(n, self.config["latent_dim"], generator=torch.Generator().manual_seed(seed))
+        genotypes = []
+        for noise in z.split(batch_size):
+            noise = noise.to(device, torch.float64)
+            cells = generator(noise, torch.tensor([labels], device=device).expand(len(noise), -1))
+            decoded = zip(*(batch.decode(self.space) for batch in cells), strict=True)
+            genotypes += [Genotype(*specs, space=self.space).prune() for specs in decoded]
+        return genotypes

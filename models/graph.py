@@ -1,0 +1,109 @@
+"""Cells as tensors, and the two small modules that everything reading or writing such tensors shares."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genotypes import NAG_SPACE, CellSpec, SearchSpace
+
+
+@dataclass(frozen=True, eq=False)
+class CellBatch:
+    """B cells, padded to V vertices.
+
+    adj: (B, V, V), `adj[b, source, target]`, 0/1 for given cells, probabilities for generated ones.
+    ops: (B, V, T) one-hot or softmax over the T tokens of the search space.
+    num_nodes: (B,) long; rows and columns of a cell's absent vertices are zero in adj and ops.
+    """
+
+    adj: Tensor
+    ops: Tensor
+    num_nodes: Tensor
+
+    @staticmethod
+    def encode(
+        cells: list[CellSpec],
+        max_vertices: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "CellBatch":
+        """Pad `cells`, all of one space, to `max_vertices` (default: the space's)."""
+        if not cells:
+            raise ValueError("there are no cells to encode")
+        space = cells[0].space
+        size = max_vertices or space.max_vertices
+        largest = max(cell.num_vertices for cell in cells)
+        if largest > size:
+            raise ValueError(f"a cell has {largest} vertices, more than max_vertices = {size}")
+        adj = np.zeros((len(cells), size, size), dtype=np.float32)
+        ops = np.zeros((len(cells), size, len(space.tokens)), dtype=np.float32)
+        for i, cell in enumerate(cells):
+            v = cell.num_vertices
+            adj[i, :v, :v] = cell.matrix
+            ops[i, range(v), [space.token_id[op] for op in cell.ops]] = 1
+        dtype = dtype or torch.get_default_dtype()
+        return CellBatch(
+            torch.from_numpy(adj).to(device, dtype),
+            torch.from_numpy(ops).to(device, dtype),
+            torch.tensor([cell.num_vertices for cell in cells], device=device),
+        )
+
+    @torch.no_grad()
+    def decode(self, space: SearchSpace = NAG_SPACE) -> list[CellSpec]:
+        """The cells that the hard decisions give (edge where adj > 0.5, most likely op), not pruned."""
+        adj = (self.adj > 0.5).long().cpu().tolist()
+        tokens = self.ops.argmax(-1).cpu().tolist()
+        cells = []
+        for matrix, ids, v in zip(adj, tokens, self.num_nodes.cpu().tolist(), strict=True):
+            cells.append(CellSpec([row[:v] for row in matrix[:v]], [space.tokens[i] for i in ids[:v]], space))
+        return cells
+
+    def to(self, device: torch.device | str) -> "CellBatch":
+        return CellBatch(self.adj.to(device), self.ops.to(device), self.num_nodes.to(device))
+
+    def __getitem__(self, index: Tensor | slice) -> "CellBatch":
+        """The cells at `index`: a tensor of positions, a boolean mask or a slice."""
+        return CellBatch(self.adj[index], self.ops[index], self.num_nodes[index])
+
+    def __len__(self) -> int:
+        return len(self.num_nodes)
+
+
+class GraphState(nn.Module):
+    """Vertex states (B, V, D) -> one unit-length graph state (B, S) (NAG paper, section 3.2).
+
+    aggregation: "gsum", a sum in which every vertex has a learned gate, or "mean", without gates.
+    """
+
+    def __init__(self, vertex_size: int, graph_size: int, aggregation: str):
+        super().__init__()
+        if aggregation not in ("gsum", "mean"):
+            raise ValueError(f"aggregation must be gsum or mean, got {aggregation!r}")
+        self.value = nn.Linear(vertex_size, graph_size)
+        self.gate = nn.Linear(vertex_size, 1) if aggregation == "gsum" else None
+
+    def forward(self, states: Tensor, present: Tensor | None = None) -> Tensor:
+        """states (B, V, D), present (B, V) bool: the vertices that count (default: all) -> (B, S)."""
+        values = self.value(states)  # (B, V, S)
+        if self.gate is not None:
+            values = values * torch.sigmoid(self.gate(states))
+        if present is not None:
+            values = values * present[..., None]
+        return F.normalize(values.sum(1), dim=-1)  # the mean points where the sum does
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B, K) long, one for each of K objectives -> (B, sum of sizes), every embedding of unit length."""
+
+    def __init__(self, num_classes: tuple[int, ...], sizes: tuple[int, ...]):
+        super().__init__()
+        if len(num_classes) != len(sizes):
+            raise ValueError(f"num_classes and label_sizes must be equally long, got {num_classes} and {sizes}")
+        self.tables = nn.ModuleList(nn.Embedding(n, size) for n, size in zip(num_classes, sizes, strict=True))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        columns = zip(self.tables, labels.unbind(1), strict=True)
+        return torch.cat([F.normalize(table(label), dim=-1) for table, label in columns], dim=-1)

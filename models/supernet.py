@@ -1,0 +1,114 @@
+"""The one-shot model: all cells at once, weights shared by vertex position (NAG paper, section 3.3)."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from models.network import AuxiliaryHead, CellBase, calibrate, drop_path_keep, init_weights, is_reduction
+from models.ops import FactorizedReduce, make_op
+
+# Batch statistics in every batch norm, in training and in scoring: cells share weights, so running statistics would
+# be a mixture over cells that fits none of them; and scoring leaves no trace in the model.
+BatchNorm = partial(nn.BatchNorm2d, track_running_stats=False)
+
+
+class SupernetCell(CellBase):
+    """Weights for every cell of the space. Every cell ends in ReLU, 1x1 convolution, batch norm: C channels out."""
+
+    def __init__(
+        self,
+        c_prev_prev: int,
+        c_prev: int,
+        channels: int,
+        reduction: bool,
+        halve_first: bool,
+        max_vertices: int,
+        space: SearchSpace,
+    ):
+        super().__init__(reduction)
+        self.calibration["0"] = calibrate(c_prev_prev, channels, halve_first, BatchNorm)
+        self.calibration["1"] = calibrate(c_prev, channels, False, BatchNorm)
+        vertices = range(space.num_inputs, max_vertices - 1)
+        for v in vertices:
+            for op in space.ops:
+                self.ops[f"{v}_{op}"] = make_op(op, channels, reduction, BatchNorm)
+        if reduction:
+            for source in range(space.num_inputs):
+                for v in (*vertices, space.output):
+                    self.reduces[f"{source}_{v}"] = FactorizedReduce(channels, channels, BatchNorm)
+        # Slice v of the final convolution reads vertex v; a cell uses those of its output's predecessors.
+        self.final = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(max_vertices - 1))
+        self.final_norm = BatchNorm(channels)
+
+    def forward(self, spec: CellSpec, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None) -> Tensor:
+        """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
+        states = self.run(spec, (s0, s1), keep_prob)
+        weight = torch.cat([self.final[v] for v in spec.predecessors(spec.num_vertices - 1)], dim=1)
+        return self.final_norm(F.conv2d(F.relu(torch.cat(states, dim=1)), weight))
+
+
+class Supernet(nn.Module):
+    """Stem, 3N + 2 shared cells, auxiliary head, classifier. Same macro layout as CifarNetwork."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        layers: int = 3,
+        channels: int = 20,
+        max_vertices: int = 10,
+        keep_prob: float = 1.0,
+        drop_path_keep_prob: float = 0.9,
+        auxiliary: bool = True,
+        space: SearchSpace = NAG_SPACE,
+    ):
+        super().__init__()
+        self.config = {
+            "num_classes": num_classes,
+            "layers": layers,
+            "channels": channels,
+            "max_vertices": max_vertices,
+            "keep_prob": keep_prob,
+            "drop_path_keep_prob": drop_path_keep_prob,
+            "auxiliary": auxiliary,
+        }
+        self.drop_path_keep_prob, self.layers = drop_path_keep_prob, layers
+        self.auxiliary_layer = 2 * layers + 1
+        c_prev_prev = c_prev = 3 * channels
+        self.stem = nn.Sequential(nn.Conv2d(3, c_prev, 3, padding=1, bias=False), BatchNorm(c_prev))
+        self.cells = nn.ModuleList()
+        halve_first = False
+        for layer in range(3 * layers + 2):
+            reduction = is_reduction(layer, layers)
+            channels = channels * 2 if reduction else channels
+            self.cells.append(
+                SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices, space)
+            )
+            c_prev_prev, c_prev, halve_first = c_prev, channels, reduction
+            if layer == self.auxiliary_layer:
+                self.auxiliary = AuxiliaryHead(channels, num_classes, 3, BatchNorm) if auxiliary else None
+        self.dropout = nn.Dropout(1 - keep_prob)
+        self.classifier = nn.Linear(c_prev, num_classes)
+        init_weights(self)
+        for cell in self.cells:
+            for weight in cell.final:
+                nn.init.kaiming_normal_(weight)
+
+    def forward(
+        self, images: Tensor, genotype: Genotype, progress: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """images (B, 3, S, S) -> logits (B, classes) along the genotype's path, and the auxiliary head's in training.
+
+        genotype: pruned, at most `max_vertices` vertices a cell. progress: as in Network.forward.
+        """
+        s0 = s1 = self.stem(images)
+        auxiliary = None
+        for layer, cell in enumerate(self.cells):
+            spec = genotype.reduction if cell.reduction else genotype.normal
+            keep = drop_path_keep(self.drop_path_keep_prob, layer, len(self.cells), progress) if self.training else None
+            s0, s1 = s1, cell(spec, s0, s1, keep)
+            if layer == self.auxiliary_layer and self.training and self.auxiliary is not None:
+                auxiliary = self.auxiliary(s1)
+        return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary

@@ -1,0 +1,312 @@
+"""The generator: against the reference's outputs, against slow obvious forms of itself, and what must hold for any."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from genotypes import NAG_SPACE, SearchSpace
+from models.discriminator import Discriminator
+from models.generator import Generator, MessagePassing
+from models.graph import GraphState
+from utils import save_checkpoint
+
+GOLDEN = Path(__file__).parent / "data" / "gan_outputs.npz"
+TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)
+SIZES = {"latent_dim": 5, "vertex_size": 12, "graph_size": 6, "label_sizes": (4, 4), "num_classes": (3, 2)}
+
+# Parameter names: ours -> the reference's.
+REFERENCE_NAMES = {
+    "labels.tables.0": "perf_label_embedding",
+    "labels.tables.1": "param_label_embedding",
+    "cells.normal": "conv_generator.stepGenerator",
+    "cells.reduction": "reduc_generator.stepGenerator",
+    ".tokens.": ".nodeInit.NodeInits.",
+    ".start.0": ".nodeInit.f_start",
+    ".start.2": ".nodeInit.f_start_2",
+    ".init_vertex.0": ".nodeInit.f_init",
+    ".init_vertex.2": ".nodeInit.f_init_2",
+    ".add_vertex.0": ".nodeAdd.f_an",
+    ".add_vertex.2": ".nodeAdd.f_an_2",
+    ".add_edge.0": ".edgeAdd.f_s_1",
+    ".add_edge.2": ".edgeAdd.f_s_2",
+    ".graph_state.": ".prop.GraphEmb.",
+    ".graph_state_init.": ".prop.GraphEmb_init.",
+    ".layers.": ".prop.NodeEmb.GNNLayers.",
+    ".message.": ".msg.",
+    ".message_reversed.": ".msg_rev.",
+    ".update.": ".upd.",
+    ".value.": ".f_m.",
+    ".gate.": ".g_m.",
+}
+
+
+def reference_name(name):
+    for ours, theirs in REFERENCE_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def golden(kind):
+    """The reference's arrays of one kind ("single" or "multi") as tensors, and a generator with its weights."""
+    with np.load(GOLDEN) as file:
+        data = {key.removeprefix(f"{kind}/"): torch.from_numpy(file[key]) for key in file if key.startswith(kind)}
+    classes = (3,) * data["labels"].shape[1]
+    generator = Generator(5, 12, 6, num_classes=classes, label_sizes=(4,) * len(classes)).double().eval()
+    generator.load_state_dict({k: data[f"generator/{reference_name(k)}"] for k in generator.state_dict()})
+    assert len(generator.state_dict()) == sum(key.startswith("generator/") for key in data)
+    return data, generator
+
+
+def varied_generator(seed=0, space=NAG_SPACE, **changes):
+    """A small float64 generator in eval mode whose cells differ in size and edges (fresh ones are all alike)."""
+    torch.manual_seed(seed)
+    generator = Generator(**{**SIZES, **changes}, space=space).double().eval()
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            parameter.mul_(4 if "add_" in name else 2)
+        for cell in generator.cells.values():
+            cell.add_vertex[2].bias[cell.output_token] = 1.0
+    return generator
+
+
+def inputs(batch, generator, seed=0):
+    config, rng = generator.config, torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, config["latent_dim"], generator=rng, dtype=torch.float64)
+    labels = [torch.randint(0, n, (batch,), generator=rng) for n in config["num_classes"]]
+    return z, torch.stack(labels, dim=1)
+
+
+def assert_same(cells, others, atol=1e-12):
+    for a, b in zip(cells, others, strict=True):
+        assert torch.equal(a.num_nodes, b.num_nodes)
+        assert torch.equal(a.adj > 0.5, b.adj > 0.5)
+        assert torch.equal(a.ops.argmax(-1), b.ops.argmax(-1))
+        torch.testing.assert_close(a.adj, b.adj, rtol=0, atol=atol)
+        torch.testing.assert_close(a.ops, b.ops, rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_cells_are_those_of_the_reference(kind, fixed_shape):
+    data, generator = golden(kind)
+    generator.fixed_shape = fixed_shape
+    with torch.no_grad():
+        cells = generator(data["z"], data["labels"])
+    for name, batch in zip(NAG_SPACE.cells, cells, strict=True):
+        assert torch.equal(batch.num_nodes, data[f"{name}_num_nodes"].squeeze(1))
+        torch.testing.assert_close(batch.adj, data[f"{name}_edges"].mT, rtol=0, atol=1e-9)
+        torch.testing.assert_close(batch.ops, data[f"{name}_ops"], rtol=0, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------- slow, obvious forms
+
+
+def test_messages_are_those_of_a_loop_over_edges():
+    torch.manual_seed(0)
+    layer = MessagePassing(vertex_size=6, dropout=0.5).double().eval()
+    states = torch.randn(3, 5, 6, dtype=torch.float64)
+    adj = (torch.rand(3, 5, 5) < 0.5).double().triu(1)
+    adj[0, :, 3] = adj[0, 3] = 0  # an isolated vertex passes the GRU, with a zero message
+    expected = torch.empty_like(states)
+    for b in range(3):
+        messages = torch.zeros(5, 12, dtype=torch.float64)
+        for j, i in adj[b].nonzero().tolist():
+            messages[i] += layer.message(torch.cat([states[b, j], states[b, i]]))
+            messages[j] += layer.message_reversed(torch.cat([states[b, i], states[b, j]]))
+        expected[b] = layer.update(messages, states[b])
+    torch.testing.assert_close(layer(states, adj), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", ["gsum", "mean"])
+def test_graph_state_is_that_of_a_loop_over_vertices(aggregation):
+    torch.manual_seed(0)
+    graph_state = GraphState(6, 4, aggregation).double()
+    states = torch.randn(2, 5, 6, dtype=torch.float64)
+    for state, b in zip(graph_state(states, torch.arange(5) < torch.tensor([[5], [3]])), range(2), strict=True):
+        values = []
+        for vertex in states[b, : (5, 3)[b]]:
+            gate = torch.sigmoid(graph_state.gate(vertex)) if aggregation == "gsum" else 1
+            values.append(graph_state.value(vertex) * gate)
+        total = sum(values) if aggregation == "gsum" else sum(values) / len(values)
+        torch.testing.assert_close(state, total / total.norm(), rtol=0, atol=1e-12)
+
+
+def test_edge_probability_is_the_mlp_of_the_concatenation():
+    cell = varied_generator().cells["normal"]
+    states = torch.randn(4, 3, 12, dtype=torch.float64)
+    context = torch.randn(4, cell.add_edge[0].in_features - 12, dtype=torch.float64)
+    joined = torch.cat([states, context[:, None].expand(-1, 3, -1)], dim=-1)
+    expected = torch.sigmoid(cell.add_edge(joined)).squeeze(-1)
+    torch.testing.assert_close(cell._edge_probabilities(states, context), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", ["gsum", "mean"])
+def test_a_batch_gives_the_cells_of_its_samples_one_by_one(aggregation):
+    generator = varied_generator(aggregation=aggregation)
+    z, labels = inputs(8, generator)
+    with torch.no_grad():
+        together = generator(z, labels)
+        for i in range(8):
+            assert_same([batch[i : i + 1] for batch in together], generator(z[i : i + 1], labels[i : i + 1]))
+
+
+def test_fixed_shape_gives_the_cells_and_gradients_of_compaction():
+    generator = varied_generator()
+    z, labels = inputs(64, generator)
+    results = []
+    for fixed_shape in (True, False):
+        generator.fixed_shape = fixed_shape
+        generator.zero_grad()
+        cells = generator(z, labels)
+        sum((batch.adj.sin().sum() + batch.ops.sin().sum()) for batch in cells).backward()
+        results.append((cells, [p.grad for p in generator.parameters()]))
+    (cells, grads), (others, other_grads) = results
+    assert len(torch.cat([batch.num_nodes for batch in cells]).unique()) > 5  # samples leave at all steps
+    assert_same(cells, others)
+    torch.testing.assert_close(grads, other_grads, rtol=1e-9, atol=1e-9)
+
+
+def test_fixed_shape_depends_on_no_value():
+    """Tensors of the meta device have shapes but no values: anything that reads one raises."""
+    with torch.device("meta"):
+        generator = Generator(**SIZES)
+        z, labels = torch.randn(4, 5), torch.zeros(4, 2, dtype=torch.long)
+    generator.fixed_shape = True
+    cells = generator(z, labels)
+    sum(batch.adj.sum() + batch.ops.sum() for batch in cells).backward()
+    assert cells[0].adj.shape == (4, 10, 10)
+    generator.fixed_shape = False
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        generator(z, labels)
+
+
+# ---------------------------------------------------------------------------------------- what a cell is
+
+
+def test_a_cell_depends_on_its_own_noise_and_labels_only():
+    generator = varied_generator()
+    z, labels = inputs(4, generator)
+    z.requires_grad_()
+    cells = generator(z, labels)
+    for batch in cells:
+        edges, tokens = batch.adj[1].sin().sum(), batch.ops[1].sin().sum()
+        for value in (edges, tokens):
+            (grad,) = torch.autograd.grad(value, z, retain_graph=True)
+            assert (grad[1] != 0).any() and (grad[[0, 2, 3]] == 0).all()
+    others = labels.clone()
+    others[[0, 2, 3]] = 1 - others[[0, 2, 3]].clamp(max=1)
+    assert_same([batch[1:2] for batch in cells], [batch[1:2] for batch in generator(z, others)])
+    others = labels.clone()
+    others[1, 0] = (labels[1, 0] + 1) % 3
+    for batch, changed in zip(cells, generator(z, others), strict=True):
+        assert not torch.allclose(batch.adj[1], changed.adj[1])
+
+
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_cells_are_well_formed(space, train):
+    generator = varied_generator(space=space).train(train)
+    cells = generator(*inputs(64, generator))
+    assert len(cells) == len(space.cells)
+    ids, tokens, n = space.token_id, len(space.tokens), space.num_inputs
+    for batch in cells:
+        size = space.max_vertices
+        assert batch.adj.shape == (64, size, size) and batch.ops.shape == (64, size, tokens)
+        assert batch.num_nodes.dtype == torch.long and len(batch.num_nodes.unique()) > 1
+        absent = torch.arange(size) >= batch.num_nodes[:, None]
+        assert (batch.ops[absent] == 0).all() and (batch.adj[absent] == 0).all() and (batch.adj.mT[absent] == 0).all()
+        assert (batch.adj == batch.adj.triu(1)).all() and (batch.adj[:, :, :n] == 0).all()
+        one_hot = F.one_hot(torch.tensor([ids[name] for name in space.inputs]), tokens)
+        assert (batch.ops[:, :n] == one_hot).all()
+        input_columns = batch.ops[:, n:, [ids[name] for name in space.inputs]]
+        assert (input_columns == 0).all()
+        torch.testing.assert_close(batch.ops.sum(-1), (~absent).double())
+        full = batch.num_nodes == size
+        assert full.any() and (batch.ops[full, -1] == F.one_hot(torch.tensor(ids["output"]), tokens)).all()
+        for spec, num_nodes in zip(batch.decode(space), batch.num_nodes.tolist(), strict=True):  # validated
+            assert spec.num_vertices == num_nodes
+
+
+def test_growth_stops_at_max_vertices():
+    for size in (3, 6):
+        generator = varied_generator(max_vertices=size)
+        cells = generator(*inputs(16, generator))
+        assert cells[0].adj.shape == (16, size, size) and max(cells[0].num_nodes) == size
+    for size in (2, 11):
+        with pytest.raises(ValueError, match="max_vertices must be 3 to 10"):
+            Generator(max_vertices=size)
+
+
+@pytest.mark.parametrize("aggregation", ["gsum", "mean"])
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+def test_gradient_reaches_every_parameter_through_the_discriminator(space, aggregation):
+    generator = varied_generator(space=space, aggregation=aggregation).train()
+    shared = {"num_classes": (3, 2), "label_sizes": (4, 4), "aggregation": aggregation, "space": space}
+    discriminator = Discriminator(12, 8, **shared).double().train()
+    z, labels = inputs(64, generator)
+    (discriminator(generator(z, labels), labels) - 1).square().mean().backward()
+    for name, parameter in [*generator.named_parameters(), *discriminator.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def test_samples_are_reproducible_and_independent_of_batch_size():
+    generator = varied_generator().float().train()
+    samples = generator.sample((2, 1), n=40, seed=3)
+    assert generator.training and next(generator.parameters()).dtype == torch.float32
+    assert len(samples) == 40 and len(set(samples)) > 5
+    assert samples == generator.sample((2, 1), n=40, seed=3, batch_size=7)
+    assert samples != generator.sample((2, 1), n=40, seed=4)
+    assert samples != generator.sample((0, 1), n=40, seed=3)
+    assert generator.sample((2, 1), n=0, seed=3) == []
+
+
+def test_samples_are_the_pruned_cells_of_eval_mode():
+    generator = varied_generator()
+    samples = generator.sample((2, 1), n=40, seed=3)
+    z = torch.randn(40, 5, generator=torch.Generator().manual_seed(3)).double()
+    cells = generator(z, torch.tensor([[2, 1]] * 40))
+    assert any(sample is None for sample in samples) and any(sample is not None for sample in samples)
+    for sample, normal, reduction in zip(samples, *(batch.decode() for batch in cells), strict=True):
+        if sample is None:
+            assert not (normal.is_valid and reduction.is_valid)
+        else:
+            assert (sample.normal, sample.reduction) == (normal.prune(), reduction.prune())
+
+
+def test_samples_follow_the_space():
+    samples = varied_generator(space=TOY_SPACE).sample((0, 0), n=20, seed=0)
+    assert {len(sample.cells) for sample in samples if sample is not None} == {1}
+    assert {sample.space for sample in samples if sample is not None} == {TOY_SPACE}
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ((3, 0), "label 0 must be 0 to 2, got 3"),
+        ((0, -1), "label 1 must be 0 to 1, got -1"),
+        ((0,), "expected 2 labels"),
+    ],
+)
+def test_impossible_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        varied_generator().sample(labels, n=1, seed=0)
+
+
+def test_a_checkpoint_gives_back_the_generator(tmp_path):
+    generator = varied_generator(max_vertices=8, aggregation="mean").float()
+    state = {"generator": generator.state_dict(), "generator_config": generator.config}
+    save_checkpoint(tmp_path / "checkpoint.pt", "gan", state)
+    loaded = Generator.from_checkpoint(tmp_path / "checkpoint.pt")
+    assert loaded.config == generator.config and not loaded.training
+    assert loaded.sample((1, 0), n=10, seed=0) == generator.sample((1, 0), n=10, seed=0)
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        Generator.from_checkpoint(tmp_path / "other.pt")

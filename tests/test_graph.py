@@ -1,0 +1,61 @@
+"""CellBatch: padded tensors and back."""
+
+import random
+
+import pytest
+import torch
+
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
+from models.graph import CellBatch
+
+TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)
+
+
+def random_cell(rng, space):
+    size = rng.randint(space.min_vertices, space.max_vertices)
+    matrix = [[int(s < t and t >= space.num_inputs and rng.random() < 0.5) for t in range(size)] for s in range(size)]
+    interior = [rng.choice(space.ops) for _ in range(size - space.num_inputs - 1)]
+    return CellSpec(matrix, [*space.inputs, *interior, space.output], space)
+
+
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+def test_decoding_inverts_encoding(space):
+    rng = random.Random(0)
+    cells = [random_cell(rng, space) for _ in range(200)]
+    batch = CellBatch.encode(cells)
+    assert len(batch) == 200 and batch.num_nodes.dtype == torch.long and batch.adj.dtype == torch.float32
+    assert batch.decode(space) == cells
+    soft = CellBatch(0.2 + 0.6 * batch.adj, batch.ops * 0.5 + 0.01, batch.num_nodes)
+    assert soft.decode(space) == cells
+
+
+def test_tensors_hold_edges_tokens_and_zeros_beyond_the_cell():
+    cell = GENOTYPES["NAG_FEW_PARAMS"].normal  # 5 vertices
+    batch = CellBatch.encode([cell, cell], dtype=torch.float64)
+    assert batch.adj.shape == (2, 10, 10) and batch.ops.shape == (2, 10, 8) and batch.adj.dtype == torch.float64
+    assert batch.adj[1].nonzero().tolist() == [[0, 2], [0, 3], [0, 4], [1, 2], [2, 3], [3, 4]]
+    assert batch.ops[1, :5].argmax(-1).tolist() == [NAG_SPACE.token_id[op] for op in cell.ops]
+    assert (batch.ops[:, :5].sum(-1) == 1).all() and (batch.ops[:, 5:] == 0).all()
+
+
+def test_padding_is_to_max_vertices():
+    cell = GENOTYPES["NAG_HIGH_ACC"].normal  # 9 vertices
+    assert CellBatch.encode([cell], max_vertices=9).adj.shape == (1, 9, 9)
+    with pytest.raises(ValueError, match="a cell has 9 vertices, more than max_vertices = 8"):
+        CellBatch.encode([cell], max_vertices=8)
+    with pytest.raises(ValueError, match="no cells"):
+        CellBatch.encode([])
+
+
+def test_indexing_takes_cells():
+    rng = random.Random(0)
+    cells = [random_cell(rng, NAG_SPACE) for _ in range(6)]
+    batch = CellBatch.encode(cells)
+    assert batch[torch.tensor([4, 1, 1])].decode() == [cells[4], cells[1], cells[1]]
+    assert batch[torch.tensor([True, False, False, True, False, False])].decode() == [cells[0], cells[3]]
+    assert batch[2:4].decode() == cells[2:4]
+
+
+def test_moving_keeps_shapes():
+    batch = CellBatch.encode([GENOTYPES["NAG_FEW_PARAMS"].normal]).to("meta")
+    assert (batch.adj.device.type, batch.ops.device.type, batch.num_nodes.device.type) == ("meta",) * 3

@@ -1,0 +1,243 @@
+"""Plumbing shared by the scripts: flags, devices, seeds, run folders, checkpoints. Knows nothing of cells."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+CHECKPOINT_VERSION = 1
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@contextlib.contextmanager
+def user_input(flag: str) -> Iterator[None]:
+    """Turn a ValueError or OSError about something the user gave into one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(f"{flag}: {error}")
+
+
+def fail(message: str):
+    """End the script with one line on stderr and exit status 2, as argparse does."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float within [low, high], or (low, high] with `above`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or value in (math.inf, -math.inf):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"expected {what} {bound}, got {text!r}")
+        return value
+
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every script has."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0), default=1997)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--output_dir", help="folder for everything the run writes (default: runs/<script>-<time>)")
+
+
+def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> set[str]:
+    """Names of the flags that the command line sets, whatever their values. Exits as parse_args does."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def select_device(name: str) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N". Raises ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------------------- random numbers
+
+
+def set_seed(seed: int) -> None:
+    """Seed every global random stream."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict:
+    """The states of torch's global random streams, as tensors (what a checkpoint must hold to continue)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+# ------------------------------------------------------------------------------------------- files and folders
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w"):
+    """Open a file that appears under its name only when complete: temporary file, flush, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+
+
+def save_checkpoint(path: str | Path, kind: str, state: dict) -> None:
+    """Write a dict of tensors and builtins. kind: what it is a checkpoint of ("gan", "cifar", ...)."""
+    with atomic_file(path, "wb") as file:
+        torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, file)
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a checkpoint onto the CPU, without running any code from it.
+
+    path: the file, or a run folder that holds checkpoint.pt.
+    Raises ValueError naming the file when it is not a whole checkpoint of that kind and of this version.
+    """
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no such checkpoint: {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated zip, foreign file or a pickle that needs code: torch raises all sorts
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict) or "kind" not in state:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if state["kind"] != kind:
+        raise ValueError(f"{path} is a {state['kind']} checkpoint, expected a {kind} checkpoint")
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} has format version {state.get('version')}, this code reads {CHECKPOINT_VERSION}")
+    return state
+
+
+def versions() -> dict:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, for records of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where a run writes: --output_dir, or runs/<script>-<time>. Made when the first file is written."""
+    name = f"{Path(sys.argv[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(args.output_dir) if args.output_dir else Path("runs") / name
+
+
+class RunLog:
+    """The record of one run: config.json at the start, metrics.jsonl and TensorBoard events as it goes.
+
+    step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device, step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if step is not None and self.path.exists() else []
+        with atomic_file(self.path) as file:
+            file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+        write_json(
+            folder / "config.json",
+            {
+                "args": vars(args),
+                "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+                "versions": versions(),
+                "device": device_name(device),
+            },
+        )
+        self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+
+    def log(self, step: int, **values) -> None:
+        """Record values at a step: numbers go to TensorBoard too."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def progress_bar(items, **kwargs):
+    """tqdm, silent when stderr is not a terminal."""
+    return tqdm(items, disable=None, leave=False, dynamic_ncols=True, **kwargs)
+
+
+def cosine(step: int, steps: int, high: float, low: float = 0.0) -> float:
+    """Cosine schedule from `high` at step 0 to `low` at step `steps`."""
+    return low + (high - low) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def autocast(amp: str, device: torch.device):
+    """The mixed-precision context for --amp off|bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
