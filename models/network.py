@@ -4,6 +4,10 @@
                                                      |-> auxiliary head (training only)
 """
 
+from functools import reduce
+from operator import add
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +41,8 @@ class CellBase(nn.Module):
         ]
         for v in range(spec.space.num_inputs, spec.num_vertices - 1):
             op = self.ops[f"{v}_{spec.ops[v]}"]
-            x = op(sum(self._predecessor_states(spec, states, v)), vertex_stride(spec, v, self.reduction))
+            x = reduce(add, self._predecessor_states(spec, states, v))  # sum() would add to 0 first
+            x = op(x, vertex_stride(spec, v, self.reduction))
             if keep_prob is not None and spec.ops[v] != "identity":
                 x = drop_path(x, keep_prob)
             states.append(x)
@@ -289,3 +294,60 @@ def count_macs(network: nn.Module, image_size: int) -> int:
         network.eval()(images)
     network.train(training)
     return counter.get_total_flops() // 2
+
+
+def genotype_cost(
+    genotype: Genotype, num_classes: int = 10, layers: int = 6, channels: int = 36, image_size: int = 32
+) -> tuple[int, int]:
+    """(#params, MACs) of CifarNetwork, in closed form.
+
+    Equal to count_parameters and count_macs, and thousands of times faster: for scoring pools and hard limits.
+    Raises ValueError when the genotype is not valid.
+    """
+    pruned = genotype.prune()
+    if pruned is None:
+        raise ValueError("the genotype is not valid: a cell has no path from an input to the output")
+    width, size = 3 * channels, image_size
+    cost = Cost(27 * width + 2 * width, 27 * width * size**2)
+    c_prev_prev, c_prev, halve_first = width, width, False
+    for layer in range(3 * layers + 2):
+        reduction = is_reduction(layer, layers)
+        channels = channels * 2 if reduction else channels
+        spec = pruned.reduction if reduction else pruned.normal
+        cost += cell_cost(spec, c_prev_prev, c_prev, channels, reduction, halve_first, size)
+        size = (size + 1) // 2 if reduction else size
+        c_prev_prev, c_prev, halve_first = c_prev, channels * len(spec.predecessors(spec.num_vertices - 1)), reduction
+    return cost.params + (c_prev + 1) * num_classes, cost.macs + c_prev * num_classes
+
+
+class Cost(NamedTuple):
+    params: int
+    macs: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+
+def cell_cost(
+    spec: CellSpec, c_prev_prev: int, c_prev: int, channels: int, reduction: bool, halve_first: bool, size: int
+) -> Cost:
+    """Cost of one Cell whose second input has size x size pixels."""
+    half = (size + 1) // 2
+
+    def pointwise(c_in: int, pixels: int) -> Cost:  # 1x1 convolution and batch norm; also a FactorizedReduce
+        return Cost(c_in * channels + 2 * channels, c_in * channels * pixels)
+
+    cost = Cost(0, 0)
+    for v, c_in in enumerate((c_prev_prev, c_prev)):
+        if any(spec.matrix[v]) and (c_in != channels or (v == 0 and halve_first)):
+            cost += pointwise(c_in, size**2)
+    for v in range(spec.space.num_inputs, spec.num_vertices):
+        for _ in halved_inputs(spec, v, reduction):
+            cost += pointwise(channels, half**2)
+        if spec.ops[v].startswith("seqconv"):
+            kernel, pixels = int(spec.ops[v][-1]), (half if reduction else size) ** 2
+            depthwise = Cost(kernel**2 * channels, kernel**2 * channels * pixels)
+            cost += depthwise + depthwise + pointwise(channels, pixels) + pointwise(channels, pixels)
+        elif spec.ops[v] == "identity" and vertex_stride(spec, v, reduction) == 2:
+            cost += pointwise(channels, half**2)
+    return cost

@@ -1,0 +1,276 @@
+"""Build a NAS dataset: train a supernet over a pool of random genotypes, then score every genotype with it.
+
+    python -m build_nas_dataset --dataset cifar10 --data data                 # as published; a GPU is wanted
+    python -m build_nas_dataset --dataset folder --data DIR --image_size 16 \
+        --layers 1 --channels 16 --epochs 30 --scorings 2                     # 2 CPU cores, about an hour
+    python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
+
+Writes nasdata.jsonl (the records), checkpoint.pt (the supernet), metrics.jsonl and config.json.
+NAG paper, section 3.3. In every step one genotype of the pool is trained; in the last epochs all are scored, on the
+same held-out images, with batch statistics in every batch norm.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from build_nas_dataset.records import Record, write_records
+from build_nas_dataset.sample import random_pool
+from genotypes import NAG_SPACE, Genotype
+from images import ImageSet, balanced_batch, load_images, normalize, split, train_batches
+from metrics import tau, tau_interval
+from models.network import genotype_cost
+from models.supernet import Supernet
+from utils import (
+    RunLog,
+    add_common_flags,
+    autocast,
+    cosine,
+    derive_seed,
+    load_checkpoint,
+    number,
+    output_folder,
+    parse_resumable,
+    prepare,
+    progress_bar,
+    save_checkpoint,
+    set_lr,
+    set_seed,
+    user_input,
+    versions,
+)
+
+SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
+
+
+def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
+    """One epoch over the training images, one genotype a step. Returns mean loss and training accuracy."""
+    set_seed(derive_seed(args.seed, epoch))
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
+    steps = len(images) // args.batch_size
+    choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+    totals = torch.zeros(2, device=device)
+    supernet.train()
+    batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
+    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
+        done = epoch * steps + step
+        set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
+        with autocast(args.amp, device):
+            logits, auxiliary = supernet(x, pool[choices[step]], progress=(done + 1) / (args.epochs * steps))
+            loss = F.cross_entropy(logits, labels)
+            total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in supernet.parameters() if p.grad is not None], args.grad_clip)
+        optimizer.step()
+        totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+    loss, accuracy = (totals / steps).tolist()
+    return {"loss": loss, "train_accuracy": accuracy}
+
+
+@torch.inference_mode()
+def score(supernet: Supernet, genotype: Genotype, batches: list[tuple], amp: str = "off") -> torch.Tensor:
+    """Accuracy of one genotype on the batches, a scalar tensor on their device. The supernet is left as it was.
+
+    Batch norm uses the statistics of each batch, so a score belongs to these images in these batches.
+    """
+    correct = torch.zeros((), device=batches[0][1].device)
+    for x, labels in batches:
+        with autocast(amp, x.device):
+            logits, _ = supernet(x, genotype)
+        correct += (logits.argmax(1) == labels).sum()
+    return correct / sum(len(labels) for _, labels in batches)
+
+
+def scoring_batches(held_out: ImageSet, num_images: int, batch_size: int, seed: int, first: int = 0) -> list[tuple]:
+    """Class-balanced batches of the held-out images, normalised, on the device: the same for every genotype."""
+    batches = []
+    for offset in range(first, first + num_images // batch_size):
+        batch = balanced_batch(held_out, batch_size, seed, offset)
+        batches.append((normalize(batch.images, batch.mean, batch.std), batch.labels))
+    return batches
+
+
+def score_pool(supernet, pool, batches, scores: torch.Tensor, amp: str, save) -> None:
+    """Fill `scores` (P,) where it is NaN; `save()` is called every minute."""
+    supernet.eval()
+    todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
+    for i in progress_bar(todo, desc="scoring"):
+        results[i] = score(supernet, pool[i], batches, amp)
+        if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
+            scores[list(results)] = torch.stack(list(results.values())).cpu()
+            save()
+            saved, results = time.monotonic(), {}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"])
+    add("--data", default="data", help="folder of the images (CIFAR: downloaded into it)")
+    add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
+    add("--skip_bad", action="store_true", help="leave out images that cannot be read")
+    add("--image_size", type=number(int, 8), default=32, help="pixels")
+    add("--num_images", type=number(int, 0), default=0, help="train on that many images only (0: all)")
+    add("--holdout", type=number(int, 1), default=5000, help="training images kept out, to score on")
+    add("--pool_size", type=number(int, 2), default=4000, help="genotypes")
+    add("--max_step", type=number(int, 3, 10), default=10, help="vertices of a cell, at most")
+    add("--layers", type=number(int, 1), default=3, help="normal cells per stack")
+    add("--channels", type=number(int, 2), default=20)
+    add("--epochs", type=number(int, 1), default=150)
+    add("--batch_size", type=number(int, 2), default=128)
+    add("--lr_max", type=number(float, 0, above=True), default=0.025)
+    add("--lr_min", type=number(float, 0), default=0.001)
+    add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
+    add("--grad_clip", type=number(float, 0, above=True), default=5.0, help="largest norm of the gradient")
+    add("--keep_prob", type=number(float, 0, 1, above=True), default=1.0, help="of the classifier's dropout")
+    add("--drop_path_keep_prob", type=number(float, 0, 1, above=True), default=0.9)
+    add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
+    add("--cutout_size", type=number(int, 0), default=16, help="pixels; 0: off")
+    add("--scorings", type=number(int, 1), default=10, help="epochs at the end after which the pool is scored")
+    add("--score_images", type=number(int, 2), default=500, help="held-out images a genotype is scored on")
+    add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
+    add("--repeats", type=number(int, 2), default=1000, help="genotypes scored again on other images at the end")
+    add("--amp", default="auto", choices=["auto", "off", "bf16"])
+    add("--resume", help="run folder or checkpoint to go on with")
+    add_common_flags(parser)
+    args = parse_resumable(parser, argv, "supernet", may_change=("data", "cache_dir"))
+    if args.auxiliary_weight and not 29 <= args.image_size <= 40:
+        parser.error("argument --image_size: the auxiliary head takes 29 to 40 px; add --auxiliary_weight 0")
+    if args.score_images % args.score_batch_size:
+        parser.error("argument --score_images: expected a multiple of --score_batch_size")
+    if args.scorings > args.epochs:
+        parser.error("argument --scorings: expected at most --epochs")
+    if args.lr_min > args.lr_max:
+        parser.error("argument --lr_min: expected at most --lr_max")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    device = prepare(args)
+    with user_input("--data"):
+        train, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+    with user_input("--holdout"):
+        train, held_out = split(train, args.holdout, args.seed)
+        batches = scoring_batches(held_out, args.score_images, args.score_batch_size, args.seed)
+        first = args.score_images // args.score_batch_size
+        other_batches = scoring_batches(held_out, args.score_images, args.score_batch_size, args.seed, first)
+    if args.num_images:
+        with user_input("--num_images"):
+            train = balanced_batch(train, args.num_images, args.seed)
+    if args.batch_size > len(train):
+        with user_input("--batch_size"):
+            raise ValueError(f"expected at most the {len(train)} training images, got {args.batch_size}")
+    with user_input("--pool_size"):
+        pool = random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
+
+    set_seed(args.seed)
+    supernet = Supernet(
+        len(train.classes),
+        args.layers,
+        args.channels,
+        args.max_step,
+        args.keep_prob,
+        args.drop_path_keep_prob,
+        auxiliary=args.auxiliary_weight > 0,
+    ).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(supernet.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
+    scores = torch.full((args.scorings, len(pool)), float("nan"))
+    start_epoch, seconds = 0, {"training": 0.0, "scoring": 0.0}
+    if args.resume:
+        state = load_checkpoint(args.resume, "supernet")
+        supernet.load_state_dict(state["supernet"])
+        optimizer.load_state_dict(state["optimizer"])
+        scores, start_epoch, seconds = state["scores"], state["epoch"], state["seconds"]
+
+    folder = output_folder(args)
+    log = RunLog(folder, args, device, start_epoch if args.resume else None)
+    print(f"{len(pool)} genotypes, {len(train)} training and {args.score_images} scoring images, on {device}: {folder}")
+
+    def save() -> None:
+        save_checkpoint(
+            folder / "checkpoint.pt",
+            "supernet",
+            {
+                "supernet": supernet.state_dict(),
+                "supernet_config": supernet.config,
+                "optimizer": optimizer.state_dict(),
+                "epoch": epochs_done,
+                "scores": scores,
+                "seconds": seconds,
+                "classes": train.classes,
+                "args": vars(args),
+            },
+        )
+
+    epochs_done = start_epoch
+    for epoch in range(max(start_epoch - 1, 0), args.epochs):
+        started = time.monotonic()
+        if epoch >= start_epoch:
+            values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
+            seconds["training"] += time.monotonic() - started
+            epochs_done = epoch + 1
+            save()
+            log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
+            print(f"epoch {epochs_done}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.3f}")
+        scoring = epoch - (args.epochs - args.scorings)
+        if scoring >= 0 and scores[scoring].isnan().any():
+            started = time.monotonic()
+            score_pool(supernet, pool, batches, scores[scoring], args.amp, save)
+            seconds["scoring"] += time.monotonic() - started
+            row, before = scores[scoring], scores[scoring - 1] if scoring else None
+            stability = {} if before is None else {"tau_to_previous": tau(before, row)}
+            log.log(epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
+            print(
+                f"scoring {scoring + 1}/{args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
+                f" ({row.min():.4f} to {row.max():.4f})"
+                + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values())
+            )
+            save()
+
+    # How far the ranking can be trusted: the same weights, other images.
+    subset = range(min(args.repeats, len(pool)))
+    again = torch.stack([score(supernet, pool[i], other_batches, args.amp) for i in progress_bar(subset, desc="repeat")])
+    last = scores[-1, : len(again)]
+    repeatability, interval = tau(last, again.cpu()), tau_interval(last.numpy(), again.cpu().numpy())
+    accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
+    records = [
+        Record(i, genotype, round(accuracies[i].item(), 6), *cost)
+        for i, (genotype, cost) in enumerate(zip(pool, costs, strict=True))
+    ]
+    summary = {
+        "accuracy_mean": accuracies.mean().item(),
+        "accuracy_std": accuracies.std().item(),
+        "repeatability_tau": repeatability,
+        "repeatability_interval": interval,
+        "tau_with_params": tau(accuracies, [params for params, _ in costs]),
+    }
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "cache_dir", "output_dir", "resume", "device")}
+    header = {
+        "search_space": NAG_SPACE.name,
+        "settings": settings,
+        "training_images": len(train),
+        "classes": train.classes,
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        "summary": summary,
+        "versions": versions(),
+        "stand_alone": {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10},
+    }
+    write_records(folder / "nasdata.jsonl", records, header)
+    log.log(args.epochs, **{k: v for k, v in summary.items() if isinstance(v, float)})
+    log.close()
+    print(
+        f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
+        f"repeatability tau {repeatability:.3f} ({interval[0]:.3f} to {interval[1]:.3f}, {len(again)} genotypes, "
+        f"{args.score_images} images against as many others); tau with #params {summary['tau_with_params']:.3f}\n"
+        f"training {seconds['training']:.0f} s, scoring {seconds['scoring']:.0f} s\n"
+        f"wrote {folder / 'nasdata.jsonl'}\n"
+        f"next: python gan.py --nasbench_data {folder / 'nasdata.jsonl'}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

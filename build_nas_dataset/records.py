@@ -1,0 +1,159 @@
+"""The NAS dataset: records of (genotype, accuracy, #params, MACs), and their classes.
+
+A file is JSON lines: a header object, then one object a record. The reference's torch files can be read too.
+
+    >>> records = read_records("data/nasdata.jsonl")
+    >>> boundaries = class_boundaries([record.accuracy for record in records], num_classes=3)
+    >>> class_of(0.31, boundaries)
+    2
+"""
+
+import json
+import zipfile
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from models.network import genotype_cost
+from utils import atomic_file
+
+FORMAT, VERSION = "nas-dataset", 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one genotype.
+
+    accuracy: fraction 0..1, by the supernet of the header. params, macs: of the stand-alone CIFAR-10 network with
+    6 layers, 36 channels, 32x32 pixels.
+    """
+
+    id: int
+    genotype: Genotype
+    accuracy: float
+    params: int
+    macs: int
+
+    def to_dict(self) -> dict:
+        numbers = {"accuracy": self.accuracy, "params": self.params, "macs": self.macs}
+        return {"id": self.id, **self.genotype.to_dict(), **numbers}
+
+
+def write_records(path: str | Path, records: Iterable[Record], header: dict) -> None:
+    """Write a NAS dataset, whole or not at all. header: how the accuracies came about."""
+    with atomic_file(path) as file:
+        file.write(json.dumps({"format": FORMAT, "version": VERSION, **header}) + "\n")
+        for record in records:
+            file.write(json.dumps(record.to_dict()) + "\n")
+
+
+def read_header(path: str | Path) -> dict:
+    """The header of a NAS dataset; {} for a file of the reference. Raises ValueError when it is neither."""
+    if zipfile.is_zipfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        header = _parse_line(path, 1, file.readline())
+    if header.get("format") != FORMAT:
+        raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path} has format version {header.get('version')}, this code reads {VERSION}")
+    return header
+
+
+def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Record]:
+    """The records of a NAS dataset (JSON lines, or a torch file of the reference).
+
+    Raises ValueError naming the file, the line and what is wrong; OSError when it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such NAS dataset: {path}")
+    if zipfile.is_zipfile(path):
+        return _read_reference(path)
+    read_header(path)
+    with open(path, encoding="utf-8") as file:
+        lines = enumerate(file, 1)
+        next(lines)
+        records = [_parse_record(path, number, line, space) for number, line in lines if line.strip()]
+    if not records:
+        raise ValueError(f"{path} holds no records")
+    return records
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict:
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        what = "is empty" if not line.strip() else f"is not JSON ({error.msg} at column {error.colno})"
+        raise ValueError(f"{path}, line {number} {what}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}, line {number}: expected a JSON object")
+    return data
+
+
+def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Record:
+    data = _parse_line(path, number, line)
+    try:
+        genotype = Genotype.from_dict(data, space)
+        if not genotype.is_valid:
+            raise ValueError("a cell has no path from an input to the output")
+        accuracy = data.get("accuracy")
+        if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r}")
+        for name in ("params", "macs"):
+            if not isinstance(data.get(name), int) or data[name] < 0:
+                raise ValueError(f"{name} must be a whole number, got {data.get(name)!r}")
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+    return Record(data.get("id", number - 2), genotype, float(accuracy), data["params"], data["macs"])
+
+
+def _read_reference(path: Path) -> list[Record]:
+    """The reference's format: a list of dicts of tensors.
+
+    Edges have the target in the row; accuracies are percentages; #params are not to be trusted and counted anew.
+    Genotypes with an invalid cell are left out.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign or truncated files raise all sorts
+        raise ValueError(f"{path} is neither JSON lines nor a torch file of tensors ({error})") from None
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a list of records, got {type(data).__name__}")
+    records = []
+    for i, entry in enumerate(data):
+        try:
+            cells = [_reference_cell(entry, name) for name in ("conv", "reduc")]
+            accuracy = float(entry["perf"]) / 100
+            if not 0 <= accuracy <= 1:
+                raise ValueError(f"perf must be a percentage from 0 to 100, got {100 * accuracy}")
+        except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}, record {i}: {type(error).__name__} {error}") from None
+        genotype = Genotype(*cells).prune()
+        if genotype is not None:
+            records.append(Record(i, genotype, accuracy, *genotype_cost(genotype)))
+    if not records:
+        raise ValueError(f"{path} holds no valid records")
+    return records
+
+
+def _reference_cell(entry: dict, name: str) -> CellSpec:
+    size = int(entry[f"{name}_n"])
+    matrix = entry[f"{name}_edge"].T[:size, :size].round().int().tolist()
+    ops = [NAG_SPACE.tokens[i] for i in entry[f"{name}_node"][:size].argmax(-1).tolist()]
+    return CellSpec(matrix, ops)
+
+
+def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
+    """The num_classes - 1 quantiles that split `values` into classes of equal size."""
+    return np.quantile(np.asarray(values, float), np.arange(1, num_classes) / num_classes).tolist()
+
+
+def class_of(value: float, boundaries: Sequence[float]) -> int:
+    """Class 0 (lowest) to len(boundaries) (highest); a value on a boundary belongs to the class above."""
+    return bisect_right(boundaries, value)
