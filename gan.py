@@ -11,7 +11,6 @@ samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and de
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -77,7 +76,8 @@ class TrainingData:
 def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares, 1 for real and 0 for generated, mean of both. Returns loss, mean scores of real and generated."""
     real_scores, fake_scores = discriminator(real, real_labels), discriminator(fake, fake_labels)
-    return (real_scores.sub(1).square().mean() + fake_scores.square().mean()) / 2, real_scores.mean(), fake_scores.mean()
+    loss = (real_scores.sub(1).square().mean() + fake_scores.square().mean()) / 2
+    return loss, real_scores.mean(), fake_scores.mean()
 
 
 def train_epoch(generator, discriminator, optimizers, data: TrainingData, args, epoch: int) -> dict[str, float]:

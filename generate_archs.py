@@ -82,7 +82,9 @@ def print_class(label: int, range_text: str, genotypes: list, known: set[Genotyp
     if known is None:
         del quality["novelty"]
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
-    print(f"\nclass {label} ({range_text}): {len(genotypes)} drawn, {invalid} invalid, {len(entries)} distinct; {numbers}")
+    print(
+        f"\nclass {label} ({range_text}): {len(genotypes)} drawn, {invalid} invalid, {len(entries)} distinct; {numbers}"
+    )
     if entries:
         print("  index   #params       MACs  vertices  drawn  new")
     for entry in entries[:10]:

@@ -95,7 +95,9 @@ class CellSpec:
         if any(row is None for row in matrix):
             raise ValueError("matrix may hold only 0 and 1")
         if any(len(row) != size for row in matrix):
-            raise ValueError(f"matrix must be square, got {size} rows of {sorted({len(row) for row in matrix})} entries")
+            raise ValueError(
+                f"matrix must be square, got {size} rows of {sorted({len(row) for row in matrix})} entries"
+            )
         if not space.min_vertices <= size <= space.max_vertices:
             raise ValueError(f"a cell has {space.min_vertices} to {space.max_vertices} vertices, got {size}")
         if any(matrix[src][dst] for src in range(size) for dst in range(src + 1)):

@@ -12,7 +12,6 @@ same held-out images, with batch statistics in every batch norm.
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -215,7 +214,9 @@ def main(args: argparse.Namespace) -> None:
             epochs_done = epoch + 1
             save()
             log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
-            print(f"epoch {epochs_done}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.3f}")
+            print(
+                f"epoch {epochs_done}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.3f}"
+            )
         scoring = epoch - (args.epochs - args.scorings)
         if scoring >= 0 and scores[scoring].isnan().any():
             started = time.monotonic()
@@ -233,7 +234,9 @@ def main(args: argparse.Namespace) -> None:
 
     # How far the ranking can be trusted: the same weights, other images.
     subset = range(min(args.repeats, len(pool)))
-    again = torch.stack([score(supernet, pool[i], other_batches, args.amp) for i in progress_bar(subset, desc="repeat")])
+    again = torch.stack(
+        [score(supernet, pool[i], other_batches, args.amp) for i in progress_bar(subset, desc="repeat")]
+    )
     last = scores[-1, : len(again)]
     repeatability, interval = tau(last, again.cpu()), tau_interval(last.numpy(), again.cpu().numpy())
     accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]

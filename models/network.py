@@ -1,5 +1,7 @@
 """Stand-alone networks: one genotype stacked into a classifier (NAG paper, section 3.1).
 
+The stack, with N = `layers`:
+
     stem -> N normal -> reduction -> N normal -> reduction -> N normal -> pool, dropout, linear
                                                      |-> auxiliary head (training only)
 """

@@ -83,9 +83,7 @@ class Supernet(nn.Module):
         for layer in range(3 * layers + 2):
             reduction = is_reduction(layer, layers)
             channels = channels * 2 if reduction else channels
-            self.cells.append(
-                SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices, space)
-            )
+            self.cells.append(SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices, space))
             c_prev_prev, c_prev, halve_first = c_prev, channels, reduction
             if layer == self.auxiliary_layer:
                 self.auxiliary = AuxiliaryHead(channels, num_classes, 3, BatchNorm) if auxiliary else None
