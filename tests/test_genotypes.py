@@ -1,0 +1,160 @@
+"""Cells and genotypes: validation, pruning, canonical form, files."""
+
+import json
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from build_nas_dataset.sample import random_cell, random_pool
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, load_genotype, read_genotypes
+
+OPS = ["input0", "input1", "identity", "output"]
+
+
+def as_graph(cell):
+    graph = nx.DiGraph()
+    graph.add_nodes_from((v, {"op": op}) for v, op in enumerate(cell.ops))
+    graph.add_edges_from(zip(*np.nonzero(cell.matrix), strict=True))
+    return graph
+
+
+def isomorphic(a, b):
+    return nx.is_isomorphic(as_graph(a), as_graph(b), node_match=lambda x, y: x["op"] == y["op"])
+
+
+def relabelled(cell, rng):
+    """The same cell with its interior vertices in another random topological order."""
+    graph, order = as_graph(cell), [0, 1]
+    rest = set(range(2, cell.num_vertices - 1))
+    while rest:
+        ready = [v for v in sorted(rest) if not rest & set(graph.predecessors(v))]
+        order.append(int(rng.choice(ready)))
+        rest.remove(order[-1])
+    order.append(cell.num_vertices - 1)
+    return CellSpec([[cell.matrix[s][d] for d in order] for s in order], [cell.ops[v] for v in order])
+
+
+def valid_cells(n, seed, max_vertices=10):
+    rng, cells = np.random.default_rng(seed), []
+    while len(cells) < n:
+        cell = random_cell(rng, max_vertices=max_vertices).prune()
+        cells += [] if cell is None else [cell]
+    return cells
+
+
+def test_canonical_form_is_invariant_under_1000_relabellings():
+    rng = np.random.default_rng(0)
+    for cell in valid_cells(100, seed=1):
+        for _ in range(10):
+            other = relabelled(cell, rng)
+            assert other.canonical() == cell.canonical() == cell.canonical().canonical()
+
+
+def test_canonical_forms_are_equal_exactly_for_isomorphic_cells():
+    cells, agreed = valid_cells(120, seed=2, max_vertices=5), [0, 0]
+    for i, a in enumerate(cells):
+        for b in cells[:i]:
+            same = isomorphic(a, b)
+            assert (a.canonical() == b.canonical()) == same
+            agreed[same] += 1
+    assert min(agreed) > 30  # both answers occurred
+
+
+def test_canonical_form_of_look_alikes():
+    """Cells that colour refinement alone cannot tell apart, or has to search for."""
+    matrix = [[0] * 10 for _ in range(10)]
+    for v in range(2, 9):
+        matrix[0][v] = matrix[v][9] = 1
+    parallel = CellSpec(matrix, ["input0", "input1", *["identity"] * 7, "output"])
+    assert parallel.canonical() == relabelled(parallel, np.random.default_rng(0)).canonical()
+    two_pairs = [[0] * 8 for _ in range(8)]
+    crossed = [[0] * 8 for _ in range(8)]
+    for m, edges in ((two_pairs, [(2, 4), (3, 5)]), (crossed, [(2, 5), (3, 4)])):
+        for src, dst in [(0, 2), (0, 3), *edges, (4, 7), (5, 7), (1, 6), (6, 7)]:
+            m[src][dst] = 1
+    ops = ["input0", "input1", *["identity"] * 5, "output"]
+    assert CellSpec(two_pairs, ops).canonical() == CellSpec(crossed, ops).canonical()
+
+
+def test_pruning_keeps_the_vertices_on_a_path_and_all_inputs():
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        cell = random_cell(rng)
+        graph, output = as_graph(cell), cell.num_vertices - 1
+        on_path = {v for i in (0, 1) for path in nx.all_simple_paths(graph, i, output) for v in path}
+        pruned = cell.prune()
+        assert (pruned is not None) == bool(on_path) == cell.is_valid
+        if pruned is not None:
+            keep = sorted(on_path | {0, 1})
+            assert pruned.ops == tuple(cell.ops[v] for v in keep)
+            assert pruned.matrix == tuple(tuple(cell.matrix[s][d] for d in keep) for s in keep)
+            assert pruned.prune() == pruned
+
+
+def test_an_unused_input_survives_pruning():
+    cell = CellSpec([[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0] * 4], OPS)
+    assert cell.prune().ops == tuple(OPS)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "ops", "reason"),
+    [
+        ([[0, 0, 2, 0]] + [[0] * 4] * 3, OPS, "only 0 and 1"),
+        ([[0, 0, 1]] * 4, OPS, "square"),
+        ([[0] * 4, [0] * 4, [0, 1, 0, 0], [0] * 4], OPS, "upper triangular"),
+        ([[0, 1, 0, 0]] + [[0] * 4] * 3, OPS, "between two inputs"),
+        ([[0] * 4] * 4, OPS[:3], "4 vertices"),
+        ([[0] * 4] * 4, ["input1", "input0", "identity", "output"], "start with"),
+        ([[0] * 4] * 4, ["input0", "input1", "conv7x7", "output"], "unknown op"),
+        ([[0] * 2] * 2, ["input0", "output"], "3 to 10 vertices"),
+        (None, OPS, "nested list"),
+    ],
+)
+def test_what_is_not_a_cell_is_refused_with_the_reason(matrix, ops, reason):
+    with pytest.raises(ValueError, match=reason):
+        CellSpec(matrix, ops)
+
+
+def test_published_cells_are_pruned_and_valid():
+    assert all(genotype.prune() == genotype for genotype in GENOTYPES.values())
+
+
+def test_genotypes_survive_json(tmp_path):
+    pool = random_pool(20, seed=4)
+    path = tmp_path / "archs.json"
+    path.write_text(json.dumps([{**genotype.to_dict(), "accuracy": 0.5} for genotype in pool]))
+    assert [genotype for genotype, _ in read_genotypes(path)] == pool
+    assert read_genotypes(path)[0][1]["accuracy"] == 0.5
+    assert load_genotype(f"{path}:7") == pool[7]
+    for name, reason in (
+        ("NAG_BEST", "NAG_HIGH_ACC"),
+        (str(path), "holds 20 genotypes"),
+        (f"{path}:20", "0 to 19"),
+        ("missing.json", "no such genotype file"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_genotype(name)
+
+
+def test_a_pool_has_no_duplicates_and_is_fixed_by_its_seed():
+    pool = random_pool(400, seed=5)
+    assert len({genotype.canonical() for genotype in pool}) == 400
+    assert all(genotype.prune() == genotype for genotype in pool)
+    assert pool == random_pool(400, seed=5) != random_pool(400, seed=6)
+    assert sum(genotype.normal.ops == genotype.reduction.ops for genotype in pool) < 100  # drawn independently
+
+
+def test_vertex_counts_are_drawn_with_the_published_weights():
+    rng = np.random.default_rng(7)
+    sizes = np.bincount([random_cell(rng).num_vertices for _ in range(4000)], minlength=11)[3:]
+    weights = np.array([1, 8, 16, 32, 64, 128, 256, 512])
+    assert np.abs(sizes / 4000 - weights / weights.sum()).max() < 0.03
+
+
+def test_genotype_needs_every_cell_of_its_space():
+    with pytest.raises(ValueError, match="2 cells"):
+        Genotype(GENOTYPES["NAG_HIGH_ACC"].normal)
+    with pytest.raises(ValueError, match="no reduction cell"):
+        Genotype.from_dict({"normal": GENOTYPES["NAG_HIGH_ACC"].normal.to_dict()})
+    assert NAG_SPACE.tokens[:4] == ("output", "input0", "input1", "seqconv3x3")

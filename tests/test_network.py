@@ -1,0 +1,136 @@
+"""Networks and supernet against the reference's outputs (tests/data) and the published table."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_nas_dataset.build_nas_dataset import score
+from build_nas_dataset.sample import random_pool
+from genotypes import GENOTYPES, CellSpec, Genotype
+from models.network import CifarNetwork, ImageNetNetwork, count_macs, count_parameters, drop_path_keep, genotype_cost
+from models.supernet import Supernet
+
+DATA = Path(__file__).parent / "data"
+COUNTS = json.loads((DATA / "param_counts.json").read_text())
+LOGITS = json.loads((DATA / "network_logits.json").read_text())
+
+
+def fill(network):
+    """The weights of the reference outputs: element k of each weight is sin(1 + 0.7 k) sqrt(2 / fan)."""
+    network.double()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bias.zero_()
+        for p in network.parameters():
+            if p.ndim >= 2:
+                k = torch.arange(p.numel(), dtype=torch.float64)
+                p.copy_((torch.sin(1 + 0.7 * k) * math.sqrt(2 / p[0].numel())).view(p.shape))
+    return network
+
+
+def images(batch, size):
+    k = torch.arange(batch * 3 * size * size, dtype=torch.float64)
+    return torch.cos(0.3 + 0.11 * k).view(batch, 3, size, size)
+
+
+def assert_close(outputs, entry, *names):
+    for output, name in zip(outputs, names, strict=False):
+        expected = torch.tensor(entry[name], dtype=torch.float64)
+        assert (output - expected).abs().max() < 1e-8 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("entry", LOGITS, ids=range(len(LOGITS)))
+def test_cifar_network_and_supernet_equal_the_reference(entry):
+    genotype = Genotype.from_dict(entry)
+    network = fill(CifarNetwork(genotype, 10, 1, 4, keep_prob=1.0, drop_path_keep_prob=1.0))
+    assert_close(network.eval()(images(2, 32)), entry, "cifar_eval_logits")
+    names = "cifar_train_mode_logits", "cifar_train_mode_aux_logits"
+    assert_close(network.train()(images(4, 32)), entry, *names)
+    supernet = fill(Supernet(10, 1, 4, 10, keep_prob=1.0, drop_path_keep_prob=1.0))
+    names = "supernet_train_mode_logits", "supernet_train_mode_aux_logits"
+    assert_close(supernet.train()(images(4, 32), genotype.prune()), entry, *names)
+
+
+@pytest.mark.parametrize("entry", LOGITS, ids=range(len(LOGITS)))
+def test_imagenet_network_equals_the_reference(entry):
+    network = fill(ImageNetNetwork(Genotype.from_dict(entry), 7, 1, 4))
+    assert count_parameters(network) == entry["imagenet_params_classes7_layers1_channels4"]
+    assert_close(network.eval()(images(1, 224)), entry, "imagenet_eval_logits")
+    names = "imagenet_train_mode_logits", "imagenet_train_mode_aux_logits"
+    assert_close(network.train()(images(2, 224)), entry, *names)
+
+
+def test_parameter_counts_equal_the_reference():
+    expected = [entry["params_cifar10_layers6_channels36"] for entry in COUNTS]
+    genotypes = [Genotype.from_dict(entry) for entry in COUNTS]
+    assert len(COUNTS) == 200
+    assert [genotype_cost(genotype)[0] for genotype in genotypes] == expected
+    with torch.device("meta"):
+        assert [count_parameters(CifarNetwork(genotype)) for genotype in genotypes[:20]] == expected[:20]
+
+
+@pytest.mark.parametrize(("classes", "layers", "channels", "size"), [(10, 6, 36, 32), (7, 1, 5, 30)])
+def test_closed_form_cost_equals_counted_cost(classes, layers, channels, size):
+    for genotype in random_pool(8, seed=3):
+        with torch.device("meta"):
+            network = CifarNetwork(genotype, classes, layers, channels, auxiliary=False)
+        counted = count_parameters(network), count_macs(network, size)
+        assert genotype_cost(genotype, classes, layers, channels, size) == counted
+
+
+def test_published_parameter_counts():
+    names = ("NAG_HIGH_ACC", "NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C")
+    with torch.device("meta"):
+        counts = [count_parameters(CifarNetwork(GENOTYPES[name])) for name in names]
+        assert counts == [4_274_326, 1_236_502, 1_086_022, 2_213_830]
+        assert count_parameters(CifarNetwork(GENOTYPES["NAG_HIGH_ACC"], 100)) == 4_352_176
+        imagenet = ImageNetNetwork(GENOTYPES["NAG_HIGH_ACC"])
+        assert count_parameters(imagenet) == 4_971_763
+        assert round(count_macs(imagenet, 224) / 1e6) == 520
+        assert sum(p.numel() for p in Supernet().parameters()) == 2_138_208
+
+
+def test_cell_with_an_unused_input_builds_a_network_that_learns():
+    cell = CellSpec([[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1], [0] * 4], ["input0", "input1", "seqconv3x3", "output"])
+    network = CifarNetwork(Genotype(cell, cell), 3, 1, 4)
+    logits, auxiliary = network(torch.randn(4, 3, 32, 32))
+    (logits.sum() + auxiliary.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_invalid_genotype_is_refused():
+    cell = CellSpec([[0] * 3] * 3, ["input0", "input1", "output"])
+    with pytest.raises(ValueError, match="not valid"):
+        CifarNetwork(Genotype(cell, cell))
+
+
+def test_drop_path_grows_with_depth_and_progress():
+    assert drop_path_keep(1.0, 3, 20, 0.5) is None
+    assert drop_path_keep(0.8, 19, 20, 1.0) == pytest.approx(0.8)
+    assert drop_path_keep(0.8, 9, 20, 0.5) == pytest.approx(0.95)
+
+
+def test_scoring_leaves_the_supernet_untouched():
+    pool = random_pool(3, seed=1)
+    supernet = Supernet(10, 1, 4, 10).eval()
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    batch = (torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
+    first = [score(supernet, genotype, [batch]).item() for genotype in pool]
+    assert first == [score(supernet, genotype, [batch]).item() for genotype in pool]
+    after = supernet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_training_step_reaches_the_path_of_its_genotype_only():
+    genotype = GENOTYPES["NAG_FEW_PARAMS"]  # a normal cell of 5 vertices
+    supernet = Supernet(10, 1, 4, 10)
+    logits, auxiliary = supernet(torch.randn(4, 3, 32, 32), genotype)
+    (logits.sum() + auxiliary.sum()).backward()
+    trained = {name for name, p in supernet.named_parameters() if p.grad is not None}
+    assert any("cells.0.ops.2_seqconv3x3" in name for name in trained)
+    assert not any("cells.0.ops.2_seqconv5x5" in name or "cells.0.ops.4_" in name for name in trained)

@@ -1,0 +1,117 @@
+"""The NAS dataset file, its classes, and the metrics computed on it."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from build_nas_dataset.records import Record, class_boundaries, class_of, read_header, read_records, write_records
+from build_nas_dataset.sample import random_pool
+from metrics import generation_metrics, tau, tau_interval
+from models.network import genotype_cost
+
+
+@pytest.fixture
+def records():
+    pool = random_pool(12, seed=1)
+    return [Record(i, genotype, round(0.1 + 0.02 * i, 6), *genotype_cost(genotype)) for i, genotype in enumerate(pool)]
+
+
+def test_records_survive_the_file(tmp_path, records):
+    path = tmp_path / "nasdata.jsonl"
+    write_records(path, records, {"pool_seed": 1})
+    assert read_records(path) == records
+    assert read_header(path)["pool_seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d | {"accuracy": 1.5}, "0 to 1"),
+        (lambda d: d | {"params": "many"}, "params"),
+        (lambda d: d | {"normal": {"matrix": [[0] * 4, [0] * 4, [0, 1, 0, 0], [0] * 4], "ops": []}}, "triangular"),
+        (lambda d: d | {"normal": d["normal"] | {"ops": ["x"] * len(d["normal"]["ops"])}}, "start with"),
+        (lambda d: [1], "object"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line(tmp_path, records, change, reason):
+    path = tmp_path / "nasdata.jsonl"
+    write_records(path, records, {})
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps(change(json.loads(lines[3])))
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"line 4.*{reason}"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("", "line 1 is empty"), ("{}\n", "header"), ("not json\n", "line 1 is not JSON")]
+)
+def test_what_is_no_nas_dataset_is_refused(tmp_path, text, reason):
+    path = tmp_path / "nasdata.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_records(path)
+    with pytest.raises(ValueError, match="no such NAS dataset"):
+        read_records(tmp_path / "missing.jsonl")
+
+
+def test_files_of_the_reference_are_read_and_their_params_recounted(tmp_path, records):
+    entries = []
+    for record in records:
+        entry = {"perf": torch.tensor(100 * record.accuracy), "params": torch.tensor(1.0)}
+        for name, cell in zip(("conv", "reduc"), record.genotype.cells, strict=True):
+            v = cell.num_vertices
+            edge, node = torch.zeros(10, 10), torch.zeros(10, 8)
+            edge[:v, :v] = torch.tensor(cell.matrix).T  # the row is the target
+            node[range(v), [cell.space.token_id[op] for op in cell.ops]] = 1
+            entry |= {f"{name}_edge": edge, f"{name}_node": node, f"{name}_n": torch.tensor(v)}
+        entries.append(entry)
+    torch.save(entries, tmp_path / "nasdata.pt")
+    read = read_records(tmp_path / "nasdata.pt")
+    assert [(r.genotype, r.params, r.macs) for r in read] == [(r.genotype, r.params, r.macs) for r in records]
+    assert np.allclose([r.accuracy for r in read], [r.accuracy for r in records])
+
+
+def test_a_pickle_that_needs_code_is_refused(tmp_path):
+    torch.save([np.random.default_rng], tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="neither"):
+        read_records(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 5])
+def test_classes_have_equal_sizes(num_classes):
+    values = np.random.default_rng(0).random(1000)
+    boundaries = class_boundaries(values, num_classes)
+    sizes = np.bincount([class_of(value, boundaries) for value in values], minlength=num_classes)
+    assert len(sizes) == num_classes
+    assert np.ptp(sizes) <= 1
+
+
+def test_shipped_dataset_is_whole_and_its_costs_are_exact():
+    records = read_records("data/nasdata.jsonl")
+    assert len(records) >= 2000
+    assert len({record.genotype.canonical() for record in records}) == len(records)
+    assert all(genotype_cost(r.genotype) == (r.params, r.macs) for r in records[:200])
+    accuracies = [record.accuracy for record in records]
+    boundaries = class_boundaries(accuracies, 3)
+    sizes = np.bincount([class_of(accuracy, boundaries) for accuracy in accuracies])
+    assert np.abs(sizes / len(records) - 1 / 3).max() < 0.02  # accuracies are multiples of 1/1000: there are ties
+
+
+def test_generation_metrics_count_up_to_isomorphism():
+    a, b, c = random_pool(3, seed=2)
+    values = generation_metrics([a, a, b, None], {b.canonical(), c.canonical()})
+    assert values == {"validity": 0.75, "uniqueness": pytest.approx(2 / 3), "novelty": 0.5}
+    assert generation_metrics([None]) == {"validity": 0, "uniqueness": 0, "novelty": 0}
+
+
+def test_tau_counts_concordant_pairs():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(30), rng.random(30)
+    signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in combinations(range(30), 2)]
+    assert tau(a, b) == pytest.approx(np.mean(signs))
+    low, high = tau_interval(a, b)
+    assert -1 <= low < tau(a, b) < high <= 1

@@ -1,0 +1,238 @@
+"""Every script as a user starts it, on small inputs made here; and who imports whom."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from build_nas_dataset.records import Record, read_records, write_records
+from build_nas_dataset.sample import random_pool
+from models.generator import Generator
+from models.network import genotype_cost
+
+ROOT = Path(__file__).parent.parent
+SMALL_GAN = [
+    "--batch_size",
+    "8",
+    "--latent_dim",
+    "8",
+    "--g_emb_size",
+    "16",
+    "--d_emb_size",
+    "16",
+    "--g_hidden_size",
+    "8",
+    "--eval_size",
+    "12",
+]
+SMALL_NET = [
+    "--dataset",
+    "folder",
+    "--layers",
+    "1",
+    "--channels",
+    "4",
+    "--batch_size",
+    "16",
+    "--eval_batch_size",
+    "7",
+    "--cutout_size",
+    "8",
+]
+SMALL_SUPERNET = [
+    "--dataset",
+    "folder",
+    "--layers",
+    "1",
+    "--channels",
+    "4",
+    "--batch_size",
+    "16",
+    "--holdout",
+    "24",
+    "--score_images",
+    "8",
+    "--score_batch_size",
+    "4",
+    "--pool_size",
+    "6",
+    "--scorings",
+    "1",
+    "--repeats",
+    "4",
+]
+
+
+def run(*command, ok=True):
+    """Run a script or module; returns stdout, or with ok=False the one line on stderr."""
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    if ok:
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def nasdata(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nas") / "nasdata.jsonl"
+    pool = random_pool(24, seed=1)
+    write_records(path, [Record(i, g, 0.2 + 0.01 * i, *genotype_cost(g)) for i, g in enumerate(pool)], {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, n in (("train", 40), ("test", 10)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def gan(nasdata, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gan")
+    run("gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--n_epochs", 2, "--output_dir", folder)
+    return folder
+
+
+def weights(path, name):
+    return torch.load(path, weights_only=True)[name]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gan_resumed_equals_gan_never_stopped(gan, nasdata, tmp_path):
+    run("gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--n_epochs", 1, "--output_dir", tmp_path)
+    run("gan.py", "--resume", tmp_path, "--n_epochs", 2)
+    for name in ("generator", "discriminator"):
+        assert equal(weights(gan / "checkpoint.pt", name), weights(tmp_path / "checkpoint.pt", name))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    assert json.loads((gan / "config.json").read_text())["args"]["batch_size"] == 8
+    assert json.loads((gan / "samples" / "epoch-0002.json").read_text()) is not None
+
+
+def test_generated_genotypes_are_valid_distinct_and_exactly_counted(gan, tmp_path):
+    out = run("generate_archs.py", "--checkpoint", gan, "--num_archs", 40, "--output_dir", tmp_path)
+    assert "class 2" in out
+    assert "validity" in out
+    from genotypes import read_genotypes
+
+    entries = read_genotypes(tmp_path / "genotypes.json")
+    for label in range(3):
+        canonical = [genotype.canonical() for genotype, entry in entries if entry["labels"] == [label]]
+        assert len(set(canonical)) == len(canonical)
+        assert None not in canonical
+    assert all((entry["params"], entry["macs"]) == genotype_cost(genotype) for genotype, entry in entries)
+    assert len(Generator.from_checkpoint(gan / "checkpoint.pt").sample((1,), 5, seed=0)) == 5
+
+
+def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_path):
+    for flags, label in ((["--target_acc", 0.42], 2), (["--target_quantile", 0.5], 1), (["--perf_label", 0], 0)):
+        out = run("generate_archs.py", "--checkpoint", gan, "--num_archs", 2, *flags, "--output_dir", tmp_path)
+        assert f"class {label} " in out
+        assert out.count("class ") == 1
+    assert "0.2000 to 0.4300" in run("generate_archs.py", "--checkpoint", gan, "--target_acc", 0.9, ok=False)
+
+
+def test_supernet_builds_a_dataset_and_resumes(images, tmp_path):
+    common = ["-m", "build_nas_dataset", "--data", images, *SMALL_SUPERNET, "--output_dir"]
+    out = run(*common, tmp_path / "a", "--epochs", 2)
+    assert "repeatability" in out
+    records = read_records(tmp_path / "a" / "nasdata.jsonl")
+    assert len(records) == 6
+    assert all(genotype_cost(record.genotype) == (record.params, record.macs) for record in records)
+    state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    state["scores"][:, 3:] = float("nan")  # as if stopped within the scoring
+    (tmp_path / "b").mkdir()
+    torch.save(state, tmp_path / "b" / "checkpoint.pt")
+    run("-m", "build_nas_dataset", "--resume", tmp_path / "b")
+    assert read_records(tmp_path / "b" / "nasdata.jsonl") == records
+
+
+def test_training_reports_the_error_that_evaluation_finds(images, tmp_path):
+    out = run(
+        "train_cifar.py", "--arch", "NAG_FEW_PARAMS", "--data", images, *SMALL_NET, "--epochs", 2, "--holdout", 10,
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["test_images"] == 20
+    assert 0 <= result["held_out_accuracy"] <= 1
+    line = f"test error {100 * (1 - result['test_accuracy']):.2f} %"
+    assert line in out
+    evaluated = run("train_cifar.py", "--evaluate", tmp_path / "checkpoint.pt", "--dataset", "folder", "--data", images)
+    assert line in evaluated
+
+
+def test_training_resumed_equals_training_never_stopped(images, tmp_path):
+    common = ["train_cifar.py", "--arch", "NAG_FEW_PARAMS", "--data", images, *SMALL_NET]
+    run(*common, "--epochs", 2, "--output_dir", tmp_path / "whole")
+    run(*common, "--epochs", 1, "--schedule_epochs", 2, "--output_dir", tmp_path / "half")
+    state = torch.load(tmp_path / "half" / "checkpoint.pt", weights_only=True)
+    state["args"] |= {"epochs": 2, "schedule_epochs": 0}  # as if stopped after the first of two epochs
+    torch.save(state, tmp_path / "half" / "checkpoint.pt")
+    run("train_cifar.py", "--resume", tmp_path / "half")
+    assert equal(*(weights(tmp_path / name / "checkpoint.pt", "network") for name in ("whole", "half")))
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("gan.py --nasbench_data missing.jsonl", "no such NAS dataset"),
+        ("gan.py --nasbench_data NASDATA --batch_size 64", "at least 64"),
+        ("gan.py --n_epochs 0", "from 1"),
+        ("gan.py --resume NASDATA", "not a readable checkpoint"),
+        ("gan.py --device cuda:99", "not available"),
+        ("generate_archs.py --checkpoint missing.pt", "no such checkpoint"),
+        ("generate_archs.py --checkpoint GAN --perf_label 3", "0 (lowest accuracy) to 2"),
+        ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
+        ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),
+        ("train_cifar.py --resume GAN", "expected a cifar checkpoint"),
+        ("train_cifar.py --keep_prob 1.5", "above 0 to 1"),
+        ("-m build_nas_dataset --dataset folder --data IMAGES --holdout 80", "cannot hold out 80"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata, images, gan, tmp_path):
+    words = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan}
+    output = tmp_path / "out"
+    arguments = [words.get(word, word) for word in command.split()]
+    resumed = [] if "--resume" in arguments else ["--output_dir", output]
+    assert reason in run(*arguments, *resumed, ok=False)
+    assert not output.exists()
+
+
+# Who may import whom: a module may use those of lower layers only, and only these scripts may use scripts.
+LAYERS = [
+    {"genotypes", "utils"},
+    {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
+    {"models.network", "models.supernet", "models.generator", "models.discriminator"},
+    {"build_nas_dataset.records", "metrics"},
+    {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def test_modules_import_lower_layers_only():
+    for name, level in LEVEL.items():
+        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
+        for node in ast.walk(tree):
+            for imported in [node.module] if isinstance(node, ast.ImportFrom) else []:
+                if imported in LEVEL:
+                    same_package = name.startswith("models.") and LEVEL[imported] == level < len(LAYERS) - 1
+                    assert LEVEL[imported] < level or same_package, f"{name} imports {imported}"
+                if name in ("genotypes",):
+                    assert not imported.startswith("torch")
