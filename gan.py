@@ -95,10 +95,14 @@ def train_epoch(generator, discriminator, optimizers, data: TrainingData, args, 
         z = torch.randn(args.batch_size, args.latent_dim, generator=noise, device=device)
         return z, data.random_labels(args.batch_size, noise)
 
+    def generate(z: Tensor, labels: Tensor) -> tuple[CellBatch, ...]:
+        cells = generator(z, labels)
+        return tuple(batch.straight_through() for batch in cells) if args.straight_through else cells
+
     for step, index in enumerate(progress_bar(order.split(args.batch_size), desc=f"epoch {epoch + 1}")):
         z, labels = draw()
         with torch.no_grad():
-            fake = generator(z, labels)
+            fake = generate(z, labels)
         real = tuple(cells[index] for cells in data.cells)
         d_loss, real_score, fake_score = discriminator_loss(discriminator, real, data.labels[index], fake, labels)
         update(optimizers["discriminator"], d_loss, args.clip_value)
@@ -106,7 +110,7 @@ def train_epoch(generator, discriminator, optimizers, data: TrainingData, args, 
         if (epoch * steps + step + 1) % args.n_critic == 0:
             z, labels = draw()
             discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
-            g_loss = F.mse_loss(discriminator(generator(z, labels), labels), torch.ones(len(z), 1, device=device))
+            g_loss = F.mse_loss(discriminator(generate(z, labels), labels), torch.ones(len(z), 1, device=device))
             update(optimizers["generator"], g_loss, args.clip_value)
             discriminator.requires_grad_(True)
         totals += torch.stack([d_loss, g_loss, real_score, fake_score]).detach()
@@ -159,6 +163,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_critic", type=size, default=1, help="discriminator steps for each generator step")
     add("--n_perf_classes", type=number(int, 2), default=3, help="accuracy classes")
     add("--cls_perf_embedding_size", type=size, default=10)
+    # Not in the paper, where the discriminator can tell real from generated cells by their being 0/1.
+    add("--straight_through", action="store_true", help="show the discriminator the hard decisions, not probabilities")
     add("--clip_value", type=number(float, 0), default=0.01, help="largest norm of a gradient; 0: not clipped")
     add("--eval_every", type=size, default=5, help="epochs between evaluations of generated cells")
     add("--eval_size", type=size, default=300, help="genotypes drawn in an evaluation")

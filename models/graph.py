@@ -61,6 +61,15 @@ class CellBatch:
             cells.append(CellSpec([row[:v] for row in matrix[:v]], [space.tokens[i] for i in ids[:v]], space))
         return cells
 
+    def straight_through(self) -> "CellBatch":
+        """The hard decisions (0/1 edges, one-hot tokens) with the gradients of the soft values."""
+        hard_adj = (self.adj > 0.5).to(self.adj.dtype)
+        present = self.ops.any(-1, keepdim=True)  # (B, V, 1)
+        hard_ops = torch.zeros_like(self.ops).scatter(2, self.ops.argmax(-1, keepdim=True), 1) * present
+        return CellBatch(
+            hard_adj + self.adj - self.adj.detach(), hard_ops + self.ops - self.ops.detach(), self.num_nodes
+        )
+
     def to(self, device: torch.device | str) -> "CellBatch":
         return CellBatch(self.adj.to(device), self.ops.to(device), self.num_nodes.to(device))
 

