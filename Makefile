@@ -12,7 +12,9 @@ INSTALLED = $(VENV)/.installed
 .PHONY: demo test test-all lint clean
 
 demo: $(INSTALLED)
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 10
+	rm -rf runs/demo
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 16 --eval_every 4 --straight_through --clip_value 1 \
+		--g_emb_size 64 --d_emb_size 64 --g_hidden_size 32 --d_hidden_size 32
 	$(RUN) generate_archs.py --checkpoint runs/demo/checkpoint.pt --num_archs 20 --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
 	@echo

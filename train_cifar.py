@@ -1,30 +1,38 @@
-"""Train or evaluate the network of one genotype on CIFAR-10, CIFAR-100 or a folder of images.
+"""Train, or evaluate, the stand-alone network of one genotype on CIFAR-10, CIFAR-100 or a folder of small images.
 
-    python train_cifar.py --arch NAG_HIGH_ACC                                  # as published: 600 epochs
-    python train_cifar.py --arch runs/generate_archs-.../genotypes.json:0 --dataset folder --data DIR
-    python train_cifar.py --resume runs/train_cifar-...                        # go on after a stop
-    python train_cifar.py --evaluate runs/train_cifar-.../checkpoint.pt        # test error of a trained network
+    python train_cifar.py                                               # NAG_HIGH_ACC on CIFAR-10, as published
+    python train_cifar.py --arch runs/generate_archs-.../genotypes.json:3 --dataset cifar100
+    python train_cifar.py --dataset folder --data DIR --image_size 32 --epochs 10 --layers 1 --channels 16
+    python train_cifar.py --epochs 50 --schedule_epochs 600 --holdout 5000       # the start of the long recipe
+    python train_cifar.py --resume runs/train_cifar-...                          # go on after a stop
+    python train_cifar.py --evaluate runs/train_cifar-.../checkpoint.pt
 
-Writes checkpoint.pt, result.json, metrics.jsonl, TensorBoard events and config.json. NAG paper, section 4.2.
-The test images are read once, at the end; choose between networks on --holdout images.
+Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error.
+The test images are used once, after the last epoch; what is chosen along the way is chosen on --holdout images.
+NAG paper, section 4.2.
 """
 
 import argparse
+import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from genotypes import Genotype, load_genotype
 from images import ImageSet, balanced_batch, eval_batches, load_images, split, train_batches
-from models.network import CifarNetwork, count_parameters, genotype_cost
+from models.network import CifarNetwork, genotype_cost
 from utils import (
     RunLog,
     add_common_flags,
     autocast,
     cosine,
     derive_seed,
+    device_name,
+    explicit_flags,
+    fail,
     load_checkpoint,
     number,
     output_folder,
@@ -35,24 +43,74 @@ from utils import (
     set_lr,
     set_seed,
     user_input,
+    versions,
     write_json,
 )
 
+AUXILIARY_SIZES = (29, 40)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 
-def train_epoch(network: nn.Module, optimizer, images: ImageSet, args: argparse.Namespace, epoch: int) -> dict:
-    """One epoch of the recipe. Returns mean loss and training accuracy."""
-    device = images.labels.device
+
+def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device) -> CifarNetwork:
+    """A fresh network, whose weights depend on the seed only."""
+    set_seed(args.seed)
+    network = CifarNetwork(
+        genotype,
+        num_classes,
+        args.layers,
+        args.channels,
+        args.keep_prob,
+        args.drop_path_keep_prob,
+        auxiliary=args.auxiliary_weight > 0,
+    )
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def build_optimizer(network: CifarNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
+    fused = next(network.parameters()).is_cuda
+    return torch.optim.SGD(network.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg, fused=fused)
+
+
+def train(
+    network: CifarNetwork,
+    images: ImageSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+    start_epoch: int = 0,
+    after_epoch: Callable[[int, dict], None] = lambda epochs_done, values: None,
+) -> dict[str, float]:
+    """Train up to epoch args.epochs of a schedule of args.schedule_epochs. Returns the values of the last epoch.
+
+    after_epoch(epochs_done, values): called after each epoch with its mean loss, training accuracy and so on.
+    """
+    optimizer = optimizer or build_optimizer(network, args)
+    forward = torch.compile(network) if args.compile else network
+    values = {}
+    for epoch in range(start_epoch, args.epochs):
+        started = time.monotonic()
+        values = train_epoch(network, forward, optimizer, images, args, epoch, device)
+        values |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        after_epoch(epoch + 1, values)
+    return values
+
+
+def train_epoch(network, forward, optimizer, images: ImageSet, args, epoch: int, device) -> dict[str, float]:
+    """One epoch over the training images. Returns mean loss and training accuracy.
+
+    forward: the network, or its compiled form. Every random stream starts anew from the seed and the epoch.
+    """
     set_seed(derive_seed(args.seed, epoch))  # dropout and drop path
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
-    total_steps = steps * max(args.schedule_epochs, args.epochs)
+    first, all_steps = epoch * steps, args.schedule_epochs * steps
+    progress = torch.arange(first + 1, first + steps + 1, device=device) / all_steps  # a number would be compiled in
     totals = torch.zeros(2, device=device)
     network.train()
-    batches = train_batches(images, args.batch_size, generator, args.cutout_size)
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}"), epoch * steps):
-        set_lr(optimizer, cosine(step, total_steps, args.lr_max, args.lr_min))
+    batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
+    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
+        set_lr(optimizer, cosine(first + step, all_steps, args.lr_max, args.lr_min))
         with autocast(args.amp, device):
-            logits, auxiliary = network(x, progress=(step + 1) / total_steps)
+            logits, auxiliary = forward(x, progress[step])
             loss = F.cross_entropy(logits, labels)
             total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
         optimizer.zero_grad()
@@ -65,10 +123,10 @@ def train_epoch(network: nn.Module, optimizer, images: ImageSet, args: argparse.
 
 
 @torch.inference_mode()
-def accuracy(network: nn.Module, images: ImageSet, batch_size: int, amp: str = "off") -> float:
-    """Share of the images that the network, in eval mode, puts into the right class."""
+def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp: str = "auto") -> float:
+    """Share of the images that the network, in eval mode, classifies correctly."""
     network.eval()
-    correct = torch.zeros((), device=images.labels.device)
+    correct = torch.zeros((), dtype=torch.long, device=images.labels.device)
     for x, labels in eval_batches(images, batch_size):
         with autocast(amp, x.device):
             logits, _ = network(x)
@@ -76,144 +134,231 @@ def accuracy(network: nn.Module, images: ImageSet, batch_size: int, amp: str = "
     return correct.item() / len(images)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Test error of a checkpoint; the network is rebuilt from it, not from flags."""
-    device = prepare(args)
-    with user_input("--evaluate"):
-        checkpoint = load_checkpoint(args.evaluate, "cifar")
-    saved = checkpoint["args"]
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """(training, held-out, test) images; the held-out part is empty without --holdout. Ends the script on bad input."""
     with user_input("--data"):
-        _, test = load_images(args.dataset, args.data, saved["image_size"], args.cache_dir, args.skip_bad, device)
-        if test.classes != checkpoint["classes"]:
-            raise ValueError(f"the network knows the classes {checkpoint['classes']}, the images are of {test.classes}")
-    test.mean, test.std = tuple(checkpoint["mean"]), tuple(checkpoint["std"])
-    network = build_network(checkpoint["genotype"], len(test.classes), saved).to(device)
-    network.load_state_dict(checkpoint["network"])
-    result = accuracy(network.to(memory_format=torch.channels_last), test, args.eval_batch_size, args.amp)
-    print(f"test error {100 * (1 - result):.2f} % on {len(test)} images, {count_parameters(network):,} parameters")
+        images, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+    with user_input("--holdout"):
+        images, held_out = split(images, args.holdout, args.seed)
+    if args.num_images:
+        with user_input("--num_images"):
+            images = balanced_batch(images, args.num_images, args.seed)
+    if args.batch_size > len(images):
+        fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
+    return images, held_out, test
 
 
-def build_network(genotype: dict, num_classes: int, settings: dict) -> CifarNetwork:
-    return CifarNetwork(
-        Genotype.from_dict(genotype),
-        num_classes,
-        settings["layers"],
-        settings["channels"],
-        settings["keep_prob"],
-        settings["drop_path_keep_prob"],
-        auxiliary=settings["auxiliary_weight"] > 0,
-    )
+def check_classes(images: ImageSet, classes: list[str]) -> None:
+    """Raise ValueError when the images are not of the classes that a checkpoint was trained on."""
+    if len(images.classes) != len(classes):
+        raise ValueError(f"the images have {len(images.classes)} classes, the checkpoint {len(classes)}")
+    for i, (ours, theirs) in enumerate(zip(images.classes, classes, strict=True)):
+        if ours != theirs:
+            raise ValueError(f"class {i} of the images is {ours}, of the checkpoint {theirs}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, number(int, 1)
-    add("--arch", default="NAG_HIGH_ACC", help="name of a published genotype, FILE.json or FILE.json:INDEX")
+def network_from_checkpoint(state: dict, device: torch.device) -> CifarNetwork:
+    """The trained network of a "cifar" checkpoint, built from what the checkpoint says."""
+    network = CifarNetwork(Genotype.from_dict(state["genotype"]), **state["network_config"])
+    network.load_state_dict(state["network"])
+    return network.to(device, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser, epochs: int = 600, schedule_epochs: int | None = None, holdout: int = 0
+) -> None:
+    """The flags about images, network and training, which eval_archs has too; the defaults that differ are given."""
+    add = parser.add_argument
+    count, rate, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"])
     add("--data", default="data", help="folder of the images (CIFAR: downloaded into it)")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add("--skip_bad", action="store_true", help="leave out images that cannot be read")
     add("--image_size", type=number(int, 8), default=32, help="pixels")
     add("--num_images", type=number(int, 0), default=0, help="train on that many images only (0: all)")
-    add("--holdout", type=number(int, 0), default=0, help="training images kept out, to choose networks by")
-    add("--epochs", type=count, default=600)
-    add("--schedule_epochs", type=number(int, 0), default=0, help="length of the schedule, where longer than --epochs")
+    add("--holdout", type=number(int, 0), default=holdout, help="training images kept out, to select on")
+    add("--epochs", type=count, default=epochs)
+    length = "that of --epochs" if schedule_epochs is None else schedule_epochs
+    add(
+        "--schedule_epochs",
+        type=count,
+        default=schedule_epochs,
+        help=f"of learning rate, drop path (default: {length})",
+    )
     add("--batch_size", type=number(int, 2), default=96)
     add("--eval_batch_size", type=count, default=500)
     add("--layers", type=count, default=6, help="normal cells per stack")
     add("--channels", type=number(int, 2), default=36)
     add("--cutout_size", type=number(int, 0), default=16, help="pixels; 0: off")
-    add("--grad_clip", type=number(float, 0, above=True), default=5.0, help="largest norm of the gradient")
-    add("--lr_max", type=number(float, 0, above=True), default=0.025)
+    add("--grad_clip", type=rate, default=5.0, help="largest norm of the gradient")
+    add("--lr_max", type=rate, default=0.025)
     add("--lr_min", type=number(float, 0), default=0.0)
-    add("--keep_prob", type=number(float, 0, 1, above=True), default=0.6, help="of the classifier's dropout")
-    add("--drop_path_keep_prob", type=number(float, 0, 1, above=True), default=0.8)
+    add("--keep_prob", type=share, default=0.6, help="of the classifier's dropout")
+    add("--drop_path_keep_prob", type=share, default=0.8)
     add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
     add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
     add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--evaluate", metavar="CHECKPOINT", help="only measure the test error of a trained network")
-    add("--resume", help="run folder or checkpoint to go on with")
+    add("--compile", action="store_true", help="torch.compile the network for training")
+
+
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what flags do not allow together; settle --schedule_epochs."""
+    args.schedule_epochs = args.schedule_epochs or args.epochs
+    low, high = AUXILIARY_SIZES
+    if args.auxiliary_weight and not low <= args.image_size <= high:
+        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    if args.lr_min > args.lr_max:
+        parser.error("argument --lr_min: expected at most --lr_max")
+    if args.epochs > args.schedule_epochs:
+        parser.error(f"argument --epochs: expected at most the {args.schedule_epochs} of the schedule")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--arch", default="NAG_HIGH_ACC", help="a published genotype's name, FILE.json or FILE.json:INDEX")
+    add_training_flags(parser)
+    add("--eval_every", type=number(int, 1), default=1, help="epochs between accuracies of the held-out images")
+    add("--save_every", type=number(int, 1), default=1, help="epochs between checkpoints")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", help="run folder or checkpoint to go on with")
+    going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test error")
     add_common_flags(parser)
-    args = parse_resumable(parser, argv, "cifar", may_change=("data", "cache_dir", "eval_batch_size"))
-    if args.auxiliary_weight and not 29 <= args.image_size <= 40:
-        parser.error("argument --image_size: the auxiliary head takes 29 to 40 px; add --auxiliary_weight 0")
+    may_change = ("data", "cache_dir", "epochs", "eval_every", "save_every", "eval_batch_size", "compile")
+    args = parse_resumable(parser, argv, "cifar", may_change)
+    if args.evaluate:
+        return evaluation_args(parser, argv, args)
+    check_training_flags(parser, args)
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    if args.evaluate:
-        return evaluate(args)
-    device = prepare(args)
-    with user_input("--arch"):
-        genotype = load_genotype(args.arch).prune()
-        if genotype is None:
-            raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
-    with user_input("--data"):
-        train, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-    with user_input("--holdout"):
-        train, held_out = split(train, args.holdout, args.seed)
-    if args.num_images:
-        with user_input("--num_images"):
-            train = balanced_batch(train, args.num_images, args.seed)
-    with user_input("--batch_size"):
-        if args.batch_size > len(train):
-            raise ValueError(f"expected at most the {len(train)} training images, got {args.batch_size}")
+def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, args: argparse.Namespace):
+    """With --evaluate, the images are by default those that the network was trained for."""
+    with user_input("--evaluate"):
+        saved = load_checkpoint(args.evaluate, "cifar")["args"]
+    kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - explicit_flags(parser, argv)
+    return argparse.Namespace(**{**vars(args), **{name: saved[name] for name in kept}})
 
-    network = build_network(genotype.to_dict(), len(train.classes), vars(args))
-    network = network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure the test error of a checkpoint."""
+    with user_input("--evaluate"):
+        state = load_checkpoint(args.evaluate, "cifar")
+    with user_input("--data"):
+        _, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+        check_classes(test, state["classes"])
+    test = replace(test, mean=tuple(state["mean"]), std=tuple(state["std"]))  # as the network was trained
+    network = network_from_checkpoint(state, device)
+    result = test_result(state["genotype"], network, test, state["args"], args)
+    result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "images": {"test": len(test)}}
+    path = output_folder(args) / "evaluation.json"
+    with user_input("--output_dir"):
+        write_json(path, result)
+    print(f"{describe(result)} ({len(test)} images, {state['epoch']} epochs of training)\nwrote {path}")
+
+
+def test_result(genotype: dict, network: CifarNetwork, test: ImageSet, trained: dict, args: argparse.Namespace) -> dict:
+    """#params, MACs and accuracy on the test images. trained: the flags that the network was trained with."""
+    test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)
+    size = (trained["layers"], trained["channels"], args.image_size)
+    params, macs = genotype_cost(Genotype.from_dict(genotype), len(test.classes), *size)
+    measured = {"test_accuracy": test_accuracy, "test_error": 1 - test_accuracy}
+    return {"arch": trained["arch"], "genotype": genotype, "params": params, "macs": macs, **measured}
+
+
+def describe(result: dict) -> str:
+    size = f"{result['params'] / 1e6:.3f} M parameters, {result['macs'] / 1e6:.1f} M MACs"
+    return f"test error {result['test_error']:.2%}, {size}"
+
+
+def main(args: argparse.Namespace) -> None:
+    device = prepare(args)
+    if args.evaluate:
+        evaluate(args, device)
+        return
+    state = None
+    with user_input("--resume" if args.resume else "--arch"):
+        state = load_checkpoint(args.resume, "cifar") if args.resume else None
+        genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
+        if not genotype.is_valid:
+            raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
+    images, held_out, test = load_data(args, device)
+    network = build_network(genotype, len(images.classes), args, device)
+    optimizer = build_optimizer(network, args)
     start_epoch, seconds = 0, 0.0
-    if args.resume:
-        state = load_checkpoint(args.resume, "cifar")
-        genotype = Genotype.from_dict(state["genotype"])  # the file behind --arch may have changed
+    if state:
+        with user_input("--data"):
+            check_classes(images, state["classes"])
+            if len(images) != state["training_images"]:
+                raise ValueError(f"{len(images)} training images, the run to resume has {state['training_images']}")
+        if state["epoch"] > args.epochs:
+            fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         start_epoch, seconds = state["epoch"], state["seconds"]
 
     folder = output_folder(args)
-    log = RunLog(folder, args, device, start_epoch if args.resume else None)
-    params, macs = genotype_cost(genotype, len(train.classes), args.layers, args.channels, args.image_size)
-    print(f"{args.arch}: {params:,} parameters, {macs / 1e6:.1f} M MACs, {len(train)} images, on {device}: {folder}")
-    held_out_accuracy = None
-    for epoch in range(start_epoch, args.epochs):
-        started = time.monotonic()
-        values = train_epoch(network, optimizer, train, args, epoch)
-        seconds += time.monotonic() - started
-        if args.holdout:
+    with user_input("--output_dir"):
+        log = RunLog(folder, args, device, start_epoch if args.resume else None)
+    counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
+    params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
+    print(
+        f"{args.arch}: {params / 1e6:.3f} M parameters, {macs / 1e6:.1f} M MACs; {len(images)} training, "
+        f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, on {device}: {folder}"
+    )
+
+    def after_epoch(epoch: int, values: dict) -> None:
+        nonlocal seconds
+        if not math.isfinite(values["loss"]):
+            fail(f"the loss is not finite in epoch {epoch}; a smaller --lr_max may help")
+        seconds += values["seconds"]
+        line = f"epoch {epoch}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}"
+        last = epoch == args.epochs
+        if args.holdout and (epoch % args.eval_every == 0 or last):
             values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
-        line = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"epoch {epoch + 1}/{args.epochs}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
-        state = {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch + 1,
-            "seconds": seconds,
-            "genotype": genotype.to_dict(),
-            "classes": train.classes,
-            "mean": list(train.mean),
-            "std": list(train.std),
-            "args": vars(args),
-        }
-        save_checkpoint(folder / "checkpoint.pt", "cifar", state)
-        log.log(epoch + 1, **values, lr=optimizer.param_groups[0]["lr"], seconds=seconds)
-    log.close()
+            line += f", held-out {values['held_out_accuracy']:.4f}"
+        print(f"{line} ({values['seconds']:.0f} s)", flush=True)
+        if epoch % args.save_every == 0 or last:
+            state = {
+                "network": network.state_dict(),
+                "network_config": {
+                    "num_classes": len(images.classes),
+                    "layers": args.layers,
+                    "channels": args.channels,
+                    "auxiliary": args.auxiliary_weight > 0,
+                },
+                "genotype": genotype.to_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch,
+                "seconds": seconds,
+                "classes": images.classes,
+                "mean": images.mean,
+                "std": images.std,
+                "training_images": len(images),
+                "args": vars(args),
+            }
+            save_checkpoint(folder / "checkpoint.pt", "cifar", state)
+        log.log(epoch, **values)
+
+    train(network, images, args, device, optimizer, start_epoch, after_epoch)
+    result = test_result(genotype.to_dict(), network, test, vars(args), args)
     if args.holdout:
-        held_out_accuracy = accuracy(network, held_out, args.eval_batch_size, args.amp)
-    test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)
-    result = {
-        **genotype.to_dict(),
-        "arch": args.arch,
-        "params": params,
-        "macs": macs,
-        "epochs": args.epochs,
-        "held_out_accuracy": held_out_accuracy,
-        "test_accuracy": test_accuracy,
-        "test_images": len(test),
-        "training_seconds": round(seconds, 1),
-    }
+        result["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+    result |= {"epochs": args.epochs, "schedule_epochs": args.schedule_epochs, "seed": args.seed, "seconds": seconds}
+    result |= {"images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
-    print(f"test error {100 * (1 - test_accuracy):.2f} % on {len(test)} images\nwrote {folder / 'result.json'}")
-    print(f"next: python train_cifar.py --evaluate {folder / 'checkpoint.pt'}  (with the same data flags)")
+    log.close()
+    print(
+        f"{describe(result)} ({len(test)} images, {args.epochs} epochs, {seconds:.0f} s of training)\n"
+        f"wrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
+        f"next: python train_cifar.py --evaluate {folder / 'checkpoint.pt'}"
+    )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from build_nas_dataset.records import read_records
 from genotypes import Genotype, read_genotypes
-from images import ImageSet, balanced_batch, load_images, split
 from metrics import tau, tau_interval
 from models.network import genotype_cost
-from train_cifar import accuracy, build_network, train_epoch
+from train_cifar import accuracy, add_training_flags, build_network, check_training_flags, load_data, train
 from utils import (
     RunLog,
     add_common_flags,
@@ -32,7 +30,6 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
-    set_seed,
     user_input,
     write_json,
 )
@@ -68,12 +65,8 @@ def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:
 def train_candidate(genotype: Genotype, known: dict, images, held_out, args: argparse.Namespace, device) -> dict:
     """Train one candidate. Returns what was known of it and what was measured."""
     started = time.monotonic()
-    set_seed(args.seed)  # initial weights; train_epoch seeds batches and augmentation
-    network = build_network(genotype.to_dict(), len(images.classes), vars(args))
-    network = network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
-    for epoch in range(args.epochs):
-        values = train_epoch(network, optimizer, images, args, epoch)
+    network = build_network(genotype, len(images.classes), args, device)
+    values = train(network, images, args, device)
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
     return {
         **known,
@@ -83,7 +76,7 @@ def train_candidate(genotype: Genotype, known: dict, images, held_out, args: arg
             "macs": macs,
             "loss": values["loss"],
             "epochs": args.epochs,
-            "schedule_epochs": max(args.schedule_epochs, args.epochs),
+            "schedule_epochs": args.schedule_epochs,
             "layers": args.layers,
             "channels": args.channels,
             "image_size": args.image_size,
@@ -134,56 +127,17 @@ def rank_correlations(results: list[dict]) -> dict[str, dict]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, number(int, 1)
+    add = parser.add_argument
     add("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset (default: %(default)s)")
     add("--num_archs", type=number(int, 0), default=50, help="candidates (0: all; default: %(default)s)")
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"])
-    add("--data", default="data", help="folder of the images (CIFAR: downloaded into it)")
-    add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
-    add("--skip_bad", action="store_true", help="leave out images that cannot be read")
-    add("--image_size", type=number(int, 8), default=32, help="pixels")
-    add("--num_images", type=number(int, 0), default=0, help="train on that many images only (0: all)")
-    add("--holdout", type=number(int, 1), default=5000, help="training images kept out, to rank the candidates on")
-    add("--epochs", type=count, default=50)
-    add(
-        "--schedule_epochs", type=number(int, 0), default=600, help="length of the schedule, where longer than --epochs"
-    )
-    add("--batch_size", type=number(int, 2), default=96)
-    add("--eval_batch_size", type=count, default=500)
-    add("--layers", type=count, default=6, help="normal cells per stack")
-    add("--channels", type=number(int, 2), default=36)
-    add("--cutout_size", type=number(int, 0), default=16, help="pixels; 0: off")
-    add("--grad_clip", type=number(float, 0, above=True), default=5.0, help="largest norm of the gradient")
-    add("--lr_max", type=number(float, 0, above=True), default=0.025)
-    add("--lr_min", type=number(float, 0), default=0.0)
-    add("--keep_prob", type=number(float, 0, 1, above=True), default=0.6, help="of the classifier's dropout")
-    add("--drop_path_keep_prob", type=number(float, 0, 1, above=True), default=0.8)
-    add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
-    add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
-    add("--amp", default="auto", choices=["auto", "off", "bf16"])
+    add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
     add("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs"))
-    if args.auxiliary_weight and not 29 <= args.image_size <= 40:
-        parser.error("argument --image_size: the auxiliary head takes 29 to 40 px; add --auxiliary_weight 0")
-    if args.lr_min > args.lr_max:
-        parser.error("argument --lr_min: expected at most --lr_max")
+    check_training_flags(parser, args)
+    if not args.holdout:
+        parser.error("argument --holdout: expected at least 1 image to rank the candidates on")
     return args
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out images; the test images are not used. Ends the script on bad input."""
-    with user_input("--data"):
-        images, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-    with user_input("--holdout"):
-        images, held_out = split(images, args.holdout, args.seed)
-    if args.num_images:
-        with user_input("--num_images"):
-            images = balanced_batch(images, args.num_images, args.seed)
-    with user_input("--batch_size"):
-        if args.batch_size > len(images):
-            raise ValueError(f"expected at most the {len(images)} training images, got {args.batch_size}")
-    return images, held_out
 
 
 def main(args: argparse.Namespace) -> None:
@@ -194,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         with user_input("--resume"):
             results = load_checkpoint(args.resume, "candidates")["results"]
-    images, held_out = load_data(args, device)
+    images, held_out, _ = load_data(args, device)
     done = {Genotype.from_dict(result).canonical() for result in results}
     todo = [(genotype, known) for genotype, known in candidates if genotype.canonical() not in done]
 
