@@ -31,20 +31,6 @@ SMALL_GAN = [
     "--eval_size",
     "12",
 ]
-SMALL_NET = [
-    "--dataset",
-    "folder",
-    "--layers",
-    "1",
-    "--channels",
-    "4",
-    "--batch_size",
-    "16",
-    "--eval_batch_size",
-    "7",
-    "--cutout_size",
-    "8",
-]
 SMALL_SUPERNET = [
     "--dataset",
     "folder",
@@ -162,31 +148,6 @@ def test_supernet_builds_a_dataset_and_resumes(images, tmp_path):
     torch.save(state, tmp_path / "b" / "checkpoint.pt")
     run("-m", "build_nas_dataset", "--resume", tmp_path / "b")
     assert read_records(tmp_path / "b" / "nasdata.jsonl") == records
-
-
-def test_training_reports_the_error_that_evaluation_finds(images, tmp_path):
-    out = run(
-        "train_cifar.py", "--arch", "NAG_FEW_PARAMS", "--data", images, *SMALL_NET, "--epochs", 2, "--holdout", 10,
-        "--output_dir", tmp_path,
-    )  # fmt: skip
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["test_images"] == 20
-    assert 0 <= result["held_out_accuracy"] <= 1
-    line = f"test error {100 * (1 - result['test_accuracy']):.2f} %"
-    assert line in out
-    evaluated = run("train_cifar.py", "--evaluate", tmp_path / "checkpoint.pt", "--dataset", "folder", "--data", images)
-    assert line in evaluated
-
-
-def test_training_resumed_equals_training_never_stopped(images, tmp_path):
-    common = ["train_cifar.py", "--arch", "NAG_FEW_PARAMS", "--data", images, *SMALL_NET]
-    run(*common, "--epochs", 2, "--output_dir", tmp_path / "whole")
-    run(*common, "--epochs", 1, "--schedule_epochs", 2, "--output_dir", tmp_path / "half")
-    state = torch.load(tmp_path / "half" / "checkpoint.pt", weights_only=True)
-    state["args"] |= {"epochs": 2, "schedule_epochs": 0}  # as if stopped after the first of two epochs
-    torch.save(state, tmp_path / "half" / "checkpoint.pt")
-    run("train_cifar.py", "--resume", tmp_path / "half")
-    assert equal(*(weights(tmp_path / name / "checkpoint.pt", "network") for name in ("whole", "half")))
 
 
 @pytest.mark.parametrize(
