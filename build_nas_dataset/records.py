@@ -56,7 +56,7 @@ def read_header(path: str | Path) -> dict:
     """The header of a NAS dataset; {} for a file of the reference. Raises ValueError when it is neither."""
     if zipfile.is_zipfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         header = _parse_line(path, 1, file.readline())
     if header.get("format") != FORMAT:
         raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
@@ -76,7 +76,7 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
     if zipfile.is_zipfile(path):
         return _read_reference(path)
     read_header(path)
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         lines = enumerate(file, 1)
         next(lines)
         records = [_parse_record(path, number, line, space) for number, line in lines if line.strip()]
@@ -99,8 +99,8 @@ def _parse_line(path: Path, number: int, line: str) -> dict:
 def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Record:
     data = _parse_line(path, number, line)
     try:
-        genotype = Genotype.from_dict(data, space)
-        if not genotype.is_valid:
+        genotype = Genotype.from_dict(data, space).prune()
+        if genotype is None:
             raise ValueError("a cell has no path from an input to the output")
         accuracy = data.get("accuracy")
         if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
