@@ -417,13 +417,17 @@ def split(images: ImageSet, holdout: int, seed: int) -> tuple[ImageSet, ImageSet
     return images.subset(rest), images.subset(held_out)
 
 
+def num_balanced(images: ImageSet) -> int:
+    """How many images can be taken, the same number of each class."""
+    return len(images.classes) * int(images.labels.bincount(minlength=len(images.classes)).min())
+
+
 def balanced_batch(images: ImageSet, n: int, seed: int, offset: int = 0) -> ImageSet:
     """n images, the same number of each class (or one more), fixed by seed: to score networks on the same images.
 
     offset: 0, 1, 2, ... name disjoint batches.
     """
-    counts = images.labels.bincount(minlength=len(images.classes))
-    most = len(images.classes) * int(counts.min())  # beyond that the order is no longer balanced
+    most = num_balanced(images)
     if n < 1 or offset < 0 or (offset + 1) * n > most:
         raise ValueError(f"no batch number {offset} of {n} class-balanced images: there are {most} such images in all")
     return images.subset(_balanced_order(images, seed)[offset * n : (offset + 1) * n])
