@@ -13,6 +13,8 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 
 import argparse
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -30,6 +32,7 @@ from utils import (
     autocast,
     cosine,
     derive_seed,
+    fail,
     load_checkpoint,
     number,
     output_folder,
@@ -85,27 +88,29 @@ def score(supernet: Supernet, genotype: Genotype, batches: list[tuple], amp: str
     return correct / sum(len(labels) for _, labels in batches)
 
 
-def scoring_batches(held_out: ImageSet, num_images: int, batch_size: int, seed: int, scoring: int = 0) -> list[tuple]:
+def scoring_batches(held_out: ImageSet, args: argparse.Namespace, scoring: int = 0) -> list[tuple]:
     """Class-balanced batches of held-out images, normalised, on the device: the same for every genotype.
 
     scoring: 0, 1, 2, ... take disjoint images, and begin anew when the held-out images are used up.
     Raises ValueError when there are too few held-out images for one scoring.
     """
-    images = balanced_batch(held_out, num_images, seed, scoring % max(1, num_balanced(held_out) // num_images))
+    disjoint = max(1, num_balanced(held_out) // args.score_images)
+    images = balanced_batch(held_out, args.score_images, args.seed, scoring % disjoint)
     x = normalize(images.images, images.mean, images.std)
-    return list(zip(x.split(batch_size), images.labels.split(batch_size), strict=True))
+    return list(zip(x.split(args.score_batch_size), images.labels.split(args.score_batch_size), strict=True))
 
 
-def score_pool(supernet, pool, batches, scores: torch.Tensor, amp: str, save) -> None:
-    """Fill `scores` (P,) where it is NaN; `save()` is called every minute."""
+def score_pool(supernet, pool, batches, scores: torch.Tensor, args, save) -> torch.Tensor:
+    """Fill `scores` (P,) where it is NaN, and return it; `save()` is called every minute."""
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
     for i in progress_bar(todo, desc="scoring"):
-        results[i] = score(supernet, pool[i], batches, amp)
+        results[i] = score(supernet, pool[i], batches, args.score_amp)
         if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
             scores[list(results)] = torch.stack(list(results.values())).cpu()
             save()
             saved, results = time.monotonic(), {}
+    return scores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -132,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop_path_keep_prob", type=number(float, 0, 1, above=True), default=0.9)
     add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
     add("--cutout_size", type=number(int, 0), default=16, help="pixels; 0: off")
-    add("--scorings", type=number(int, 1), default=10, help="epochs at the end after which the pool is scored, on other images each time")
+    add("--scorings", type=number(int, 1), default=10, help="last epochs, each with a scoring on other images")
     add("--score_images", type=number(int, 2), default=500, help="held-out images a genotype is scored on")
     add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
     add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
@@ -151,98 +156,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    device = prepare(args)
+def load_images_and_pool(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, list[Genotype]]:
+    """Training images, held-out images and the pool. Ends the script when the flags ask for more than there is."""
     with user_input("--data"):
         train, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
     with user_input("--holdout"):
         train, held_out = split(train, args.holdout, args.seed)
-        scoring_batches(held_out, args.score_images, args.score_batch_size, args.seed)  # are there enough?
+        scoring_batches(held_out, args)  # are there enough?
     if args.num_images:
         with user_input("--num_images"):
             train = balanced_batch(train, args.num_images, args.seed)
     if args.batch_size > len(train):
-        with user_input("--batch_size"):
-            raise ValueError(f"expected at most the {len(train)} training images, got {args.batch_size}")
+        fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
     with user_input("--pool_size"):
-        pool = random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
+        return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 
-    set_seed(args.seed)
-    supernet = Supernet(
-        len(train.classes),
-        args.layers,
-        args.channels,
-        args.max_step,
-        args.keep_prob,
-        args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    ).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(supernet.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
-    scores = torch.full((args.scorings, len(pool)), float("nan"))
-    start_epoch, seconds = 0, {"training": 0.0, "scoring": 0.0}
-    if args.resume:
-        state = load_checkpoint(args.resume, "supernet")
-        supernet.load_state_dict(state["supernet"])
-        optimizer.load_state_dict(state["optimizer"])
-        scores, start_epoch, seconds = state["scores"], state["epoch"], state["seconds"]
 
-    folder = output_folder(args)
-    log = RunLog(folder, args, device, start_epoch if args.resume else None)
-    print(f"{len(pool)} genotypes, {len(train)} training and {args.score_images} scoring images, on {device}: {folder}")
-
-    def save() -> None:
-        save_checkpoint(
-            folder / "checkpoint.pt",
-            "supernet",
-            {
-                "supernet": supernet.state_dict(),
-                "supernet_config": supernet.config,
-                "optimizer": optimizer.state_dict(),
-                "epoch": epochs_done,
-                "scores": scores,
-                "seconds": seconds,
-                "classes": train.classes,
-                "args": vars(args),
-            },
-        )
-
-    epochs_done = start_epoch
-    for epoch in range(max(start_epoch - 1, 0), args.epochs):
-        started = time.monotonic()
-        if epoch >= start_epoch:
-            values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
-            seconds["training"] += time.monotonic() - started
-            epochs_done = epoch + 1
-            save()
-            log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
-            print(
-                f"epoch {epochs_done}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.3f}"
-            )
-        scoring = epoch - (args.epochs - args.scorings)
-        if scoring >= 0 and scores[scoring].isnan().any():
-            started = time.monotonic()
-            batches = scoring_batches(held_out, args.score_images, args.score_batch_size, args.seed, scoring)
-            score_pool(supernet, pool, batches, scores[scoring], args.score_amp, save)
-            seconds["scoring"] += time.monotonic() - started
-            row, before = scores[scoring], scores[scoring - 1] if scoring else None
-            stability = {} if before is None else {"tau_to_previous": tau(before, row)}
-            log.log(epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
-            print(
-                f"scoring {scoring + 1}/{args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
-                f" ({row.min():.4f} to {row.max():.4f})"
-                + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values())
-            )
-            save()
-
+def write_dataset(path: Path, pool: list[Genotype], scores: torch.Tensor, args, train: ImageSet, seconds: dict) -> dict:
+    """Write the NAS dataset from scores (scorings, P). Returns the summary that its header holds."""
     accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
-    records = [
-        Record(i, genotype, round(accuracies[i].item(), 6), *cost)
-        for i, (genotype, cost) in enumerate(zip(pool, costs, strict=True))
-    ]
     summary = {
         "accuracy_mean": accuracies.mean().item(),
         "accuracy_std": accuracies.std().item(),
-        "repeatability_tau": [tau(a, b) for a, b in zip(scores[:-1], scores[1:], strict=True)],
+        "repeatability_tau": [tau(a, b) for a, b in pairwise(scores)],
         "tau_with_params": tau(accuracies, [params for params, _ in costs]),
     }
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "cache_dir", "output_dir", "resume", "device")}
@@ -256,8 +192,80 @@ def main(args: argparse.Namespace) -> None:
         "versions": versions(),
         "stand_alone": {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10},
     }
-    write_records(folder / "nasdata.jsonl", records, header)
-    log.log(args.epochs, **{k: v for k, v in summary.items() if isinstance(v, float)})
+    records = [
+        Record(i, genotype, round(accuracies[i].item(), 6), *cost)
+        for i, (genotype, cost) in enumerate(zip(pool, costs, strict=True))
+    ]
+    write_records(path, records, header)
+    return summary
+
+
+def main(args: argparse.Namespace) -> None:
+    device = prepare(args)
+    train, held_out, pool = load_images_and_pool(args, device)
+    set_seed(args.seed)
+    supernet = Supernet(
+        len(train.classes),
+        args.layers,
+        args.channels,
+        args.max_step,
+        args.keep_prob,
+        args.drop_path_keep_prob,
+        auxiliary=args.auxiliary_weight > 0,
+    ).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(supernet.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
+    scores = torch.full((args.scorings, len(pool)), float("nan"))
+    epochs_done, seconds = 0, {"training": 0.0, "scoring": 0.0}
+    if args.resume:
+        state = load_checkpoint(args.resume, "supernet")
+        supernet.load_state_dict(state["supernet"])
+        optimizer.load_state_dict(state["optimizer"])
+        scores, epochs_done, seconds = state["scores"], state["epoch"], state["seconds"]
+
+    folder = output_folder(args)
+    log = RunLog(folder, args, device, epochs_done if args.resume else None)
+    print(f"{len(pool)} genotypes, {len(train)} training and {args.score_images} scoring images, on {device}: {folder}")
+
+    def save() -> None:
+        state = {
+            "supernet": supernet.state_dict(),
+            "supernet_config": supernet.config,
+            "optimizer": optimizer.state_dict(),
+            "epoch": epochs_done,
+            "scores": scores,
+            "seconds": seconds,
+            "classes": train.classes,
+            "args": vars(args),
+        }
+        save_checkpoint(folder / "checkpoint.pt", "supernet", state)
+
+    first_epoch = epochs_done
+    for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
+        started = time.monotonic()
+        if epoch >= first_epoch:
+            values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
+            seconds["training"] += time.monotonic() - started
+            epochs_done = epoch + 1
+            save()
+            log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
+            line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+            print(f"epoch {epochs_done}/{args.epochs}: {line}", flush=True)
+        scoring = epoch - (args.epochs - args.scorings)
+        if scoring >= 0 and scores[scoring].isnan().any():
+            started = time.monotonic()
+            row = score_pool(supernet, pool, scoring_batches(held_out, args, scoring), scores[scoring], args, save)
+            seconds["scoring"] += time.monotonic() - started
+            stability = {"tau_to_previous": tau(scores[scoring - 1], row)} if scoring else {}
+            log.log(epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
+            print(
+                f"scoring {scoring + 1}/{args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
+                f" ({row.min():.4f} to {row.max():.4f})"
+                + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values()),
+                flush=True,
+            )
+            save()
+
+    summary = write_dataset(folder / "nasdata.jsonl", pool, scores, args, train, seconds)
     log.close()
     print(
         f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
