@@ -1,12 +1,22 @@
-"""Train the generator against the discriminator on a NAS dataset, conditioned on accuracy classes.
+"""Train the generator on a NAS dataset, conditioned on classes of accuracy (gan_multiobj.py: and of #params).
 
     python gan.py                                          # data/nasdata.jsonl, as published
+    python gan.py --recipe robust                          # cells that obey their labels; explicit flags win
     python gan.py --n_epochs 20 --device cpu
     python gan.py --nasbench_data runs/build_nas_dataset-.../nasdata.jsonl
     python gan.py --resume runs/gan-...                    # go on after a stop; --n_epochs may be raised
 
 Writes checkpoint.pt (what generate_archs.py reads), metrics.jsonl, TensorBoard events, config.json and
 samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and defaults of its section 4.1.
+
+The recipe "paper" trains the generator against the discriminator alone. The recipe "robust" adds to that
+  --likelihood_weight  the log-likelihood of the NAS dataset's cells, decision by decision (teacher forcing): an anchor
+                       that keeps the generated cells varied and like the real ones;
+  --control_weight     a predictor of the objectives, trained first and then frozen, that pulls generated cells into the
+                       class asked for;
+  --temperature 1      decisions that are drawn, not rounded; --straight_through: the judges see them as 0/1;
+  --chain_cells        a reduction cell that is grown in view of the normal cell;
+  --edges_in_turn      edges that are decided one after the other, each in view of those before.
 """
 
 import argparse
@@ -14,18 +24,22 @@ import time
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
 from genotypes import NAG_SPACE, Genotype
-from metrics import cell_statistics, generation_metrics
+from metrics import cell_statistics, generation_metrics, tau
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
+from models.network import genotype_cost
+from models.predictor import Predictor
 from utils import (
     RunLog,
     add_common_flags,
+    cosine,
     derive_seed,
     load_checkpoint,
     number,
@@ -34,14 +48,43 @@ from utils import (
     prepare,
     progress_bar,
     save_checkpoint,
+    set_lr,
     set_seed,
     user_input,
     write_json,
 )
 
+# Objective -> the flags for its number of classes and the width of its label embedding.
+OBJECTIVES = {
+    "accuracy": ("n_perf_classes", "cls_perf_embedding_size"),
+    "params": ("n_params_classes", "cls_params_embedding_size"),
+    "macs": ("n_macs_classes", "cls_macs_embedding_size"),
+}
+
+ROBUST = {
+    "likelihood_weight": 1.0,
+    "adversarial_weight": 0.0,
+    "control_weight": 3.0,
+    "warmup_epochs": 10,
+    "temperature": 1.0,
+    "straight_through": True,
+    "chain_cells": True,
+    "edges_in_turn": True,
+    "g_dropout": 0.0,
+    "d_gnn_dropout": 0.1,
+    "d_mlp_dropout": 0.1,
+    "lr": 1e-3,
+    "lr_schedule": "cosine",
+    "clip_value": 1.0,
+    "n_epochs": 30,
+}
+
+HELD_OUT = 0.1  # share of the NAS dataset that the predictor is measured on
+PREDICTOR_EPOCHS = 40
+
 
 class TrainingData:
-    """The NAS dataset as tensors on the device: one CellBatch per cell of the space, and the labels.
+    """The NAS dataset as tensors on the device: one CellBatch per cell of the space, and of each objective the labels.
 
     objectives: what later stages need of each objective, plain data that travels with the checkpoint.
     """
@@ -52,15 +95,17 @@ class TrainingData:
             CellBatch.encode([genotype[name] for genotype in genotypes], max_vertices).to(device)
             for name in NAG_SPACE.cells
         )
-        self.objectives, columns = [], []
+        self.objectives, columns, quantiles = [], [], []
         for name, num_classes in objectives.items():
             values = [getattr(record, name) for record in records]
             boundaries = class_boundaries(values, num_classes)
             columns.append([class_of(value, boundaries) for value in values])
+            quantiles.append((rankdata(values) - 0.5) / len(values))
             self.objectives.append(
                 {"name": name, "boundaries": boundaries, "minimum": min(values), "maximum": max(values)}
             )
         self.labels = torch.tensor(columns, device=device).T.contiguous()  # (N, K)
+        self.quantiles = torch.tensor(np.stack(quantiles, 1), dtype=torch.float32, device=device)  # (N, K) in 0..1
         self.num_classes = tuple(objectives.values())
 
     def __len__(self) -> int:
@@ -73,6 +118,31 @@ class TrainingData:
         return torch.stack(columns, dim=1)
 
 
+def train_predictor(data: TrainingData, batch_size: int, seed: int) -> tuple[Predictor, list[float]]:
+    """A frozen predictor of the objectives' quantiles, and its Kendall tau on held-out records, for each objective."""
+    device = data.labels.device
+    set_seed(derive_seed(seed, 2))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
+    held_out, train = order.split([num := max(2, int(HELD_OUT * len(data))), len(data) - num])
+    batch_size = min(batch_size, len(train))
+    predictor = Predictor(len(data.num_classes)).to(device)
+    steps = PREDICTOR_EPOCHS * (len(train) // batch_size)
+    optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for _ in progress_bar(range(PREDICTOR_EPOCHS), desc="predictor"):
+        shuffled = train[torch.randperm(len(train), device=device)]
+        for index in shuffled[: len(train) // batch_size * batch_size].split(batch_size):
+            loss = F.mse_loss(predictor(tuple(cells[index] for cells in data.cells)), data.quantiles[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    predictor.requires_grad_(False)
+    predicted = predictor(tuple(cells[held_out] for cells in data.cells)).cpu()
+    truth = data.quantiles[held_out].cpu()
+    return predictor, [tau(predicted[:, k], truth[:, k]) for k in range(len(data.num_classes))]
+
+
 def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares, 1 for real and 0 for generated, mean of both. Returns loss, mean scores of real and generated."""
     real_scores, fake_scores = discriminator(real, real_labels), discriminator(fake, fake_labels)
@@ -80,42 +150,90 @@ def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> t
     return loss, real_scores.mean(), fake_scores.mean()
 
 
-def train_epoch(generator, discriminator, optimizers, data: TrainingData, args, epoch: int) -> dict[str, float]:
+def log_likelihood(soft: tuple[CellBatch, ...], given: tuple[CellBatch, ...]) -> Tensor:
+    """Of given cells (B,) in nats, from the probabilities `soft` that the generator returned when following them."""
+    total = 0.0
+    for probability, cells in zip(soft, given, strict=True):  # absent vertices and impossible edges are 0 in both
+        tokens = (probability.ops.clamp_min(1e-12).log() * cells.ops).sum((1, 2))
+        edges = -F.binary_cross_entropy(probability.adj, cells.adj, reduction="none").sum((1, 2))
+        total = total + tokens + edges
+    return total
+
+
+def obedience(cells: tuple[CellBatch, ...], labels: Tensor, objectives: list[dict], predictor: Predictor) -> Tensor:
+    """How many of the K labels asked for each of B generated genotypes has (B,); -1 where it is not valid."""
+    genotypes = [Genotype(*specs).prune() for specs in zip(*(batch.decode() for batch in cells), strict=True)]
+    rewards = torch.full((len(labels),), -1.0)
+    valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
+    if valid:
+        obtained = obtained_classes([genotypes[i] for i in valid], objectives, predictor)
+        hits = obtained == labels.cpu().numpy()[valid]
+        rewards[valid] = torch.from_numpy(hits.sum(1)).float()
+    return rewards.to(labels.device)
+
+
+def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingData, args, epoch: int) -> dict:
     """One pass over the NAS dataset. Returns the means of losses and scores."""
     device = data.labels.device
     set_seed(derive_seed(args.seed, epoch))  # dropout
-    noise = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
+    noise_source = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(data) // args.batch_size  # an incomplete last batch is dropped
-    order = torch.randperm(len(data), generator=noise, device=device)[: steps * args.batch_size]
-    totals = torch.zeros(4, device=device)
+    order = torch.randperm(len(data), generator=noise_source, device=device)[: steps * args.batch_size]
+    judged = epoch >= args.warmup_epochs
+    adversarial, control = judged and args.adversarial_weight > 0, judged and args.control_weight > 0
+    history: dict[str, list[Tensor]] = {}
     generator.train()
     discriminator.train()
 
-    def draw() -> tuple[Tensor, Tensor]:
-        z = torch.randn(args.batch_size, args.latent_dim, generator=noise, device=device)
-        return z, data.random_labels(args.batch_size, noise)
+    def generate() -> tuple[tuple[CellBatch, ...], Tensor]:
+        z, noise = generator.draw_noise(args.batch_size, noise_source)
+        labels = data.random_labels(args.batch_size, noise_source)
+        cells = generator(z, labels, noise)
+        return tuple(batch.straight_through() for batch in cells) if args.straight_through else cells, labels
 
-    def generate(z: Tensor, labels: Tensor) -> tuple[CellBatch, ...]:
-        cells = generator(z, labels)
-        return tuple(batch.straight_through() for batch in cells) if args.straight_through else cells
+    def record(**values: Tensor) -> None:
+        for name, value in values.items():
+            history.setdefault(name, []).append(value.detach())
 
     for step, index in enumerate(progress_bar(order.split(args.batch_size), desc=f"epoch {epoch + 1}")):
-        z, labels = draw()
-        with torch.no_grad():
-            fake = generate(z, labels)
-        real = tuple(cells[index] for cells in data.cells)
-        d_loss, real_score, fake_score = discriminator_loss(discriminator, real, data.labels[index], fake, labels)
-        update(optimizers["discriminator"], d_loss, args.clip_value)
+        done = epoch * steps + step
+        if args.lr_schedule == "cosine":
+            for optimizer in optimizers.values():
+                set_lr(optimizer, cosine(done, args.n_epochs * steps, args.lr))
+        real, real_labels = tuple(cells[index] for cells in data.cells), data.labels[index]
+        if adversarial:
+            with torch.no_grad():
+                fake, labels = generate()
+            d_loss, real_score, fake_score = discriminator_loss(discriminator, real, real_labels, fake, labels)
+            update(optimizers["discriminator"], d_loss, args.clip_value)
+            record(d_loss=d_loss, real_score=real_score, fake_score=fake_score)
 
-        if (epoch * steps + step + 1) % args.n_critic == 0:
-            z, labels = draw()
-            discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
-            g_loss = F.mse_loss(discriminator(generate(z, labels), labels), torch.ones(len(z), 1, device=device))
-            update(optimizers["generator"], g_loss, args.clip_value)
-            discriminator.requires_grad_(True)
-        totals += torch.stack([d_loss, g_loss, real_score, fake_score]).detach()
-    means = (totals / steps).tolist()
-    return dict(zip(("d_loss", "g_loss", "real_score", "fake_score"), means, strict=True))
+        if (done + 1) % args.n_critic == 0:
+            loss = torch.zeros((), device=device)
+            if adversarial:
+                fake, labels = generate()
+                discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
+                scores = discriminator(fake, labels)
+                discriminator.requires_grad_(True)
+                g_loss = F.mse_loss(scores, torch.ones_like(scores))
+                loss = loss + args.adversarial_weight * g_loss
+                record(g_loss=g_loss)
+            if args.likelihood_weight:
+                z, _ = generator.draw_noise(args.batch_size, noise_source)
+                likelihood = log_likelihood(generator(z, real_labels, follow=real), real).mean()
+                loss = loss - args.likelihood_weight * likelihood
+                record(nll=-likelihood)
+            if control:  # policy gradient: what was drawn becomes likelier as far as it obeys better than the others
+                with torch.no_grad():
+                    z, noise = generator.draw_noise(args.batch_size, noise_source)
+                    labels = data.random_labels(args.batch_size, noise_source)
+                    drawn = tuple(batch.straight_through() for batch in generator(z, labels, noise))
+                    reward = obedience(drawn, labels, data.objectives, predictor)
+                likelihood = log_likelihood(generator(z, labels, follow=drawn), drawn)
+                loss = loss - args.control_weight * ((reward - reward.mean()) * likelihood).mean()
+                record(obeys=reward.mean())
+            update(optimizers["generator"], loss, args.clip_value)
+    return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip_value: float) -> None:
@@ -126,16 +244,41 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip_value: float) ->
     optimizer.step()
 
 
-def evaluate(generator: Generator, n: int, seed: int, known: set[Genotype]) -> tuple[dict, list[dict]]:
-    """Metrics of n genotypes spread over all label combinations, and the valid ones with their labels."""
-    combinations = list(np.ndindex(*generator.config["num_classes"]))
-    drawn, valid = [], []
+def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known) -> tuple[dict, list[dict]]:
+    """Metrics of n genotypes spread over all label combinations, and the valid ones with their labels.
+
+    Among them, for each objective, how often the class obtained is the class asked for: by exact counts, but for
+    accuracy by the predictor.
+    """
+    combinations = list(np.ndindex(*data.num_classes))
+    drawn, valid, asked = [], [], []
     for i, labels in enumerate(combinations):
         genotypes = generator.sample(labels, -(-n // len(combinations)), derive_seed(seed, i))
         drawn += genotypes
-        valid += [(genotype, labels) for genotype in genotypes if genotype is not None]
-    values = generation_metrics(drawn, known) | cell_statistics(genotype for genotype, _ in valid)
-    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in valid]
+        valid += [genotype for genotype in genotypes if genotype is not None]
+        asked += [labels] * (len(valid) - len(asked))
+    values = generation_metrics(drawn, known) | cell_statistics(valid)
+    if valid:
+        obtained = obtained_classes(valid, data.objectives, predictor)
+        hits = obtained == np.array(asked)  # (valid, K)
+        values |= {f"obeys_{o['name']}": hits[:, k].mean().item() for k, o in enumerate(data.objectives)}
+    samples = zip(valid, asked, strict=True)
+    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in samples]
+
+
+def obtained_classes(genotypes: list[Genotype], objectives: list[dict], predictor: Predictor) -> np.ndarray:
+    """The classes that pruned genotypes are in (n, K): by exact counts, for accuracy by the predictor."""
+    costs = np.array([genotype_cost(genotype) for genotype in genotypes])
+    predicted = predictor.quantiles(genotypes)
+    columns = []
+    for k, objective in enumerate(objectives):
+        if objective["name"] == "accuracy":
+            count = len(objective["boundaries"]) + 1
+            columns.append((predicted[:, k] * count).clip(0, count - 1).astype(int))
+        else:
+            values = costs[:, ("params", "macs").index(objective["name"])]
+            columns.append(np.array([class_of(value, objective["boundaries"]) for value in values]))
+    return np.stack(columns, axis=1)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -161,10 +304,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--d_gnn_dropout", type=share, default=0.5)
     add("--d_mlp_dropout", type=share, default=0.5)
     add("--n_critic", type=size, default=1, help="discriminator steps for each generator step")
-    add("--n_perf_classes", type=number(int, 2), default=3, help="accuracy classes")
-    add("--cls_perf_embedding_size", type=size, default=10)
-    # Not in the paper, where the discriminator can tell real from generated cells by their being 0/1.
-    add("--straight_through", action="store_true", help="show the discriminator the hard decisions, not probabilities")
+    add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
+    for name, (classes, embedding) in OBJECTIVES.items():
+        add(f"--{classes}", type=number(int, 2), default=3, help=f"{name} classes")
+        add(f"--{embedding}", type=size, default=10, help="of the label's embedding")
+    # Not in the paper, see the top of this file.
+    switch, weight = argparse.BooleanOptionalAction, number(float, 0)
+    add("--recipe", choices=["paper", "robust"], default="paper", help="sets the defaults of the flags below, and more")
+    add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
+    add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
+    add("--control_weight", type=weight, default=0.0, help="of the predicted distance to the class asked for")
+    add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood only")
+    add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")
+    add("--straight_through", action=switch, default=False, help="show the judges hard decisions, not probabilities")
+    add("--chain_cells", action=switch, default=False, help="grow the reduction cell in view of the normal cell")
+    add("--edges_in_turn", action=switch, default=False, help="decide every edge in view of those decided before it")
+    add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0 at --n_epochs")
     add("--clip_value", type=number(float, 0), default=0.01, help="largest norm of a gradient; 0: not clipped")
     add("--eval_every", type=size, default=5, help="epochs between evaluations of generated cells")
     add("--eval_size", type=size, default=300, help="genotypes drawn in an evaluation")
@@ -172,10 +327,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_common_flags(parser)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def objectives_list(text: str) -> tuple[str, ...]:
+    """An argparse type: "accuracy,params" -> ("accuracy", "params")."""
+    names = tuple(text.split(","))
+    if not set(names) <= set(OBJECTIVES) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(OBJECTIVES)}, each once, got {text!r}")
+    return names
+
+
+def parse_args(argv: list[str] | None = None, description: str = __doc__, **defaults) -> argparse.Namespace:
+    """defaults: of flags where another script wants others (gan_multiobj.py)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    return parse_resumable(parser, argv, "gan", may_change=("nasbench_data", "n_epochs", "eval_every", "eval_size"))
+    parser.set_defaults(**defaults)
+    if parser.parse_args(argv).recipe == "robust":
+        parser.set_defaults(**ROBUST)
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size")
+    args = parse_resumable(parser, argv, "gan", may_change)
+    if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
+        parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
+    return args
 
 
 def read_training_data(args: argparse.Namespace, objectives: dict[str, int]) -> list[Record]:
@@ -191,7 +362,8 @@ def read_training_data(args: argparse.Namespace, objectives: dict[str, int]) -> 
     return records
 
 
-def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...], label_sizes: tuple[int, ...]):
+def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...]) -> tuple[Generator, Discriminator]:
+    label_sizes = tuple(getattr(args, OBJECTIVES[name][1]) for name in args.objectives)
     labels = {"num_classes": num_classes, "label_sizes": label_sizes}
     generator = Generator(
         args.latent_dim,
@@ -201,6 +373,9 @@ def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...], label
         args.g_dropout,
         args.g_aggr,
         max_vertices=args.max_step,
+        chain_cells=args.chain_cells,
+        edges_in_turn=args.edges_in_turn,
+        temperature=args.temperature,
         **labels,
     )
     discriminator = Discriminator(
@@ -217,15 +392,14 @@ def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...], label
 
 
 def main(args: argparse.Namespace) -> None:
-    objectives = {"accuracy": args.n_perf_classes}
+    objectives = {name: getattr(args, OBJECTIVES[name][0]) for name in args.objectives}
     device = prepare(args)
     records = read_training_data(args, objectives)
     data = TrainingData(records, objectives, args.max_step, device)
     known = {record.genotype.canonical() for record in records}
     real = cell_statistics(record.genotype for record in records)
 
-    networks = build_networks(args, data.num_classes, (args.cls_perf_embedding_size,))
-    generator, discriminator = (network.to(device) for network in networks)
+    generator, discriminator = (network.to(device) for network in build_networks(args, data.num_classes))
     optimizers = {
         name: torch.optim.Adam(network.parameters(), args.lr, (args.b1, args.b2), fused=device.type == "cuda")
         for name, network in (("generator", generator), ("discriminator", discriminator))
@@ -238,19 +412,25 @@ def main(args: argparse.Namespace) -> None:
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         start_epoch = state["epoch"]
+        predictor = Predictor.from_checkpoint(args.resume, device)
+        predictor_tau = state["predictor_tau"]
+    else:
+        predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
 
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")
+    taus = ", ".join(f"{name} {value:.3f}" for name, value in zip(objectives, predictor_tau, strict=True))
+    print(f"predictor, Kendall tau on held-out records: {taus}")
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
         started = time.monotonic()
-        values = train_epoch(generator, discriminator, optimizers, data, args, epoch - 1)
+        values = train_epoch(generator, discriminator, predictor, optimizers, data, args, epoch - 1)
         seconds = time.monotonic() - started
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)", flush=True)
         if epoch % args.eval_every == 0 or epoch == args.n_epochs:
-            quality, samples = evaluate(generator, args.eval_size, args.seed, known)
+            quality, samples = evaluate(generator, predictor, data, args.eval_size, args.seed, known)
             write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
             values |= quality
             print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()), flush=True)
@@ -259,6 +439,9 @@ def main(args: argparse.Namespace) -> None:
             "generator_config": generator.config,
             "discriminator": discriminator.state_dict(),
             "discriminator_config": discriminator.config,
+            "predictor": predictor.state_dict(),
+            "predictor_config": predictor.config,
+            "predictor_tau": predictor_tau,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "epoch": epoch,
             "objectives": data.objectives,

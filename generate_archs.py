@@ -1,23 +1,27 @@
-"""Write cells with a trained generator: for every accuracy class, or for the one that is wanted.
+"""Write cells with a trained generator: for every class, or for the accuracy, #params and MACs that are wanted.
 
     python generate_archs.py --checkpoint runs/gan-.../checkpoint.pt
     python generate_archs.py --checkpoint runs/gan-... --perf_label 2 --num_archs 50
     python generate_archs.py --checkpoint runs/gan-... --target_acc 0.31     # on the NAS dataset's own scale
-    python generate_archs.py --checkpoint runs/gan-... --target_quantile 0.9
+    python generate_archs.py --checkpoint runs/gan-... --target_quantile 0.9 --max_params 3.0M --top 20
 
-Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs.
+Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs,
+and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects.
+With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.
 """
 
 import argparse
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 from build_nas_dataset.records import class_of, read_records
-from genotypes import Genotype
+from genotypes import NAG_SPACE, CellSpec, Genotype
 from metrics import generation_metrics
 from models.generator import Generator
 from models.network import genotype_cost
+from models.predictor import Predictor
 from utils import (
     add_common_flags,
     derive_seed,
@@ -26,29 +30,109 @@ from utils import (
     number,
     output_folder,
     prepare,
+    progress_bar,
     user_input,
     write_json,
 )
 
+LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
+
+
+def wanted_labels(args: argparse.Namespace, objectives: list[dict]) -> list[tuple[int, ...]]:
+    """The combinations of classes to draw cells for. Ends the script when the GAN was not trained on what is asked."""
+    names = [objective["name"] for objective in objectives]
+    for name, flag in LABEL_FLAGS.items():
+        if getattr(args, flag) is not None and name not in names:
+            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
+    for flag in ("target_acc", "target_quantile"):
+        if getattr(args, flag) is not None and "accuracy" not in names:
+            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
+    return list(product(*(wanted_classes(args, objective) for objective in objectives)))
+
 
 def wanted_classes(args: argparse.Namespace, objective: dict) -> list[int]:
-    """The accuracy classes to draw cells for. Ends the script when a target is outside of what the GAN has seen."""
+    """The classes of one objective to draw cells for."""
     boundaries, low, high = objective["boundaries"], objective["minimum"], objective["maximum"]
-    highest = len(boundaries)
-    if args.perf_label is not None:
-        if args.perf_label > highest:
-            fail(f"--perf_label: expected 0 (lowest accuracy) to {highest} (highest), got {args.perf_label}")
-        return [args.perf_label]
-    if args.target_acc is not None:
+    highest, flag = len(boundaries), LABEL_FLAGS[objective["name"]]
+    label = getattr(args, flag)
+    if label is not None:
+        if label > highest:
+            fail(f"--{flag}: expected 0 (lowest {objective['name']}) to {highest} (highest), got {label}")
+        return [label]
+    if objective["name"] == "accuracy" and args.target_acc is not None:
         if not low <= args.target_acc <= high:
             fail(
                 f"--target_acc: expected {low:.4f} to {high:.4f}, the accuracies of the NAS dataset that the GAN was "
                 f"trained on (by a supernet, below those of trained networks), got {args.target_acc:g}"
             )
         return [class_of(args.target_acc, boundaries)]
-    if args.target_quantile is not None:
+    if objective["name"] == "accuracy" and args.target_quantile is not None:
         return [min(int(args.target_quantile * (highest + 1)), highest)]
     return list(range(highest + 1))
+
+
+class Limits:
+    """Hard limits on exact counts. Ends the script when no cell of the space can keep them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.network = (args.num_classes, args.layers, args.channels)
+        self.bounds = {
+            "params": (args.min_params or 0, args.max_params or float("inf")),
+            "macs": (args.min_macs or 0, args.max_macs or float("inf")),
+        }
+        self.given = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
+        if self.given:
+            self._check_reachable()
+
+    def _check_reachable(self) -> None:
+        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes()]
+        for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
+            low, high = self.bounds[name]
+            reach = f"this space has {si(min(costs))} to {si(max(costs))} at --layers {self.network[1]}"
+            if low > high:
+                fail(f"--min_{name}: expected at most --max_{name} {si(high)}, got {si(low)}; {reach}")
+            if high < min(costs):
+                fail(f"--max_{name}: no cell is that small: {reach} --channels {self.network[2]}")
+            if low > max(costs):
+                fail(f"--min_{name}: no cell is that large: {reach} --channels {self.network[2]}")
+
+    def keep(self, genotype: Genotype) -> bool:
+        counts = genotype_cost(genotype, *self.network)
+        return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
+
+
+def extreme_genotypes() -> list[Genotype]:
+    """Genotypes among which are those of least and most #params and MACs: tiny ones, and the full one."""
+    space, cells = NAG_SPACE, []
+    size = space.num_inputs + 2
+    free = [(i, j) for i in range(size - 1) for j in range(max(i + 1, space.num_inputs), size)]
+    for op in ("maxpool3x3", "identity"):
+        for chosen in product((0, 1), repeat=len(free)):
+            matrix = [[0] * size for _ in range(size)]
+            for (i, j), edge in zip(free, chosen, strict=True):
+                matrix[i][j] = edge
+            cells.append(CellSpec(matrix, [*space.inputs, op, space.output]).prune())
+    cells = list({cell.canonical(): cell for cell in cells if cell is not None}.values())
+    size = space.max_vertices
+    matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
+    full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
+    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [Genotype(*[full] * 2)]
+
+
+def count(text: str) -> int:
+    """An argparse type: 3000000, 3.0M, 600M or 1.2G."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        value = float(digits) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[unit]
+        if not 0 < value < 1e15:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"expected a number above 0 like 3000000 or 3.0M, got {text!r}") from None
+    return round(value)
+
+
+def si(value: float) -> str:
+    return f"{value / 1e6:.3f}M"
 
 
 def known_genotypes(args: argparse.Namespace, checkpoint: dict) -> set[Genotype] | None:
@@ -61,52 +145,102 @@ def known_genotypes(args: argparse.Namespace, checkpoint: dict) -> set[Genotype]
         return {record.genotype.canonical() for record in read_records(path)}
 
 
-def merge(genotypes: list[Genotype | None], label: int, known: set[Genotype] | None, args) -> list[dict]:
-    """One entry for each distinct valid genotype, in order of first appearance."""
+def draw(generator: Generator, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
+    """Genotypes as drawn, None where invalid: --num_archs, or as many as it takes to meet the limits."""
+    seed = derive_seed(args.seed, *labels)
+    drawn = generator.sample(labels, args.num_archs, seed)
+    if limits.given:
+        kept, batch = set(), 0
+        bar = progress_bar(total=args.num_archs, desc="within the limits")
+        new = drawn
+        while True:
+            kept |= {genotype.canonical() for genotype in new if genotype is not None and limits.keep(genotype)}
+            bar.update(len(kept) - bar.n)
+            if len(kept) >= args.num_archs or len(drawn) >= args.max_draws:
+                break
+            batch += 1
+            size = min(max(args.num_archs, 256), args.max_draws - len(drawn))
+            new = generator.sample(labels, size, derive_seed(seed, batch))
+            drawn += new
+        bar.close()
+    return drawn
+
+
+def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[Genotype] | None, limits) -> list[dict]:
+    """One entry for each distinct valid genotype within the limits, in order of first appearance."""
     counts, first = Counter(), {}
-    for genotype in filter(None, genotypes):
-        canonical = genotype.canonical()
-        counts[canonical] += 1
-        first.setdefault(canonical, genotype)
+    for genotype in genotypes:
+        if genotype is not None and limits.keep(genotype):
+            canonical = genotype.canonical()
+            counts[canonical] += 1
+            first.setdefault(canonical, genotype)
     entries = []
     for canonical, genotype in first.items():
-        params, macs = genotype_cost(genotype, args.num_classes, args.layers, args.channels)
-        entry = {**genotype.to_dict(), "labels": [label], "count": counts[canonical], "params": params, "macs": macs}
+        params, macs = genotype_cost(genotype, *limits.network)
+        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical], "params": params, "macs": macs}
         entries.append(entry if known is None else {**entry, "novel": canonical not in known})
     return entries
 
 
-def print_class(label: int, range_text: str, genotypes: list, known: set[Genotype] | None, entries: list[dict]) -> None:
+def rank(entries: list[dict], predictor: Predictor, objectives: list[dict]) -> None:
+    """Add the predicted quantiles, and put the entries of highest predicted accuracy first."""
+    if not entries:
+        return
+    names = [objective["name"] for objective in objectives]
+    for entry, quantiles in zip(entries, predictor.quantiles([Genotype.from_dict(e) for e in entries]), strict=True):
+        entry["predicted_quantiles"] = {name: round(float(q), 4) for name, q in zip(names, quantiles, strict=True)}
+    if "accuracy" in names:
+        entries.sort(key=lambda entry: -entry["predicted_quantiles"]["accuracy"])
+
+
+def describe(labels: tuple[int, ...], objectives: list[dict]) -> str:
+    """class 2 (accuracy 0.4107 to 0.4470)"""
+    parts = []
+    for label, objective in zip(labels, objectives, strict=True):
+        edges = [objective["minimum"], *objective["boundaries"], objective["maximum"]]
+        show = (lambda value: f"{value:.4f}") if objective["name"] == "accuracy" else si
+        parts.append(f"{objective['name']} {show(edges[label])} to {show(edges[label + 1])}")
+    return f"class {','.join(map(str, labels))} ({', '.join(parts)})"
+
+
+def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list[dict], limits: Limits) -> None:
     quality = generation_metrics(genotypes, known or ())
     invalid = genotypes.count(None)
     if known is None:
         del quality["novelty"]
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
-    print(
-        f"\nclass {label} ({range_text}): {len(genotypes)} drawn, {invalid} invalid, {len(entries)} distinct; {numbers}"
-    )
+    within = f"{len(entries)} distinct within the limits" if limits.given else f"{len(entries)} distinct"
+    print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
     if entries:
-        print("  index   #params       MACs  vertices  drawn  new")
+        print("  index   #params       MACs  vertices  drawn  new  predicted quantile")
     for entry in entries[:10]:
-        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in ("normal", "reduction"))
+        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in NAG_SPACE.cells)
         new = {True: "yes", False: "no", None: "?"}[entry.get("novel")]
+        quantiles = ", ".join(f"{name} {q:.2f}" for name, q in entry["predicted_quantiles"].items())
         print(
             f"  {entry['index']:5d} {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M {vertices:>9}"
-            f" {entry['count']:6d}  {new}"
+            f" {entry['count']:6d}  {new:>3}  {quantiles}"
         )
     if len(entries) > 10:
         print(f"  ... {len(entries) - 10} more in the file")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None, description: str = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of gan.py, or the run folder that holds it")
-    add("--num_archs", type=number(int, 1), default=100, help="cells to draw for each class")
+    add("--num_archs", type=number(int, 1), default=100, help="cells to draw for each class (with limits: to find)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--perf_label", type=number(int, 0), help="accuracy class, 0 = lowest (default: every class)")
     target.add_argument("--target_acc", type=number(float, 0, 1), help="accuracy on the NAS dataset's scale")
     target.add_argument("--target_quantile", type=number(float, 0, 1), help="0.9: like the best tenth of the dataset")
+    add("--params_label", type=number(int, 0), help="#params class, 0 = fewest (default: every class)")
+    add("--macs_label", type=number(int, 0), help="MACs class, 0 = fewest (default: every class)")
+    for name in ("params", "macs"):
+        add(f"--min_{name}", type=count, help="hard limit on the exact count, e.g. 600K, 3.0M, 1.2G")
+        add(f"--max_{name}", type=count, help="hard limit on the exact count")
+    add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
+    add("--top", type=number(int, 1), help="keep that many of each class, those of the highest predicted accuracy")
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the GAN was trained on)")
     add("--layers", type=number(int, 1), default=6, help="of the network whose #params and MACs are counted")
     add("--channels", type=number(int, 2), default=36, help="of that network")
@@ -115,34 +249,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, single: bool = True) -> None:
+    """single: whether this is the script for GANs of one objective."""
     device = prepare(args)
     with user_input("--checkpoint"):
         checkpoint = load_checkpoint(args.checkpoint, "gan")
         generator = Generator.from_checkpoint(args.checkpoint, device)
+        predictor = Predictor.from_checkpoint(args.checkpoint, device)
     objectives = checkpoint["objectives"]
-    if [objective["name"] for objective in objectives] != ["accuracy"]:
-        fail(f"--checkpoint: expected a GAN of one objective, accuracy, got {[o['name'] for o in objectives]}")
-    labels = wanted_classes(args, objectives[0])
-    known = known_genotypes(args, checkpoint)
+    if single != (len(objectives) == 1):
+        script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
+        fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
+    combinations, limits, known = wanted_labels(args, objectives), Limits(args), known_genotypes(args, checkpoint)
+    for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
+        print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
 
-    edges = [objectives[0]["minimum"], *objectives[0]["boundaries"], objectives[0]["maximum"]]
-    results = []
-    for label in labels:
-        genotypes = generator.sample((label,), args.num_archs, derive_seed(args.seed, label))
-        entries = merge(genotypes, label, known, args)
+    results, best = [], None
+    for labels in combinations:
+        genotypes = draw(generator, labels, args, limits)
+        entries = merge(genotypes, labels, known, limits)
+        rank(entries, predictor, objectives)
+        entries = entries[: args.top]
         for entry in entries:
             entry["index"] = len(results)
             results.append(entry)
-        print_class(label, f"accuracy {edges[label]:.4f} to {edges[label + 1]:.4f}", genotypes, known, entries)
+        print_class(describe(labels, objectives), genotypes, known, entries, limits)
+        best = entries[0]["index"] if entries else best
 
     path = output_folder(args) / "genotypes.json"
     write_json(path, results)
     print(f"\nwrote {len(results)} genotypes to {path}")
-    if not results:
-        print("warning: none of the cells drawn is valid; the generator may need more training")
+    if best is None:
+        print("warning: none of the cells drawn will do; the generator may need more training, or the limits are tight")
     else:
-        best = next(entry["index"] for entry in results if entry["labels"] == [labels[-1]] or entry is results[-1])
         print(f"next: python visualize.py --arch {path}:{best}\n      python train_cifar.py --arch {path}:{best}")
 
 

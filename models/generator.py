@@ -3,7 +3,8 @@
     generator = Generator.from_checkpoint("runs/gan/checkpoint.pt")
     genotypes = generator.sample(labels=(2,), n=100, seed=1997)     # 2: the highest of three accuracy classes
 
-What the discriminator sees of a cell is soft (probabilities of tokens and edges); growth itself is hard.
+What the discriminator sees of a cell is soft (probabilities of tokens and edges); growth itself is hard. As published,
+a decision is the likelier side; with a temperature it is drawn, and the soft values are its Gumbel-softmax relaxation.
 """
 
 import copy
@@ -64,6 +65,7 @@ class CellGenerator(nn.Module):
         dropout: float,
         aggregation: str,
         max_vertices: int,
+        edges_in_turn: bool,
         space: SearchSpace,
     ):
         super().__init__()
@@ -82,11 +84,17 @@ class CellGenerator(nn.Module):
         self.add_vertex = mlp(graph_size + condition_size, graph_size, tokens)
         self.init_vertex = mlp(vertex_size + graph_size + condition_size, hidden, vertex_size)
         self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
+        self.chosen = nn.Linear(vertex_size, hidden) if edges_in_turn else None
 
-    def forward(self, condition: Tensor, fixed_shape: bool) -> CellBatch:
+    def forward(
+        self, condition: Tensor, fixed_shape: bool, noise: Tensor | None = None, follow: CellBatch | None = None
+    ) -> CellBatch:
         """condition (B, C) -> CellBatch of B cells, soft.
 
         Growth follows the hard decisions; the soft values returned carry the gradient.
+        noise: (B, V, T + V) added to the logits of each new vertex's token and edges, see Generator.draw_noise.
+        follow: B given cells; growth follows them instead (teacher forcing), and the soft values are the
+            probabilities that the generator gives to every decision.
         fixed_shape: keep finished samples in the batch, masked, so that no shape depends on a value. Otherwise they
             leave it, and b <= B samples are left at a step. The result is the same.
         """
@@ -102,17 +110,20 @@ class CellGenerator(nn.Module):
             if t > self.num_inputs:  # there can be an edge
                 states = self._propagate(states, adj)
             graph = self.graph_state(states)  # (b, S)
-            tokens = self._token_probabilities(graph, condition, last=t == size - 1)  # (b, T)
-            token = tokens.argmax(-1)  # (b,)
+            token_noise, edge_noise = (None, None) if noise is None else self._split_noise(noise[sample, t], t)
+            tokens = self._token_probabilities(graph, condition, token_noise, last=t == size - 1)  # (b, T)
+            token = (tokens if follow is None else follow.ops[sample, t]).argmax(-1)  # (b,)
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
-            edges = self._edge_probabilities(states, torch.cat([vertex, graph, condition], dim=-1))  # (b, t)
+            context = torch.cat([vertex, graph, condition], dim=-1)
+            given = None if follow is None else follow.adj[sample, :t, t]  # (b, t)
+            edges = self._edge_probabilities(states, context, edge_noise, given)  # (b, t)
 
             soft_tokens.append(self._scatter(tokens, growing, sample, batch))
             soft_edges.append(self._scatter(F.pad(edges, (0, size - t)), growing, sample, batch))
 
             states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
-            hard_edges = (edges > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
+            hard_edges = ((edges if given is None else given) > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
             adj = F.pad(torch.cat([adj, hard_edges], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge yet
             growing = growing & (token != self.output_token)
             if not fixed_shape:
@@ -145,24 +156,51 @@ class CellGenerator(nn.Module):
         has_edge = adj.sum((1, 2), keepdim=True) > 0  # (b, 1, 1)
         return torch.where(has_edge, F.normalize(new, dim=-1), states)
 
-    def _token_probabilities(self, graph: Tensor, condition: Tensor, last: bool) -> Tensor:
+    def _split_noise(self, noise: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """(b, T + V) -> noise of the tokens (b, T) and of the edges from vertices before t (b, t)."""
+        tokens = self.one_hot.shape[0]
+        return noise[:, :tokens], noise[:, tokens : tokens + t]
+
+    def _token_probabilities(self, graph: Tensor, condition: Tensor, noise: Tensor | None, last: bool) -> Tensor:
         """graph (b, S) -> what vertex is added, (b, T): never an input, and the output when no vertex may follow."""
         if last:
             return self.one_hot[self.output_token].expand(len(graph), -1)
         logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
+        logits = logits if noise is None else logits + noise
         logits[:, self.input_tokens] = -math.inf
         return logits.softmax(-1)
 
-    def _edge_probabilities(self, states: Tensor, context: Tensor) -> Tensor:
+    def _edge_probabilities(
+        self, states: Tensor, context: Tensor, noise: Tensor | None = None, given: Tensor | None = None
+    ) -> Tensor:
         """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t).
 
         The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
         The reference mixes the contexts of different samples here, which cuts the edges off from the labels.
+        With `edges_in_turn`, every edge also sees the sum over the sources chosen before it; given (b, t): of those.
         """
         first, activation, second = self.add_edge
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
-        return torch.sigmoid(second(activation(hidden))).squeeze(-1)
+        if self.chosen is not None:
+            chosen = self.chosen(states)  # (b, t, D + S), what a chosen source adds for those after it
+            if given is not None:
+                chosen = chosen * given[:, :, None]
+                hidden = hidden + chosen.cumsum(1) - chosen
+            else:
+                return self._edges_in_turn(hidden, chosen, noise)
+        logits = second(activation(hidden)).squeeze(-1)
+        return torch.sigmoid(logits if noise is None else logits + noise)
+
+    def _edges_in_turn(self, hidden: Tensor, chosen: Tensor, noise: Tensor | None) -> Tensor:
+        """Edge probabilities (b, t), each in view of the decisions before it; these are hard, without gradient."""
+        _, activation, second = self.add_edge
+        before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
+        for j in range(hidden.shape[1]):
+            logits = second(activation(hidden[:, j] + before)).squeeze(-1)  # (b,)
+            edges.append(torch.sigmoid(logits if noise is None else logits + noise[:, j]))
+            before = before + chosen[:, j] * (edges[-1] > 0.5)[:, None]
+        return torch.stack(edges, dim=1)
 
 
 class Generator(nn.Module):
@@ -171,6 +209,11 @@ class Generator(nn.Module):
     num_classes, label_sizes: classes and embedding width of each of the K objectives.
     max_vertices: at which growth ends (default: the space's limit).
     aggregation: "gsum" or "mean", see GraphState.
+    chain_cells: a cell is grown in view of the finished cells before it (an addition to the paper, where the cells
+        of a genotype have noise and labels in common only).
+    edges_in_turn: the edges into a vertex are decided one after the other, each in view of those before (an addition:
+        decided independently, as published, "exactly one of these" cannot be said).
+    temperature: 0, as published: every decision takes the likelier side; 1: it is drawn with its probability.
 
     fixed_shape (attribute): True for shapes that depend on no value and a forward pass that never waits for the
     device; False for less work, finished samples leaving the batch; None: True on CUDA only.
@@ -189,6 +232,9 @@ class Generator(nn.Module):
         num_classes: tuple[int, ...] = (3,),
         label_sizes: tuple[int, ...] = (10,),
         max_vertices: int | None = None,
+        chain_cells: bool = False,
+        edges_in_turn: bool = False,
+        temperature: float = 0.0,
         space: SearchSpace = NAG_SPACE,
     ):
         super().__init__()
@@ -206,19 +252,72 @@ class Generator(nn.Module):
             "num_classes": tuple(num_classes),
             "label_sizes": tuple(label_sizes),
             "max_vertices": max_vertices,
+            "chain_cells": chain_cells,
+            "edges_in_turn": edges_in_turn,
+            "temperature": temperature,
         }
         self.space = space
         self.labels = LabelEmbedding(num_classes, label_sizes)
-        sizes = (latent_dim + sum(label_sizes), vertex_size, graph_size, num_layers)
-        self.cells = nn.ModuleDict(
-            {cell: CellGenerator(*sizes, dropout, aggregation, max_vertices, space) for cell in space.cells}
-        )
+        self.cells, self.summaries = nn.ModuleDict(), nn.ModuleDict()
+        condition_size = latent_dim + sum(label_sizes)
+        for i, cell in enumerate(space.cells):
+            self.cells[cell] = CellGenerator(
+                condition_size,
+                vertex_size,
+                graph_size,
+                num_layers,
+                dropout,
+                aggregation,
+                max_vertices,
+                edges_in_turn,
+                space,
+            )
+            if chain_cells and i < len(space.cells) - 1:  # for the cells after this one
+                flat = max_vertices * (max_vertices + len(space.tokens))
+                self.summaries[cell] = mlp(flat, vertex_size, graph_size)
+                condition_size += graph_size
 
-    def forward(self, z: Tensor, labels: Tensor) -> tuple[CellBatch, ...]:
-        """z (B, latent_dim), labels (B, K) long -> one CellBatch of B soft cells for each cell of the space."""
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        noise: tuple[Tensor, ...] | None = None,
+        follow: tuple[CellBatch, ...] | None = None,
+    ) -> tuple[CellBatch, ...]:
+        """z (B, latent_dim), labels (B, K) long -> one CellBatch of B soft cells for each cell of the space.
+
+        noise: of the decisions, from draw_noise; None: every decision takes the likelier side.
+        follow: given cells (teacher forcing), the decisions' probabilities are returned.
+        """
         fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
-        return tuple(cell(condition, fixed_shape) for cell in self.cells.values())
+        cells = []
+        for i, (name, cell) in enumerate(self.cells.items()):
+            given = None if follow is None else follow[i]
+            cells.append(cell(condition, fixed_shape, None if noise is None else noise[i], given))
+            if name in self.summaries:
+                finished = cells[-1].straight_through() if given is None else given
+                flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
+                condition = torch.cat([condition, F.normalize(self.summaries[name](flat), dim=-1)], dim=-1)
+        return tuple(cells)
+
+    def draw_noise(self, n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """z (n, latent_dim), and what forward adds to the logits of the decisions; on the device of `generator`.
+
+        Gumbel noise for tokens and logistic noise for edges, times the temperature: the decision that is then the
+        likelier one has been drawn from the softmax or sigmoid of logits / temperature.
+        """
+        device, size, tokens = generator.device, self.config["max_vertices"], len(self.space.tokens)
+        z = torch.randn(n, self.config["latent_dim"], generator=generator, device=device)
+        if not self.config["temperature"]:
+            return z, None
+        noise = []
+        for _ in self.cells:
+            gumbel = -torch.empty(n, size, tokens + size, device=device).exponential_(generator=generator).log()
+            other = -torch.empty(n, size, size, device=device).exponential_(generator=generator).log()
+            gumbel[..., tokens:] -= other  # the difference of two Gumbel variables is logistic
+            noise.append(gumbel * self.config["temperature"])
+        return z, tuple(noise)
 
     @classmethod
     def from_checkpoint(
@@ -246,11 +345,13 @@ class Generator(nn.Module):
                 raise ValueError(f"label {i} must be 0 to {classes - 1}, got {label}")
         generator = copy.deepcopy(self).double().eval()
         device = next(generator.parameters()).device
-        z = torch.randn(n, self.config["latent_dim"], generator=torch.Generator().manual_seed(seed))
+        z, noise = self.draw_noise(n, torch.Generator().manual_seed(seed))
         genotypes = []
-        for noise in z.split(batch_size):
-            noise = noise.to(device, torch.float64)
-            cells = generator(noise, torch.tensor([labels], device=device).expand(len(noise), -1))
+        for start in range(0, n, batch_size):
+            rows = slice(start, start + batch_size)
+            x = z[rows].to(device, torch.float64)
+            decisions = None if noise is None else tuple(part[rows].to(device, torch.float64) for part in noise)
+            cells = generator(x, torch.tensor([labels], device=device).expand(len(x), -1), decisions)
             decoded = zip(*(batch.decode(self.space) for batch in cells), strict=True)
             genotypes += [Genotype(*specs, space=self.space).prune() for specs in decoded]
         return genotypes

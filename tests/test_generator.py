@@ -17,6 +17,8 @@ GOLDEN = Path(__file__).parent / "data" / "gan_outputs.npz"
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)
 SIZES = {"latent_dim": 5, "vertex_size": 12, "graph_size": 6, "label_sizes": (4, 4), "num_classes": (3, 2)}
 
+ADDITIONS = {"chain_cells": True, "edges_in_turn": True, "temperature": 1.0}  # what the paper does not have
+
 # Parameter names: ours -> the reference's.
 REFERENCE_NAMES = {
     "labels.tables.0": "perf_label_embedding",
@@ -146,39 +148,88 @@ def test_edge_probability_is_the_mlp_of_the_concatenation():
     torch.testing.assert_close(cell._edge_probabilities(states, context), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("aggregation", ["gsum", "mean"])
-def test_a_batch_gives_the_cells_of_its_samples_one_by_one(aggregation):
-    generator = varied_generator(aggregation=aggregation)
+@pytest.mark.parametrize("changes", [{}, {"aggregation": "mean"}, ADDITIONS], ids=["gsum", "mean", "additions"])
+def test_a_batch_gives_the_cells_of_its_samples_one_by_one(changes):
+    generator = varied_generator(**changes)
     z, labels = inputs(8, generator)
+    _, noise = generator.draw_noise(8, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = generator(z, labels)
+        together = generator(z, labels, noise)
         for i in range(8):
-            assert_same([batch[i : i + 1] for batch in together], generator(z[i : i + 1], labels[i : i + 1]))
+            one = slice(i, i + 1)
+            own = None if noise is None else [part[one] for part in noise]
+            assert_same([batch[one] for batch in together], generator(z[one], labels[one], own))
 
 
-def test_fixed_shape_gives_the_cells_and_gradients_of_compaction():
-    generator = varied_generator()
+@pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
+def test_fixed_shape_gives_the_cells_and_gradients_of_compaction(changes):
+    generator = varied_generator(**changes)
     z, labels = inputs(64, generator)
+    _, noise = generator.draw_noise(64, torch.Generator().manual_seed(0))
     results = []
     for fixed_shape in (True, False):
         generator.fixed_shape = fixed_shape
         generator.zero_grad()
-        cells = generator(z, labels)
+        cells = generator(z, labels, noise)
         sum((batch.adj.sin().sum() + batch.ops.sin().sum()) for batch in cells).backward()
-        results.append((cells, [p.grad for p in generator.parameters()]))
+        results.append((cells, [p.grad for p in generator.parameters() if p.grad is not None]))
     (cells, grads), (others, other_grads) = results
     assert len(torch.cat([batch.num_nodes for batch in cells]).unique()) > 5  # samples leave at all steps
     assert_same(cells, others)
     torch.testing.assert_close(grads, other_grads, rtol=1e-9, atol=1e-9)
 
 
+def test_following_its_own_cells_gives_their_probabilities():
+    """Teacher forcing on what was grown without noise must retrace the growth, decision by decision."""
+    generator = varied_generator(chain_cells=True, edges_in_turn=True)
+    z, labels = inputs(32, generator)
+    with torch.no_grad():
+        cells = generator(z, labels)
+        for fixed_shape in (True, False):
+            generator.fixed_shape = fixed_shape
+            assert_same(cells, generator(z, labels, follow=[batch.straight_through() for batch in cells]))
+
+
+def test_drawn_decisions_come_with_their_probabilities():
+    generator = varied_generator(edges_in_turn=True, temperature=1.0)
+    z, labels = inputs(1, generator)
+    n = 4000
+    z, labels = z.expand(n, -1), labels.expand(n, -1)
+    _, noise = generator.draw_noise(n, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = generator(z, labels, noise)[0].straight_through()
+        probability = generator(z, labels, follow=[first] * 2)[0]
+    tolerance = 4 * 0.5 / n**0.5
+    assert ((first.ops[:, 2].mean(0) - probability.ops[0, 2]).abs() < tolerance).all()
+    assert (probability.ops[0, 2] > 0.05).sum() > 1  # there was something to draw
+    token = first.ops[:, 2].argmax(-1).mode().values  # edges depend on the token, and on the edges before
+    same = first.ops[:, 2].argmax(-1) == token
+    assert abs(first.adj[same, 0, 2].mean() - probability.adj[same, 0, 2][0]) < 4 * 0.5 / same.sum() ** 0.5
+    for before in (0, 1):
+        rows = same & (first.adj[:, 0, 2] == before)
+        assert abs(first.adj[rows, 1, 2].mean() - probability.adj[rows, 1, 2][0]) < 4 * 0.5 / rows.sum() ** 0.5
+
+
+def test_a_reduction_cell_sees_the_normal_cell_only_when_chained():
+    for chained in (False, True):
+        generator = varied_generator(chain_cells=chained)
+        z, labels = inputs(16, generator)
+        cells = generator(z, labels)
+        follow = [batch.straight_through() for batch in cells]
+        other = [follow[0][torch.arange(16).roll(1)], follow[1]]
+        with torch.no_grad():
+            a, b = generator(z, labels, follow=follow)[1], generator(z, labels, follow=other)[1]
+        assert torch.equal(a.adj, b.adj) != chained
+
+
 def test_fixed_shape_depends_on_no_value():
     """Tensors of the meta device have shapes but no values: anything that reads one raises."""
     with torch.device("meta"):
-        generator = Generator(**SIZES)
+        generator = Generator(**SIZES, **ADDITIONS)
         z, labels = torch.randn(4, 5), torch.zeros(4, 2, dtype=torch.long)
+        noise = [torch.randn(4, 10, 18)] * 2
     generator.fixed_shape = True
-    cells = generator(z, labels)
+    cells = generator(z, labels, noise)
     sum(batch.adj.sum() + batch.ops.sum() for batch in cells).backward()
     assert cells[0].adj.shape == (4, 10, 10)
     generator.fixed_shape = False
@@ -258,8 +309,9 @@ def test_gradient_reaches_every_parameter_through_the_discriminator(space, aggre
 # ------------------------------------------------------------------------------------------------- sampling
 
 
-def test_samples_are_reproducible_and_independent_of_batch_size():
-    generator = varied_generator().float().train()
+@pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
+def test_samples_are_reproducible_and_independent_of_batch_size(changes):
+    generator = varied_generator(**changes).float().train()
     samples = generator.sample((2, 1), n=40, seed=3)
     assert generator.training and next(generator.parameters()).dtype == torch.float32
     assert len(samples) == 40 and len(set(samples)) > 5

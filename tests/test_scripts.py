@@ -178,9 +178,10 @@ def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata
 LAYERS = [
     {"genotypes", "utils"},
     {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
-    {"models.network", "models.supernet", "models.generator", "models.discriminator"},
+    {"models.network", "models.supernet", "models.generator", "models.discriminator", "models.predictor"},
     {"build_nas_dataset.records", "metrics"},
     {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
+    {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

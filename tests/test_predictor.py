@@ -1,0 +1,61 @@
+"""The predictor: blind to the order of vertices and to padding, able to count, and back from a checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+
+from build_nas_dataset.sample import random_pool
+from models.graph import CellBatch
+from models.predictor import Predictor
+from utils import save_checkpoint
+
+POOL = random_pool(40, seed=3)
+
+
+def encode(genotypes, size=10):
+    return tuple(CellBatch.encode([g[name] for g in genotypes], size) for name in ("normal", "reduction"))
+
+
+@pytest.fixture
+def predictor():
+    torch.manual_seed(0)
+    return Predictor(2, vertex_size=16).requires_grad_(False)
+
+
+def test_isomorphic_genotypes_get_the_same_quantiles(predictor):
+    canonical = [genotype.canonical() for genotype in POOL]
+    assert canonical != POOL  # some vertices have moved
+    np.testing.assert_allclose(predictor.quantiles(POOL), predictor.quantiles(canonical), atol=1e-6)
+    assert np.ptp(predictor.quantiles(POOL), axis=0).min() > 1e-3
+
+
+def test_padding_does_not_count(predictor):
+    small = [g for g in POOL if max(cell.num_vertices for cell in g.cells) <= 8]
+    assert len(small) > 3
+    torch.testing.assert_close(predictor(encode(small, 8)), predictor(encode(small, 10)))
+
+
+def test_it_learns_to_count_parameters():
+    """1,000 genotypes, trained on 900 of them: the order by the number of separable convolutions."""
+    pool = random_pool(1000, seed=4)
+    convs = torch.tensor([[sum(op.startswith("seqconv") for cell in g.cells for op in cell.ops) / 14] for g in pool])
+    cells = encode(pool)
+    torch.manual_seed(0)
+    predictor = Predictor(1, vertex_size=16)
+    optimizer = torch.optim.Adam(predictor.parameters(), 3e-3)
+    for _ in range(30):
+        for index in torch.randperm(900).split(90):
+            optimizer.zero_grad()
+            (predictor(tuple(batch[index] for batch in cells)) - convs[index]).square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        error = predictor(tuple(batch[900:] for batch in cells)) - convs[900:]
+    assert error.std() < 0.25 * convs[900:].std()
+
+
+def test_a_checkpoint_gives_back_the_predictor(predictor, tmp_path):
+    state = {"predictor": predictor.state_dict(), "predictor_config": predictor.config}
+    save_checkpoint(tmp_path / "checkpoint.pt", "gan", state)
+    loaded = Predictor.from_checkpoint(tmp_path / "checkpoint.pt")
+    assert np.array_equal(loaded.quantiles(POOL), predictor.quantiles(POOL))
+    assert not any(p.requires_grad for p in loaded.parameters())
