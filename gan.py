@@ -30,11 +30,10 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
 from genotypes import NAG_SPACE, Genotype
-from metrics import cell_statistics, generation_metrics, tau
+from metrics import cell_statistics, generation_metrics, obtained_classes, tau
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
-from models.network import genotype_cost
 from models.predictor import Predictor
 from utils import (
     RunLog,
@@ -264,21 +263,6 @@ def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known)
         values |= {f"obeys_{o['name']}": hits[:, k].mean().item() for k, o in enumerate(data.objectives)}
     samples = zip(valid, asked, strict=True)
     return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in samples]
-
-
-def obtained_classes(genotypes: list[Genotype], objectives: list[dict], predictor: Predictor) -> np.ndarray:
-    """The classes that pruned genotypes are in (n, K): by exact counts, for accuracy by the predictor."""
-    costs = np.array([genotype_cost(genotype) for genotype in genotypes])
-    predicted = predictor.quantiles(genotypes)
-    columns = []
-    for k, objective in enumerate(objectives):
-        if objective["name"] == "accuracy":
-            count = len(objective["boundaries"]) + 1
-            columns.append((predicted[:, k] * count).clip(0, count - 1).astype(int))
-        else:
-            values = costs[:, ("params", "macs").index(objective["name"])]
-            columns.append(np.array([class_of(value, objective["boundaries"]) for value in values]))
-    return np.stack(columns, axis=1)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

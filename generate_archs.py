@@ -4,10 +4,14 @@
     python generate_archs.py --checkpoint runs/gan-... --perf_label 2 --num_archs 50
     python generate_archs.py --checkpoint runs/gan-... --target_acc 0.31     # on the NAS dataset's own scale
     python generate_archs.py --checkpoint runs/gan-... --target_quantile 0.9 --max_params 3.0M --top 20
+    python generate_archs.py --checkpoint runs/gan-... --num_archs 300 --evaluate        # do the cells obey?
+    python generate_archs.py --checkpoint runs/gan-... --num_archs 300 --evaluate \
+        --supernet data/supernet.pt --dataset folder --data DIR                          # accuracy by the supernet
 
 Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs,
 and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects.
 With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it.
+--evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.
 """
 
@@ -16,9 +20,22 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
-from build_nas_dataset.records import class_of, read_records
+import numpy as np
+import torch
+
+from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
+from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import load_supernet, score, scoring_batches
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from metrics import generation_metrics
+from images import load_images, split
+from metrics import (
+    cell_distributions,
+    confusion,
+    generation_metrics,
+    mean_interval,
+    obtained_classes,
+    total_variation,
+)
 from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
@@ -135,14 +152,14 @@ def si(value: float) -> str:
     return f"{value / 1e6:.3f}M"
 
 
-def known_genotypes(args: argparse.Namespace, checkpoint: dict) -> set[Genotype] | None:
-    """Canonical genotypes of the NAS dataset, to tell which generated ones are new; None when it is not at hand."""
+def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record] | None:
+    """The NAS dataset, to tell which generated cells are new; None when it is not at hand."""
     path = args.nasbench_data or checkpoint["args"]["nasbench_data"]
     if args.nasbench_data is None and not Path(path).exists():
         print(f"{path} is not there: novelty is not computed (--nasbench_data names the NAS dataset)")
         return None
     with user_input("--nasbench_data"):
-        return {record.genotype.canonical() for record in read_records(path)}
+        return read_records(path)
 
 
 def draw(generator: Generator, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
@@ -225,6 +242,129 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
         print(f"  ... {len(entries) - 10} more in the file")
 
 
+class SupernetScorer:
+    """Accuracies by the supernet, on held-out images that it was not asked about for the NAS dataset.
+
+    Classes are cut at the quantiles of real cells scored on the same images. ceiling: how often a real cell is in the
+    class, by these images, that the NAS dataset has it in; a generator that obeys perfectly cannot do much better.
+    """
+
+    NUM_REAL = 900
+
+    def __init__(self, args: argparse.Namespace, objective: dict, records: list[Record], device: torch.device):
+        with user_input("--supernet"):
+            self.supernet, settings = load_supernet(args.supernet, device)
+        with user_input("--data"):
+            images, _ = load_images(
+                args.dataset, args.data, settings.image_size, args.cache_dir, settings.skip_bad, device
+            )
+            _, held_out = split(images, settings.holdout, settings.seed)
+            scorings = range(settings.scorings, 2 * settings.scorings)
+            self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
+        self.amp = settings.score_amp
+        chosen = np.random.default_rng(args.seed).permutation(len(records))[: self.NUM_REAL]
+        real = self([records[i].genotype for i in chosen])
+        self.boundaries = class_boundaries(real, len(objective["boundaries"]) + 1)
+        before = [class_of(records[i].accuracy, objective["boundaries"]) for i in chosen]
+        self.ceiling = float(np.mean(self.classes(real) == before))
+        self.percentile80 = float(np.quantile(real, 0.8))
+
+    def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
+        """Accuracies (n,)."""
+        bar = progress_bar(genotypes, desc="supernet")
+        return torch.stack([score(self.supernet, genotype, self.batches, self.amp) for genotype in bar]).cpu().numpy()
+
+    def classes(self, accuracies: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.boundaries, accuracies, side="right")
+
+
+def evaluate(
+    drawn: dict[tuple, list],
+    objectives: list[dict],
+    records: list[Record],
+    predictor: Predictor,
+    scorer: SupernetScorer | None,
+) -> dict:
+    """How far genotypes drawn for each combination of labels obey, and how like the real cells they are.
+
+    An invalid genotype obeys no label. Distances are of total variation, to the real cells of the class asked for,
+    the mean over the combinations.
+    """
+    known = {record.genotype.canonical() for record in records}
+    flat = [genotype for genotypes in drawn.values() for genotype in genotypes]
+    asked = np.array([labels for labels, genotypes in drawn.items() for _ in genotypes])  # (n, K)
+    quality = generation_metrics(flat, known)
+    result = {"drawn": len(flat), **quality, "new": quality["validity"] * quality["uniqueness"] * quality["novelty"]}
+    valid = np.array([genotype is not None for genotype in flat])
+    genotypes, hits = [genotype for genotype in flat if genotype is not None], np.zeros_like(asked, dtype=bool)
+    if not genotypes:
+        return result
+    obtained = obtained_classes(genotypes, objectives, predictor)
+    for k, objective in enumerate(objectives):
+        entry = result[objective["name"]] = {"by": "predictor" if objective["name"] == "accuracy" else "exact count"}
+        if objective["name"] == "accuracy" and scorer is not None:
+            accuracies = scorer(genotypes)
+            obtained[:, k] = scorer.classes(accuracies)
+            entry |= {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
+            entry["mean"] = [float(accuracies[asked[valid, k] == c].mean()) for c in np.unique(asked[:, k])]
+        hits[valid, k] = obtained[:, k] == asked[valid, k]
+        entry["obeys"], entry["interval"] = float(hits[:, k].mean()), mean_interval(hits[:, k])
+        classes = len(objective["boundaries"]) + 1
+        entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[:, k], classes).tolist()
+    result["all"] = {"obeys": float(hits.all(1).mean()), "interval": mean_interval(hits.all(1))}
+    real_labels = np.array(
+        [[class_of(getattr(record, o["name"]), o["boundaries"]) for o in objectives] for record in records]
+    )
+    distances = {"vertices": [], "ops": [], "density": []}
+    for labels, genotypes in drawn.items():
+        real = [record.genotype for record, own in zip(records, real_labels, strict=True) if tuple(own) == labels]
+        made = [genotype for genotype in genotypes if genotype is not None]
+        if real and made:
+            a, b = cell_distributions(real), cell_distributions(made)
+            for name in distances:
+                distances[name].append(total_variation(a[name], b[name]))
+    result["distance"] = {name: float(np.mean(values)) for name, values in distances.items() if values}
+    return result
+
+
+def print_evaluation(title: str, result: dict, objectives: list[dict]) -> None:
+    shares = ", ".join(f"{name} {result[name]:.3f}" for name in ("validity", "uniqueness", "novelty"))
+    print(f"\n{title}: {result['drawn']} drawn; {shares}")
+    if "all" not in result:
+        return
+    for objective in objectives:
+        entry = result[objective["name"]]
+        low, high = entry["interval"]
+        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
+        print(f"  {objective['name']} ({entry['by']}): obeys {entry['obeys']:.3f} ({low:.3f} to {high:.3f}){ceiling}")
+        if "mean" in entry:
+            means = ", ".join(f"{value:.4f}" for value in entry["mean"])
+            print(
+                f"    mean accuracy by class asked {means}; 80th percentile of real {entry['real_80th_percentile']:.4f}"
+            )
+        for label, row in enumerate(entry["asked_by_obtained"]):
+            print(f"    asked {label}: " + " ".join(f"{n:6d}" for n in row))
+    low, high = result["all"]["interval"]
+    print(f"  all labels at once: {result['all']['obeys']:.3f} ({low:.3f} to {high:.3f})")
+    distances = ", ".join(f"{name} {value:.3f}" for name, value in result["distance"].items())
+    print(f"  total-variation distance to the real cells of the class asked for: {distances}")
+
+
+def evaluate_and_print(drawn: dict, objectives, records, predictor, args, device) -> dict:
+    """The evaluation of what was drawn, and of as many random genotypes dealt out to the labels."""
+    names = [objective["name"] for objective in objectives]
+    scorer = None
+    if args.supernet and "accuracy" in names:
+        scorer = SupernetScorer(args, objectives[names.index("accuracy")], records, device)
+    pool = random_pool(sum(map(len, drawn.values())), derive_seed(args.seed, 1) % 2**32)
+    random = {labels: [pool.pop() for _ in genotypes] for labels, genotypes in drawn.items()}
+    results = {}
+    for title, genotypes in (("generated cells", drawn), ("random cells", random)):
+        results[title] = evaluate(genotypes, objectives, records, predictor, scorer)
+        print_evaluation(title, results[title], objectives)
+    return results
+
+
 def parse_args(argv: list[str] | None = None, description: str = __doc__) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -241,12 +381,20 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__) -> arg
         add(f"--max_{name}", type=count, help="hard limit on the exact count")
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
     add("--top", type=number(int, 1), help="keep that many of each class, those of the highest predicted accuracy")
+    add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
+    add("--supernet", help="supernet.pt of build_nas_dataset: with --evaluate, accuracy by that on --data")
+    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="of --supernet")
+    add("--data", default="data", help="folder of its images")
+    add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the GAN was trained on)")
     add("--layers", type=number(int, 1), default=6, help="of the network whose #params and MACs are counted")
     add("--channels", type=number(int, 2), default=36, help="of that network")
     add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.supernet and not args.evaluate:
+        parser.error("argument --supernet: expected together with --evaluate")
+    return args
 
 
 def main(args: argparse.Namespace, single: bool = True) -> None:
@@ -260,13 +408,17 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if single != (len(objectives) == 1):
         script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
         fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
-    combinations, limits, known = wanted_labels(args, objectives), Limits(args), known_genotypes(args, checkpoint)
+    combinations, limits = wanted_labels(args, objectives), Limits(args)
+    records = read_nas_dataset(args, checkpoint)
+    if args.evaluate and records is None:
+        fail("--nasbench_data: --evaluate wants the NAS dataset that the GAN was trained on")
+    known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
 
-    results, best = [], None
+    results, best, drawn = [], None, {}
     for labels in combinations:
-        genotypes = draw(generator, labels, args, limits)
+        drawn[labels] = genotypes = draw(generator, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
         rank(entries, predictor, objectives)
         entries = entries[: args.top]
@@ -278,6 +430,9 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
 
     path = output_folder(args) / "genotypes.json"
     write_json(path, results)
+    if args.evaluate:
+        evaluation = evaluate_and_print(drawn, objectives, records, predictor, args, device)
+        write_json(path.with_name("evaluation.json"), evaluation)
     print(f"\nwrote {len(results)} genotypes to {path}")
     if best is None:
         print("warning: none of the cells drawn will do; the generator may need more training, or the limits are tight")

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
-from genotypes import Genotype
+from genotypes import NAG_SPACE, Genotype
+from models.network import genotype_cost
+from models.predictor import Predictor
 
 
 def generation_metrics(genotypes: Sequence[Genotype | None], known: Iterable[Genotype] = ()) -> dict[str, float]:
@@ -49,3 +51,54 @@ def tau_interval(
     taus = [value for index in draws if not np.isnan(value := tau(a[index], b[index]))]
     low, high = np.quantile(taus, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def obtained_classes(genotypes: list[Genotype], objectives: list[dict], predictor: Predictor) -> np.ndarray:
+    """The classes that pruned genotypes are in, one for each objective (n, K).
+
+    Of #params and MACs by exact counts; of accuracy by the predictor, whose quantile is cut into equal parts.
+    objectives: as in a GAN checkpoint.
+    """
+    costs = np.array([genotype_cost(genotype) for genotype in genotypes])
+    predicted = predictor.quantiles(genotypes)
+    columns = []
+    for k, objective in enumerate(objectives):
+        boundaries = objective["boundaries"]
+        if objective["name"] == "accuracy":
+            values, boundaries = predicted[:, k], np.arange(1, len(boundaries) + 1) / (len(boundaries) + 1)
+        else:
+            values = costs[:, ("params", "macs").index(objective["name"])]
+        columns.append(np.searchsorted(boundaries, values, side="right"))  # on a boundary: the class above
+    return np.stack(columns, axis=1)
+
+
+def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -> np.ndarray:
+    """Counts (num_classes, num_classes): rows the class asked for, columns the class obtained."""
+    counts = np.zeros((num_classes, num_classes), dtype=int)
+    np.add.at(counts, (np.asarray(asked), np.asarray(obtained)), 1)
+    return counts
+
+
+def mean_interval(values: Sequence[float], samples: int = 1000, level: float = 0.95, seed: int = 0):
+    """Percentile bootstrap interval of the mean."""
+    values, rng = np.asarray(values, float), np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def cell_distributions(genotypes: Iterable[Genotype]) -> dict[str, np.ndarray]:
+    """Shares of vertex counts, ops and densities (in tenths) over all cells of pruned genotypes; each sums to 1."""
+    cells = [cell for genotype in genotypes for cell in genotype.cells]
+    ops = [NAG_SPACE.ops.index(op) for cell in cells for op in cell.ops if op in NAG_SPACE.ops]
+    counts = {
+        "vertices": np.bincount([cell.num_vertices for cell in cells], minlength=NAG_SPACE.max_vertices + 1),
+        "ops": np.bincount(ops, minlength=len(NAG_SPACE.ops)),
+        "density": np.bincount([min(int(cell.density * 10), 9) for cell in cells], minlength=10),
+    }
+    return {name: values / values.sum() for name, values in counts.items()}
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    """Total-variation distance of two distributions: half the sum of the differences, 0 to 1."""
+    return float(np.abs(p - q).sum() / 2)

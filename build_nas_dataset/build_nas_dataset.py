@@ -5,7 +5,8 @@
         --layers 1 --channels 16 --epochs 30 --scorings 2                     # 2 CPU cores, about an hour
     python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
 
-Writes nasdata.jsonl (the records), checkpoint.pt (the supernet), metrics.jsonl and config.json.
+Writes nasdata.jsonl (the records), supernet.pt (its weights, to score other genotypes), checkpoint.pt (what --resume
+reads), metrics.jsonl and config.json.
 NAG paper, section 3.3. In every step one genotype of the pool is trained; after each of the last epochs all are
 scored on the same held-out images, with batch statistics in every batch norm; the next scoring takes other images, so
 that the agreement of two scorings tells how far the ranking can be trusted. A record's accuracy is their mean.
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import score, scoring_batches
 from genotypes import NAG_SPACE, Genotype
-from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split, train_batches
+from images import ImageSet, balanced_batch, load_images, split, train_batches
 from metrics import tau
 from models.network import genotype_cost
 from models.supernet import Supernet
@@ -72,32 +74,6 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
     loss, accuracy = (totals / steps).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
-
-
-@torch.inference_mode()
-def score(supernet: Supernet, genotype: Genotype, batches: list[tuple], amp: str = "off") -> torch.Tensor:
-    """Accuracy of one genotype on the batches, a scalar tensor on their device. The supernet is left as it was.
-
-    Batch norm uses the statistics of each batch, so a score belongs to these images in these batches.
-    """
-    correct = torch.zeros((), device=batches[0][1].device)
-    for x, labels in batches:
-        with autocast(amp, x.device):
-            logits, _ = supernet(x, genotype)
-        correct += (logits.argmax(1) == labels).sum()
-    return correct / sum(len(labels) for _, labels in batches)
-
-
-def scoring_batches(held_out: ImageSet, args: argparse.Namespace, scoring: int = 0) -> list[tuple]:
-    """Class-balanced batches of held-out images, normalised, on the device: the same for every genotype.
-
-    scoring: 0, 1, 2, ... take disjoint images, and begin anew when the held-out images are used up.
-    Raises ValueError when there are too few held-out images for one scoring.
-    """
-    disjoint = max(1, num_balanced(held_out) // args.score_images)
-    images = balanced_batch(held_out, args.score_images, args.seed, scoring % disjoint)
-    x = normalize(images.images, images.mean, images.std)
-    return list(zip(x.split(args.score_batch_size), images.labels.split(args.score_batch_size), strict=True))
 
 
 def score_pool(supernet, pool, batches, scores: torch.Tensor, args, save) -> torch.Tensor:
@@ -265,6 +241,13 @@ def main(args: argparse.Namespace) -> None:
             )
             save()
 
+    weights = {
+        "supernet": supernet.state_dict(),
+        "supernet_config": supernet.config,
+        "classes": train.classes,
+        "args": vars(args),
+    }
+    save_checkpoint(folder / "supernet.pt", "supernet weights", weights)
     summary = write_dataset(folder / "nasdata.jsonl", pool, scores, args, train, seconds)
     log.close()
     print(

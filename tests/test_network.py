@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_nas_dataset.build_nas_dataset import score
 from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import score
 from genotypes import GENOTYPES, CellSpec, Genotype
 from models.network import CifarNetwork, ImageNetNetwork, count_macs, count_parameters, drop_path_keep, genotype_cost
 from models.supernet import Supernet

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from build_nas_dataset.build_nas_dataset import score
 from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import score
 from genotypes import CellSpec, Genotype
 from models.supernet import Supernet
 
