@@ -91,6 +91,7 @@ def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None = Non
     """Names of the flags that the command line sets, whatever their values. Exits as parse_args does."""
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+    parser._defaults.clear()  # those of set_defaults
     return set(vars(parser.parse_args(argv)))
 
 
@@ -263,7 +264,7 @@ class RunLog:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def progress_bar(items, **kwargs):
+def progress_bar(items=None, **kwargs):
     """tqdm, silent when stderr is not a terminal."""
     return tqdm(items, disable=None, leave=False, dynamic_ncols=True, **kwargs)
 

@@ -91,6 +91,23 @@ def gan(nasdata, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def robust(nasdata, tmp_path_factory):
+    """A GAN of two objectives by the robust recipe, the discriminator and policy gradient included."""
+    folder = tmp_path_factory.mktemp("robust")
+    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def supernet(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("supernet")
+    common = ["-m", "build_nas_dataset", "--data", images, *SMALL_SUPERNET, "--output_dir"]
+    assert "tau to the previous scoring" in run(*common, folder, "--epochs", 2)
+    return folder
+
+
 def weights(path, name):
     return torch.load(path, weights_only=True)[name]
 
@@ -133,19 +150,73 @@ def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_p
     assert "0.2000 to 0.4300" in run("generate_archs.py", "--checkpoint", gan, "--target_acc", 0.9, ok=False)
 
 
-def test_supernet_builds_a_dataset_and_resumes(images, tmp_path):
-    common = ["-m", "build_nas_dataset", "--data", images, *SMALL_SUPERNET, "--output_dir"]
-    out = run(*common, tmp_path / "a", "--epochs", 2)
-    assert "tau to the previous scoring" in out
-    records = read_records(tmp_path / "a" / "nasdata.jsonl")
+def test_robust_recipe_resumed_equals_never_stopped(robust, nasdata, tmp_path):
+    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", tmp_path)
+    for name in ("generator", "discriminator", "predictor"):
+        assert equal(weights(robust / "checkpoint.pt", name), weights(tmp_path / "checkpoint.pt", name))
+    state = torch.load(robust / "checkpoint.pt", weights_only=True)
+    assert [objective["name"] for objective in state["objectives"]] == ["accuracy", "params"]
+    lines = [json.loads(line) for line in (robust / "metrics.jsonl").read_text().splitlines()]
+    assert {"nll"} <= set(lines[0]) and {"nll", "obeys", "d_loss", "g_loss"} <= set(lines[1])
+    assert not {"obeys", "d_loss"} & set(lines[0])  # the warm-up
+
+
+def test_a_stopped_robust_run_goes_on(robust, nasdata, tmp_path):
+    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--lr_schedule", "constant",
+        "--output_dir", tmp_path / "whole")  # fmt: skip
+    flags[-1] = 1
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--lr_schedule", "constant",
+        "--output_dir", tmp_path / "part")  # fmt: skip
+    run("gan_multiobj.py", "--resume", tmp_path / "part", "--n_epochs", 2)
+    for name in ("generator", "discriminator", "predictor"):
+        whole, part = (weights(tmp_path / run_name / "checkpoint.pt", name) for run_name in ("whole", "part"))
+        assert equal(whole, part)
+
+
+def test_limits_are_kept_exactly(robust, tmp_path):
+    flags = ["--checkpoint", robust, "--perf_label", 1, "--params_label", 0, "--num_archs", 6]
+    limits = ["--min_params", "0.3M", "--max_params", "2500000", "--max_macs", "400M", "--top", 3]
+    out = run("generate_archs_multiobj.py", *flags, *limits, "--output_dir", tmp_path)
+    assert "6 distinct within the limits" not in out and "3 distinct within the limits" in out  # the best 3 of 6
+    from genotypes import read_genotypes
+
+    entries = read_genotypes(tmp_path / "genotypes.json")
+    assert len(entries) == 3
+    for genotype, entry in entries:
+        params, macs = genotype_cost(genotype)
+        assert 300_000 <= params <= 2_500_000 and macs <= 400_000_000
+        assert entry["labels"] == [1, 0]
+    ranks = [entry["predicted_quantiles"]["accuracy"] for _, entry in entries]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, tmp_path):
+    common = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate"]
+    by_supernet = ["--supernet", supernet / "supernet.pt", "--dataset", "folder", "--data", images]
+    for name, flags in (("a", []), ("b", by_supernet)):
+        out = run(*common, *flags, "--output_dir", tmp_path / name)
+        assert "random cells" in out
+        for result in json.loads((tmp_path / name / "evaluation.json").read_text()).values():
+            valid = round(result["drawn"] * result["validity"])
+            assert result["drawn"] == 9 * 4
+            matrix = np.array(result["params"]["asked_by_obtained"])
+            assert matrix.sum() == valid and result["params"]["obeys"] == pytest.approx(matrix.trace() / 36)
+            assert result["all"]["obeys"] <= result["params"]["obeys"]
+            assert result["accuracy"]["by"] == ("supernet" if flags else "predictor")
+
+
+def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
+    records = read_records(supernet / "nasdata.jsonl")
     assert len(records) == 6
     assert all(genotype_cost(record.genotype) == (record.params, record.macs) for record in records)
-    state = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    state = torch.load(supernet / "checkpoint.pt", weights_only=True)
     state["scores"][1:, 3:] = float("nan")  # as if stopped within the scoring
-    (tmp_path / "b").mkdir()
-    torch.save(state, tmp_path / "b" / "checkpoint.pt")
-    run("-m", "build_nas_dataset", "--resume", tmp_path / "b")
-    assert read_records(tmp_path / "b" / "nasdata.jsonl") == records
+    torch.save(state, tmp_path / "checkpoint.pt")
+    run("-m", "build_nas_dataset", "--resume", tmp_path)
+    assert read_records(tmp_path / "nasdata.jsonl") == records
+    assert equal(weights(supernet / "supernet.pt", "supernet"), weights(tmp_path / "supernet.pt", "supernet"))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +229,15 @@ def test_supernet_builds_a_dataset_and_resumes(images, tmp_path):
         ("gan.py --device cuda:99", "not available"),
         ("generate_archs.py --checkpoint missing.pt", "no such checkpoint"),
         ("generate_archs.py --checkpoint GAN --perf_label 3", "0 (lowest accuracy) to 2"),
+        ("generate_archs.py --checkpoint GAN --params_label 0", "trained on accuracy only"),
+        ("generate_archs.py --checkpoint GAN --min_params 3M --max_params 2M", "at most --max_params"),
+        ("generate_archs.py --checkpoint GAN --max_params 100", "no cell is that small"),
+        ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
+        ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number above 0"),
+        ("generate_archs.py --checkpoint GAN --supernet x.pt", "together with --evaluate"),
+        ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
+        ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
+        ("gan.py --objectives speed", "accuracy, params, macs"),
         ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
         ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),
         ("train_cifar.py --resume GAN", "expected a cifar checkpoint"),
@@ -165,8 +245,8 @@ def test_supernet_builds_a_dataset_and_resumes(images, tmp_path):
         ("-m build_nas_dataset --dataset folder --data IMAGES --holdout 80", "cannot hold out 80"),
     ],
 )
-def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata, images, gan, tmp_path):
-    words = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan}
+def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata, images, gan, robust, tmp_path):
+    words = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan, "ROBUST": robust}
     output = tmp_path / "out"
     arguments = [words.get(word, word) for word in command.split()]
     resumed = [] if "--resume" in arguments else ["--output_dir", output]

@@ -1,0 +1,76 @@
+"""What gan.py adds to the networks: the likelihood of given cells, and how obedience is counted."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import gan
+from genotypes import CellSpec, SearchSpace
+from models.generator import Generator
+from models.graph import CellBatch
+from models.network import genotype_cost
+from models.predictor import Predictor
+
+TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=4)
+
+
+def all_cells(space):
+    """Every cell that growth can end with, valid or not."""
+    for size in range(space.min_vertices, space.max_vertices + 1):
+        free = [(i, j) for j in range(space.num_inputs, size) for i in range(j)]
+        for ops in product(space.ops, repeat=size - space.num_inputs - 1):
+            for edges in product((0, 1), repeat=len(free)):
+                matrix = [[0] * size for _ in range(size)]
+                for (i, j), edge in zip(free, edges, strict=True):
+                    matrix[i][j] = edge
+                yield CellSpec(matrix, [*space.inputs, *ops, space.output], space)
+
+
+@pytest.mark.parametrize("edges_in_turn", [False, True])
+def test_the_likelihoods_of_all_cells_sum_to_one(edges_in_turn):
+    torch.manual_seed(0)
+    generator = Generator(5, 12, 6, label_sizes=(4,), edges_in_turn=edges_in_turn, space=TOY_SPACE).double().eval()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(3)
+        cells = list(all_cells(TOY_SPACE))
+        given = (CellBatch.encode(cells, dtype=torch.float64),)
+        z, labels = torch.randn(1, 5, dtype=torch.float64).expand(len(cells), -1), torch.ones(len(cells), 1).long()
+        values = gan.log_likelihood(generator(z, labels, follow=given), given)
+    assert values.shape == (len(cells),) and len(cells) == 2 + 2 * 8 + 4 * 64
+    assert values.exp().sum().item() == pytest.approx(1, abs=1e-9)
+    assert values.exp().max() < 0.9  # not all on one cell
+
+
+def test_obedience_counts_the_labels_that_were_met():
+    from build_nas_dataset.sample import random_pool
+
+    pool = random_pool(30, seed=5)
+    params = sorted(genotype_cost(genotype)[0] for genotype in pool)
+    macs = sorted(genotype_cost(genotype)[1] for genotype in pool)
+    objectives = [
+        {"name": "params", "boundaries": [params[10], params[20]]},
+        {"name": "macs", "boundaries": [macs[15]]},
+    ]
+    cells = [CellBatch.encode([genotype[name] for genotype in pool]) for name in ("normal", "reduction")]
+    truth = torch.tensor([[(p >= params[10]) + (p >= params[20]), m >= macs[15]] for p, m in map(genotype_cost, pool)])
+    predictor = Predictor(2, vertex_size=8)
+    assert gan.obedience(cells, truth, objectives, predictor).tolist() == [2.0] * 30
+    wrong = truth.clone()
+    wrong[:10, 1] = 1 - wrong[:10, 1]
+    wrong[5:10, 0] = (wrong[5:10, 0] + 1) % 3
+    assert gan.obedience(cells, wrong, objectives, predictor).tolist() == [1.0] * 5 + [0.0] * 5 + [2.0] * 20
+    cells[0].adj[3] = 0  # no path to the output
+    assert gan.obedience(cells, truth, objectives, predictor).tolist() == [2.0] * 3 + [-1.0] + [2.0] * 26
+
+
+def test_recipes_set_defaults_and_flags_win():
+    paper, robust = gan.parse_args([]), gan.parse_args(["--recipe", "robust", "--lr", "0.5", "--no-chain_cells"])
+    assert (paper.likelihood_weight, paper.temperature, paper.lr, paper.clip_value) == (0, 0, 2e-4, 0.01)
+    assert robust.likelihood_weight == 1 and robust.temperature == 1 and robust.edges_in_turn
+    assert robust.lr == 0.5 and not robust.chain_cells
+    assert gan.parse_args(["--objectives", "params,macs"]).objectives == ("params", "macs")
+    for flags in (["--objectives", "speed"], ["--objectives", "params,params"], ["--warmup_epochs", "2"]):
+        with pytest.raises(SystemExit):
+            gan.parse_args(flags)

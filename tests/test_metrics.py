@@ -1,0 +1,75 @@
+"""The measures, each against a case worked out by hand or a slow form of itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from build_nas_dataset.records import class_of
+from build_nas_dataset.sample import random_pool
+from metrics import (
+    cell_distributions,
+    cell_statistics,
+    confusion,
+    generation_metrics,
+    mean_interval,
+    obtained_classes,
+    tau,
+    tau_interval,
+    total_variation,
+)
+from models.network import genotype_cost
+from models.predictor import Predictor
+
+POOL = random_pool(60, seed=7)
+
+
+def test_validity_uniqueness_novelty_are_shares_up_to_isomorphism():
+    a, b, c = POOL[:3]
+    values = generation_metrics([a, a.canonical(), b, c, None], known=[a.canonical()])
+    assert values == {"validity": 4 / 5, "uniqueness": 3 / 4, "novelty": 2 / 3}
+    assert generation_metrics([]) == {"validity": 0, "uniqueness": 0, "novelty": 0}
+
+
+def test_classes_are_those_of_the_boundaries():
+    params, macs = (sorted(column) for column in zip(*map(genotype_cost, POOL), strict=True))
+    objectives = [
+        {"name": "params", "boundaries": [params[20], params[40]]},  # values on a boundary among them
+        {"name": "macs", "boundaries": [macs[30]]},
+        {"name": "accuracy", "boundaries": [0.3, 0.4, 0.5]},
+    ]
+    torch.manual_seed(0)
+    predictor = Predictor(3, vertex_size=8)
+    obtained = obtained_classes(POOL, objectives, predictor)
+    for genotype, row, quantiles in zip(POOL, obtained, predictor.quantiles(POOL), strict=True):
+        counts = genotype_cost(genotype)
+        assert row[0] == class_of(counts[0], objectives[0]["boundaries"])
+        assert row[1] == class_of(counts[1], objectives[1]["boundaries"])
+        assert row[2] == min(max(int(np.floor(quantiles[2] * 4)), 0), 3)
+
+
+def test_confusion_has_the_class_asked_for_in_the_row():
+    assert confusion([0, 0, 1, 2], [0, 1, 1, 0], 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_distributions_agree_with_counting():
+    shares = cell_distributions(POOL)
+    assert all(values.sum() == pytest.approx(1) for values in shares.values())
+    statistics = cell_statistics(POOL)
+    assert (shares["vertices"] * np.arange(11)).sum() == pytest.approx(statistics["vertices"])
+    assert total_variation(shares["ops"], shares["ops"]) == 0
+    assert total_variation(np.array([1.0, 0, 0]), np.array([0.25, 0.75, 0])) == 0.75
+
+
+def test_intervals_hold_the_value_and_shrink_with_n():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    widths = []
+    for n in (40, 400):
+        low, high = tau_interval(x[:n], y[:n])
+        assert low < tau(x[:n], y[:n]) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    hits = rng.random(400) < 0.9
+    low, high = mean_interval(hits)
+    assert low < hits.mean() < high and high - low == pytest.approx(4 * (0.09 / 400) ** 0.5, rel=0.3)
