@@ -9,14 +9,15 @@
 Writes checkpoint.pt (what generate_archs.py reads), metrics.jsonl, TensorBoard events, config.json and
 samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and defaults of its section 4.1.
 
-The recipe "paper" trains the generator against the discriminator alone. The recipe "robust" adds to that
-  --likelihood_weight  the log-likelihood of the NAS dataset's cells, decision by decision (teacher forcing): an anchor
-                       that keeps the generated cells varied and like the real ones;
-  --control_weight     a predictor of the objectives, trained first and then frozen, that pulls generated cells into the
-                       class asked for;
-  --temperature 1      decisions that are drawn, not rounded; --straight_through: the judges see them as 0/1;
+The recipe "paper" trains the generator against the discriminator alone. The recipe "robust" trains it by
+  --likelihood_weight  the log-likelihood of the NAS dataset's cells given their labels, decision by decision (teacher
+                       forcing): generated cells are as varied as the real ones, and like them;
+  --control_weight     a policy gradient: of the cells drawn, those that have the labels asked for become likelier.
+                       #params and MACs are counted; accuracy is judged by a predictor that is trained first;
+  --temperature 1      decisions that are drawn with their probabilities, not rounded;
   --chain_cells        a reduction cell that is grown in view of the normal cell;
   --edges_in_turn      edges that are decided one after the other, each in view of those before.
+Each is a flag of its own, on top of either recipe; --adversarial_weight 1 adds the discriminator to the robust one.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from models.generator import Generator
 from models.graph import CellBatch
 from models.predictor import Predictor
 from utils import (
+    ArgumentParser,
     RunLog,
     add_common_flags,
     cosine,
@@ -184,11 +186,12 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
     generator.train()
     discriminator.train()
 
-    def generate() -> tuple[tuple[CellBatch, ...], Tensor]:
+    def generate(hard: bool) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
+        """Cells with fresh noise and labels: cells, labels, z."""
         z, noise = generator.draw_noise(args.batch_size, noise_source)
         labels = data.random_labels(args.batch_size, noise_source)
         cells = generator(z, labels, noise)
-        return tuple(batch.straight_through() for batch in cells) if args.straight_through else cells, labels
+        return tuple(batch.straight_through() for batch in cells) if hard else cells, labels, z
 
     def record(**values: Tensor) -> None:
         for name, value in values.items():
@@ -202,7 +205,7 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
         real, real_labels = tuple(cells[index] for cells in data.cells), data.labels[index]
         if adversarial:
             with torch.no_grad():
-                fake, labels = generate()
+                fake, labels, _ = generate(args.straight_through)
             d_loss, real_score, fake_score = discriminator_loss(discriminator, real, real_labels, fake, labels)
             update(optimizers["discriminator"], d_loss, args.clip_value)
             record(d_loss=d_loss, real_score=real_score, fake_score=fake_score)
@@ -210,27 +213,27 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
         if (done + 1) % args.n_critic == 0:
             loss = torch.zeros((), device=device)
             if adversarial:
-                fake, labels = generate()
+                fake, labels, _ = generate(args.straight_through)
                 discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
                 scores = discriminator(fake, labels)
                 discriminator.requires_grad_(True)
                 g_loss = F.mse_loss(scores, torch.ones_like(scores))
                 loss = loss + args.adversarial_weight * g_loss
                 record(g_loss=g_loss)
-            if args.likelihood_weight:
+            if args.likelihood_weight or control:
                 z, _ = generator.draw_noise(args.batch_size, noise_source)
-                likelihood = log_likelihood(generator(z, real_labels, follow=real), real).mean()
-                loss = loss - args.likelihood_weight * likelihood
-                record(nll=-likelihood)
-            if control:  # policy gradient: what was drawn becomes likelier as far as it obeys better than the others
-                with torch.no_grad():
-                    z, noise = generator.draw_noise(args.batch_size, noise_source)
-                    labels = data.random_labels(args.batch_size, noise_source)
-                    drawn = tuple(batch.straight_through() for batch in generator(z, labels, noise))
+                given, given_labels, weight = real, real_labels, torch.full_like(z[:, 0], args.likelihood_weight)
+                if control:  # policy gradient: what obeys better than the others becomes likelier
+                    with torch.no_grad():
+                        drawn, labels, drawn_z = generate(hard=True)
                     reward = obedience(drawn, labels, data.objectives, predictor)
-                likelihood = log_likelihood(generator(z, labels, follow=drawn), drawn)
-                loss = loss - args.control_weight * ((reward - reward.mean()) * likelihood).mean()
-                record(obeys=reward.mean())
+                    record(obeys=reward.mean())
+                    given = tuple(CellBatch.cat(pair) for pair in zip(real, drawn, strict=True))
+                    given_labels, z = torch.cat([real_labels, labels]), torch.cat([z, drawn_z])
+                    weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
+                likelihood = log_likelihood(generator(z, given_labels, follow=given), given)  # one pass for both
+                loss = loss - (weight * likelihood).sum() / args.batch_size
+                record(nll=-likelihood[: args.batch_size].mean())
             update(optimizers["generator"], loss, args.clip_value)
     return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
@@ -297,8 +300,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=["paper", "robust"], default="paper", help="sets the defaults of the flags below, and more")
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
-    add("--control_weight", type=weight, default=0.0, help="of the predicted distance to the class asked for")
-    add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood only")
+    add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
+    add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")
     add("--straight_through", action=switch, default=False, help="show the judges hard decisions, not probabilities")
     add("--chain_cells", action=switch, default=False, help="grow the reduction cell in view of the normal cell")
@@ -321,7 +324,7 @@ def objectives_list(text: str) -> tuple[str, ...]:
 
 def parse_args(argv: list[str] | None = None, description: str = __doc__, **defaults) -> argparse.Namespace:
     """defaults: of flags where another script wants others (gan_multiobj.py)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description)
     add_flags(parser)
     parser.set_defaults(**defaults)
     if parser.parse_args(argv).recipe == "robust":

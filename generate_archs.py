@@ -7,6 +7,7 @@
     python generate_archs.py --checkpoint runs/gan-... --num_archs 300 --evaluate        # do the cells obey?
     python generate_archs.py --checkpoint runs/gan-... --num_archs 300 --evaluate \
         --supernet data/supernet.pt --dataset folder --data DIR                          # accuracy by the supernet
+    python generate_archs.py --checkpoint runs/gan-... --perf_label 2 --random           # the baseline, all else equal
 
 Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs,
 and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects.
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
-from build_nas_dataset.sample import random_pool
+from build_nas_dataset.sample import random_genotype
 from build_nas_dataset.scoring import load_supernet, score, scoring_batches
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from images import load_images, split
@@ -40,6 +41,7 @@ from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
 from utils import (
+    ArgumentParser,
     add_common_flags,
     derive_seed,
     fail,
@@ -162,10 +164,10 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
         return read_records(path)
 
 
-def draw(generator: Generator, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
+def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
     """Genotypes as drawn, None where invalid: --num_archs, or as many as it takes to meet the limits."""
     seed = derive_seed(args.seed, *labels)
-    drawn = generator.sample(labels, args.num_archs, seed)
+    drawn = source.sample(labels, args.num_archs, seed)
     if limits.given:
         kept, batch = set(), 0
         bar = progress_bar(total=args.num_archs, desc="within the limits")
@@ -177,7 +179,7 @@ def draw(generator: Generator, labels: tuple[int, ...], args: argparse.Namespace
                 break
             batch += 1
             size = min(max(args.num_archs, 256), args.max_draws - len(drawn))
-            new = generator.sample(labels, size, derive_seed(seed, batch))
+            new = source.sample(labels, size, derive_seed(seed, batch))
             drawn += new
         bar.close()
     return drawn
@@ -199,14 +201,18 @@ def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[
     return entries
 
 
-def rank(entries: list[dict], predictor: Predictor, objectives: list[dict]) -> None:
-    """Add the predicted quantiles, and put the entries of highest predicted accuracy first."""
+def rank(entries: list[dict], predictor: Predictor, objectives: list[dict], scorer) -> None:
+    """Add what predictor and supernet expect of the entries, and put those of the highest accuracy first."""
     if not entries:
         return
-    names = [objective["name"] for objective in objectives]
-    for entry, quantiles in zip(entries, predictor.quantiles([Genotype.from_dict(e) for e in entries]), strict=True):
-        entry["predicted_quantiles"] = {name: round(float(q), 4) for name, q in zip(names, quantiles, strict=True)}
-    if "accuracy" in names:
+    names, genotypes = [objective["name"] for objective in objectives], [Genotype.from_dict(e) for e in entries]
+    for entry, quantiles in zip(entries, predictor.quantiles(genotypes).tolist(), strict=True):
+        entry["predicted_quantiles"] = {name: round(q, 4) for name, q in zip(names, quantiles, strict=True)}
+    if scorer is not None:
+        for entry, accuracy in zip(entries, scorer(genotypes).tolist(), strict=True):
+            entry["supernet_accuracy"] = round(accuracy, 6)
+        entries.sort(key=lambda entry: -entry["supernet_accuracy"])
+    elif "accuracy" in names:
         entries.sort(key=lambda entry: -entry["predicted_quantiles"]["accuracy"])
 
 
@@ -234,6 +240,8 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
         vertices = "+".join(str(len(entry[cell]["ops"])) for cell in NAG_SPACE.cells)
         new = {True: "yes", False: "no", None: "?"}[entry.get("novel")]
         quantiles = ", ".join(f"{name} {q:.2f}" for name, q in entry["predicted_quantiles"].items())
+        if "supernet_accuracy" in entry:
+            quantiles += f"  supernet {entry['supernet_accuracy']:.4f}"
         print(
             f"  {entry['index']:5d} {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M {vertices:>9}"
             f" {entry['count']:6d}  {new:>3}  {quantiles}"
@@ -243,39 +251,49 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
 
 
 class SupernetScorer:
-    """Accuracies by the supernet, on held-out images that it was not asked about for the NAS dataset.
+    """Accuracies by the supernet, on held-out images that it was not asked about for the NAS dataset."""
 
-    Classes are cut at the quantiles of real cells scored on the same images. ceiling: how often a real cell is in the
-    class, by these images, that the NAS dataset has it in; a generator that obeys perfectly cannot do much better.
-    """
+    NUM_REAL = 900  # real cells that classes are cut by
 
-    NUM_REAL = 900
-
-    def __init__(self, args: argparse.Namespace, objective: dict, records: list[Record], device: torch.device):
+    def __init__(self, args: argparse.Namespace, device: torch.device):
         with user_input("--supernet"):
             self.supernet, settings = load_supernet(args.supernet, device)
         with user_input("--data"):
-            images, _ = load_images(
-                args.dataset, args.data, settings.image_size, args.cache_dir, settings.skip_bad, device
-            )
+            size, skip_bad = settings.image_size, settings.skip_bad
+            images, _ = load_images(args.dataset, args.data, size, args.cache_dir, skip_bad, device)
             _, held_out = split(images, settings.holdout, settings.seed)
             scorings = range(settings.scorings, 2 * settings.scorings)
             self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
         self.amp = settings.score_amp
-        chosen = np.random.default_rng(args.seed).permutation(len(records))[: self.NUM_REAL]
-        real = self([records[i].genotype for i in chosen])
-        self.boundaries = class_boundaries(real, len(objective["boundaries"]) + 1)
-        before = [class_of(records[i].accuracy, objective["boundaries"]) for i in chosen]
-        self.ceiling = float(np.mean(self.classes(real) == before))
-        self.percentile80 = float(np.quantile(real, 0.8))
 
     def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
         """Accuracies (n,)."""
         bar = progress_bar(genotypes, desc="supernet")
         return torch.stack([score(self.supernet, genotype, self.batches, self.amp) for genotype in bar]).cpu().numpy()
 
+    def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
+        """Classes at the quantiles of real cells, scored on the same images.
+
+        ceiling: how often a real cell is in the class, by these images, that the NAS dataset has it in; a generator
+        that obeys perfectly cannot do much better.
+        """
+        chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
+        real = self([records[i].genotype for i in chosen])
+        self.boundaries = class_boundaries(real, len(boundaries) + 1)
+        before = [class_of(records[i].accuracy, boundaries) for i in chosen]
+        self.ceiling = float(np.mean(self.classes(real) == before))
+        self.percentile80 = float(np.quantile(real, 0.8))
+
     def classes(self, accuracies: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.boundaries, accuracies, side="right")
+
+
+class RandomCells:
+    """Random cells in the place of the generator: the sampler of the supernet's pool, whatever the labels."""
+
+    def sample(self, labels: tuple[int, ...], n: int, seed: int) -> list[Genotype]:
+        rng = np.random.default_rng(seed)
+        return [random_genotype(rng) for _ in range(n)]
 
 
 def evaluate(
@@ -350,14 +368,13 @@ def print_evaluation(title: str, result: dict, objectives: list[dict]) -> None:
     print(f"  total-variation distance to the real cells of the class asked for: {distances}")
 
 
-def evaluate_and_print(drawn: dict, objectives, records, predictor, args, device) -> dict:
+def evaluate_and_print(drawn: dict, objectives, records, predictor, scorer: SupernetScorer | None, seed: int) -> dict:
     """The evaluation of what was drawn, and of as many random genotypes dealt out to the labels."""
-    names = [objective["name"] for objective in objectives]
-    scorer = None
-    if args.supernet and "accuracy" in names:
-        scorer = SupernetScorer(args, objectives[names.index("accuracy")], records, device)
-    pool = random_pool(sum(map(len, drawn.values())), derive_seed(args.seed, 1) % 2**32)
-    random = {labels: [pool.pop() for _ in genotypes] for labels, genotypes in drawn.items()}
+    for objective in objectives:
+        if scorer is not None and objective["name"] == "accuracy":
+            scorer.cut_classes(records, objective["boundaries"], seed)
+    source = RandomCells()
+    random = {labels: source.sample(labels, len(g), derive_seed(seed, 1, *labels)) for labels, g in drawn.items()}
     results = {}
     for title, genotypes in (("generated cells", drawn), ("random cells", random)):
         results[title] = evaluate(genotypes, objectives, records, predictor, scorer)
@@ -366,7 +383,7 @@ def evaluate_and_print(drawn: dict, objectives, records, predictor, args, device
 
 
 def parse_args(argv: list[str] | None = None, description: str = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description)
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of gan.py, or the run folder that holds it")
     add("--num_archs", type=number(int, 1), default=100, help="cells to draw for each class (with limits: to find)")
@@ -382,7 +399,8 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__) -> arg
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
     add("--top", type=number(int, 1), help="keep that many of each class, those of the highest predicted accuracy")
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
-    add("--supernet", help="supernet.pt of build_nas_dataset: with --evaluate, accuracy by that on --data")
+    add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
+    add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="of --supernet")
     add("--data", default="data", help="folder of its images")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
@@ -391,18 +409,15 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__) -> arg
     add("--channels", type=number(int, 2), default=36, help="of that network")
     add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
-    args = parser.parse_args(argv)
-    if args.supernet and not args.evaluate:
-        parser.error("argument --supernet: expected together with --evaluate")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace, single: bool = True) -> None:
     """single: whether this is the script for GANs of one objective."""
     device = prepare(args)
     with user_input("--checkpoint"):
-        checkpoint = load_checkpoint(args.checkpoint, "gan")
-        generator = Generator.from_checkpoint(args.checkpoint, device)
+        checkpoint = load_checkpoint(args.checkpoint, "gan", ("args", "objectives", "predictor_tau"))
+        source = RandomCells() if args.random else Generator.from_checkpoint(args.checkpoint, device)
         predictor = Predictor.from_checkpoint(args.checkpoint, device)
     objectives = checkpoint["objectives"]
     if single != (len(objectives) == 1):
@@ -416,11 +431,12 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
 
+    scorer = SupernetScorer(args, device) if args.supernet else None
     results, best, drawn = [], None, {}
     for labels in combinations:
-        drawn[labels] = genotypes = draw(generator, labels, args, limits)
+        drawn[labels] = genotypes = draw(source, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
-        rank(entries, predictor, objectives)
+        rank(entries, predictor, objectives, scorer)
         entries = entries[: args.top]
         for entry in entries:
             entry["index"] = len(results)
@@ -431,7 +447,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     path = output_folder(args) / "genotypes.json"
     write_json(path, results)
     if args.evaluate:
-        evaluation = evaluate_and_print(drawn, objectives, records, predictor, args, device)
+        evaluation = evaluate_and_print(drawn, objectives, records, predictor, scorer, args.seed)
         write_json(path.with_name("evaluation.json"), evaluation)
     print(f"\nwrote {len(results)} genotypes to {path}")
     if best is None:

@@ -284,7 +284,9 @@ def load_part(
 
 def _refuse_broken(part: Part, broken: dict[str, str]):
     name, reason = next(iter(broken.items()))
-    raise ValueError(f"{part.path}: cannot read image {part.prefix}{name} ({reason}); skip_bad leaves such images out")
+    raise ValueError(
+        f"{part.path}: cannot read image {part.prefix}{name} ({reason}); --skip_bad leaves such images out"
+    )
 
 
 def decode(part: Part, image_size: int, skip_bad: bool) -> tuple[np.ndarray, dict[str, str]]:

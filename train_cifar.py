@@ -25,6 +25,7 @@ from genotypes import Genotype, load_genotype
 from images import ImageSet, balanced_batch, eval_batches, load_images, split, train_batches
 from models.network import CifarNetwork, genotype_cost
 from utils import (
+    ArgumentParser,
     RunLog,
     add_common_flags,
     autocast,
@@ -217,7 +218,7 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--arch", default="NAG_HIGH_ACC", help="a published genotype's name, FILE.json or FILE.json:INDEX")
     add_training_flags(parser)
@@ -238,7 +239,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, args: argparse.Namespace):
     """With --evaluate, the images are by default those that the network was trained for."""
     with user_input("--evaluate"):
-        saved = load_checkpoint(args.evaluate, "cifar")["args"]
+        saved = load_checkpoint(args.evaluate, "cifar", ("args", "network"))["args"]
     kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - explicit_flags(parser, argv)
     return argparse.Namespace(**{**vars(args), **{name: saved[name] for name in kept}})
 

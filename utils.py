@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import sys
@@ -34,8 +35,20 @@ def user_input(flag: str) -> Iterator[None]:
 
 def fail(message: str):
     """End the script with one line on stderr and exit status 2, as argparse does."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name
+    print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but a wrong flag gets one line, without the usage; --help shows the docstring as it stands."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        fail(message)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
@@ -77,7 +90,7 @@ def parse_resumable(
     if not args.resume:
         return args
     with user_input("--resume"):
-        saved = load_checkpoint(args.resume, kind)["args"]
+        saved = load_checkpoint(args.resume, kind, ("args",))["args"]
     explicit = explicit_flags(parser, argv) - {"resume"}
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):
@@ -177,10 +190,11 @@ def save_checkpoint(path: str | Path, kind: str, state: dict) -> None:
         torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, file)
 
 
-def load_checkpoint(path: str | Path, kind: str) -> dict:
+def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
     """Read a checkpoint onto the CPU, without running any code from it.
 
     path: the file, or a run folder that holds checkpoint.pt.
+    keys: what it has to hold.
     Raises ValueError naming the file when it is not a whole checkpoint of that kind and of this version.
     """
     path = Path(path)
@@ -189,8 +203,10 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise ValueError(f"no such checkpoint: {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated zip, foreign file or a pickle that needs code: torch raises all sorts
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a readable checkpoint (it holds more than tensors and plain data)") from None
+    except Exception as error:  # truncated or foreign files: torch raises all sorts
+        reason = "truncated, or not a torch file" if isinstance(error, (RuntimeError, EOFError)) else error
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project")
@@ -198,6 +214,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise ValueError(f"{path} is a {state['kind']} checkpoint, expected a {kind} checkpoint")
     if state.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} has format version {state.get('version')}, this code reads {CHECKPOINT_VERSION}")
+    if missing := [key for key in keys if key not in state]:
+        raise ValueError(f"{path} is not a whole {kind} checkpoint: it lacks {', '.join(missing)}")
     return state
 
 

@@ -112,7 +112,7 @@ def _svg_to_pdf(svg: bytes) -> bytes:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.ArgumentParser(__doc__)
     parser.add_argument("--arch", required=True, help="a published genotype's name, FILE.json or FILE.json:INDEX")
     parser.add_argument("--format", choices=FORMATS, default="svg")
     parser.add_argument("--output_dir", help="folder for the pictures (default: runs/visualize-<time>)")

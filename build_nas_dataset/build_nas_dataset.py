@@ -29,6 +29,7 @@ from metrics import tau
 from models.network import genotype_cost
 from models.supernet import Supernet
 from utils import (
+    ArgumentParser,
     RunLog,
     add_common_flags,
     autocast,
@@ -90,7 +91,7 @@ def score_pool(supernet, pool, batches, scores: torch.Tensor, args, save) -> tor
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"])
     add("--data", default="data", help="folder of the images (CIFAR: downloaded into it)")

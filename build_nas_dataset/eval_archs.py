@@ -22,6 +22,7 @@ from metrics import tau, tau_interval
 from models.network import genotype_cost
 from train_cifar import accuracy, add_training_flags, build_network, check_training_flags, load_data, train
 from utils import (
+    ArgumentParser,
     RunLog,
     add_common_flags,
     load_checkpoint,
@@ -126,7 +127,7 @@ def rank_correlations(results: list[dict]) -> dict[str, dict]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset (default: %(default)s)")
     add("--num_archs", type=number(int, 0), default=50, help="candidates (0: all; default: %(default)s)")

@@ -103,14 +103,21 @@ def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Rec
         if genotype is None:
             raise ValueError("a cell has no path from an input to the output")
         accuracy = data.get("accuracy")
-        if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+        if not _is_number(accuracy) or not 0 <= accuracy <= 1:
             raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r}")
         for name in ("params", "macs"):
-            if not isinstance(data.get(name), int) or data[name] < 0:
+            if not _is_number(data.get(name), int) or data[name] < 0:
                 raise ValueError(f"{name} must be a whole number, got {data.get(name)!r}")
+        identity = data.get("id", number - 2)
+        if not _is_number(identity, int):
+            raise ValueError(f"id must be a whole number, got {identity!r}")
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
-    return Record(data.get("id", number - 2), genotype, float(accuracy), data["params"], data["macs"])
+    return Record(identity, genotype, float(accuracy), data["params"], data["macs"])
+
+
+def _is_number(value, kinds: type | tuple = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _read_reference(path: Path) -> list[Record]:

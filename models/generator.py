@@ -324,7 +324,7 @@ class Generator(nn.Module):
         cls, path: str | Path, device: torch.device | str = "cpu", space: SearchSpace = NAG_SPACE
     ) -> "Generator":
         """The generator of a GAN checkpoint, in eval mode. Raises ValueError when the file is no such checkpoint."""
-        checkpoint = load_checkpoint(path, kind="gan")
+        checkpoint = load_checkpoint(path, "gan", ("generator", "generator_config"))
         generator = cls(**checkpoint["generator_config"], space=space)
         generator.load_state_dict(checkpoint["generator"])
         return generator.to(device).eval()

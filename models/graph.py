@@ -1,5 +1,6 @@
 """Cells as tensors, and the two small modules that everything reading or writing such tensors shares."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,11 @@ class CellBatch:
         return CellBatch(
             hard_adj + self.adj - self.adj.detach(), hard_ops + self.ops - self.ops.detach(), self.num_nodes
         )
+
+    @staticmethod
+    def cat(batches: Sequence["CellBatch"]) -> "CellBatch":
+        """The cells of all batches in one, of which V must be the same."""
+        return CellBatch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("adj", "ops", "num_nodes")))
 
     def to(self, device: torch.device | str) -> "CellBatch":
         return CellBatch(self.adj.to(device), self.ops.to(device), self.num_nodes.to(device))

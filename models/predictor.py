@@ -51,7 +51,7 @@ class Predictor(nn.Module):
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
         """The predictor of a GAN checkpoint. Raises ValueError when the file is no such checkpoint."""
-        checkpoint = load_checkpoint(path, kind="gan")
+        checkpoint = load_checkpoint(path, "gan", ("predictor", "predictor_config"))
         predictor = cls(**checkpoint["predictor_config"])
         predictor.load_state_dict(checkpoint["predictor"])
         return predictor.requires_grad_(False).to(device)

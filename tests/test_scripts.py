@@ -194,7 +194,7 @@ def test_limits_are_kept_exactly(robust, tmp_path):
 
 def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, tmp_path):
     common = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate"]
-    by_supernet = ["--supernet", supernet / "supernet.pt", "--dataset", "folder", "--data", images]
+    by_supernet = ["--supernet", supernet / "supernet.pt", "--dataset", "folder", "--data", images, "--random"]
     for name, flags in (("a", []), ("b", by_supernet)):
         out = run(*common, *flags, "--output_dir", tmp_path / name)
         assert "random cells" in out
@@ -234,7 +234,7 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
         ("generate_archs.py --checkpoint GAN --max_params 100", "no cell is that small"),
         ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
         ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number above 0"),
-        ("generate_archs.py --checkpoint GAN --supernet x.pt", "together with --evaluate"),
+        ("generate_archs.py --checkpoint GAN --supernet GAN", "expected a supernet weights checkpoint"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
         ("gan.py --objectives speed", "accuracy, params, macs"),
@@ -259,7 +259,7 @@ LAYERS = [
     {"genotypes", "utils"},
     {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
     {"models.network", "models.supernet", "models.generator", "models.discriminator", "models.predictor"},
-    {"build_nas_dataset.records", "metrics"},
+    {"build_nas_dataset.records", "build_nas_dataset.scoring", "metrics"},
     {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
 ]
