@@ -22,13 +22,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
-from build_nas_dataset.sample import random_genotype
-from build_nas_dataset.scoring import load_supernet, score, scoring_batches
+from build_nas_dataset.records import Record, class_of, read_records
+from build_nas_dataset.sample import RandomCells
+from build_nas_dataset.scoring import SupernetScorer
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from images import load_images, split
 from metrics import (
     cell_distributions,
     confusion,
@@ -250,52 +248,6 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
         print(f"  ... {len(entries) - 10} more in the file")
 
 
-class SupernetScorer:
-    """Accuracies by the supernet, on held-out images that it was not asked about for the NAS dataset."""
-
-    NUM_REAL = 900  # real cells that classes are cut by
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        with user_input("--supernet"):
-            self.supernet, settings = load_supernet(args.supernet, device)
-        with user_input("--data"):
-            size, skip_bad = settings.image_size, settings.skip_bad
-            images, _ = load_images(args.dataset, args.data, size, args.cache_dir, skip_bad, device)
-            _, held_out = split(images, settings.holdout, settings.seed)
-            scorings = range(settings.scorings, 2 * settings.scorings)
-            self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
-        self.amp = settings.score_amp
-
-    def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
-        """Accuracies (n,)."""
-        bar = progress_bar(genotypes, desc="supernet")
-        return torch.stack([score(self.supernet, genotype, self.batches, self.amp) for genotype in bar]).cpu().numpy()
-
-    def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
-        """Classes at the quantiles of real cells, scored on the same images.
-
-        ceiling: how often a real cell is in the class, by these images, that the NAS dataset has it in; a generator
-        that obeys perfectly cannot do much better.
-        """
-        chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
-        real = self([records[i].genotype for i in chosen])
-        self.boundaries = class_boundaries(real, len(boundaries) + 1)
-        before = [class_of(records[i].accuracy, boundaries) for i in chosen]
-        self.ceiling = float(np.mean(self.classes(real) == before))
-        self.percentile80 = float(np.quantile(real, 0.8))
-
-    def classes(self, accuracies: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.boundaries, accuracies, side="right")
-
-
-class RandomCells:
-    """Random cells in the place of the generator: the sampler of the supernet's pool, whatever the labels."""
-
-    def sample(self, labels: tuple[int, ...], n: int, seed: int) -> list[Genotype]:
-        rng = np.random.default_rng(seed)
-        return [random_genotype(rng) for _ in range(n)]
-
-
 def evaluate(
     drawn: dict[tuple, list],
     objectives: list[dict],
@@ -431,7 +383,10 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
 
-    scorer = SupernetScorer(args, device) if args.supernet else None
+    scorer = None
+    if args.supernet:
+        with user_input("--supernet"):
+            scorer = SupernetScorer(args.supernet, args.dataset, args.data, args.cache_dir, device)
     results, best, drawn = [], None, {}
     for labels in combinations:
         drawn[labels] = genotypes = draw(source, labels, args, limits)

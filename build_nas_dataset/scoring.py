@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from build_nas_dataset.records import Record, class_boundaries, class_of
 from genotypes import Genotype
-from images import ImageSet, balanced_batch, normalize, num_balanced
+from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from models.supernet import Supernet
-from utils import autocast, load_checkpoint
+from utils import autocast, load_checkpoint, progress_bar
 
 
 @torch.inference_mode()
@@ -45,3 +47,44 @@ def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, arg
     supernet = Supernet(**state["supernet_config"])
     supernet.load_state_dict(state["supernet"])
     return supernet.to(device, memory_format=torch.channels_last).eval(), argparse.Namespace(**state["args"])
+
+
+class SupernetScorer:
+    """Accuracies by a supernet, on held-out images that it was not asked about for the NAS dataset.
+
+    path: a file supernet.pt. dataset, data, cache_dir: the images that it was trained on, as in load_images.
+    Raises ValueError or OSError when one of them is not there or does not fit.
+    """
+
+    NUM_REAL = 900  # real cells that classes are cut by
+
+    def __init__(self, path: str | Path, dataset: str, data: str, cache_dir: str | None, device: torch.device):
+        self.supernet, settings = load_supernet(path, device)
+        images, _ = load_images(dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
+        if len(images.classes) != self.supernet.config["num_classes"]:
+            raise ValueError(f"{path} knows {self.supernet.config['num_classes']} classes, {data} has {images.classes}")
+        _, held_out = split(images, settings.holdout, settings.seed)
+        scorings = range(settings.scorings, 2 * settings.scorings)
+        self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
+        self.amp = settings.score_amp
+
+    def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
+        """Accuracies (n,)."""
+        bar = progress_bar(genotypes, desc="supernet")
+        return torch.stack([score(self.supernet, genotype, self.batches, self.amp) for genotype in bar]).cpu().numpy()
+
+    def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
+        """Classes at the quantiles of real cells, scored on the same images.
+
+        ceiling: how often a real cell is in the class, by these images, that the NAS dataset has it in; a generator
+        that obeys perfectly cannot do much better.
+        """
+        chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
+        real = self([records[i].genotype for i in chosen])
+        self.boundaries = class_boundaries(real, len(boundaries) + 1)
+        before = [class_of(records[i].accuracy, boundaries) for i in chosen]
+        self.ceiling = float(np.mean(self.classes(real) == before))
+        self.percentile80 = float(np.quantile(real, 0.8))
+
+    def classes(self, accuracies: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.boundaries, accuracies, side="right")

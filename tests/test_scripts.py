@@ -259,7 +259,8 @@ LAYERS = [
     {"genotypes", "utils"},
     {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
     {"models.network", "models.supernet", "models.generator", "models.discriminator", "models.predictor"},
-    {"build_nas_dataset.records", "build_nas_dataset.scoring", "metrics"},
+    {"build_nas_dataset.records", "metrics"},
+    {"build_nas_dataset.scoring"},
     {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
 ]
