@@ -13,8 +13,7 @@ INSTALLED = $(VENV)/.installed
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 16 --eval_every 4 --straight_through --clip_value 1 \
-		--g_emb_size 64 --d_emb_size 64 --g_hidden_size 32 --d_hidden_size 32
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 12 --warmup_epochs 8 --eval_every 4
 	$(RUN) generate_archs.py --checkpoint runs/demo/checkpoint.pt --num_archs 20 --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
 	@echo

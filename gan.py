@@ -1,7 +1,7 @@
 """Train the generator on a NAS dataset, conditioned on classes of accuracy (gan_multiobj.py: and of #params).
 
-    python gan.py                                          # data/nasdata.jsonl, as published
-    python gan.py --recipe robust                          # cells that obey their labels; explicit flags win
+    python gan.py                                          # data/nasdata.jsonl
+    python gan.py --recipe paper                           # as published; explicit flags win over a recipe's
     python gan.py --n_epochs 20 --device cpu
     python gan.py --nasbench_data runs/build_nas_dataset-.../nasdata.jsonl
     python gan.py --resume runs/gan-...                    # go on after a stop; --n_epochs may be raised
@@ -9,7 +9,8 @@
 Writes checkpoint.pt (what generate_archs.py reads), metrics.jsonl, TensorBoard events, config.json and
 samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and defaults of its section 4.1.
 
-The recipe "paper" trains the generator against the discriminator alone. The recipe "robust" trains it by
+The recipe "paper" trains the generator against the discriminator alone: invalid or few different cells, which ignore
+their labels. The recipe "robust", the default, trains it by
   --likelihood_weight  the log-likelihood of the NAS dataset's cells given their labels, decision by decision (teacher
                        forcing): generated cells are as varied as the real ones, and like them;
   --control_weight     a policy gradient: of the cells drawn, those that have the labels asked for become likelier.
@@ -64,20 +65,24 @@ OBJECTIVES = {
 
 ROBUST = {
     "likelihood_weight": 1.0,
+    "control_weight": 10.0,
     "adversarial_weight": 0.0,
-    "control_weight": 3.0,
-    "warmup_epochs": 10,
     "temperature": 1.0,
-    "straight_through": True,
     "chain_cells": True,
     "edges_in_turn": True,
+    "straight_through": True,
+    "g_emb_size": 64,
+    "d_emb_size": 64,
+    "g_hidden_size": 32,
+    "d_hidden_size": 32,
     "g_dropout": 0.0,
     "d_gnn_dropout": 0.1,
     "d_mlp_dropout": 0.1,
     "lr": 1e-3,
     "lr_schedule": "cosine",
     "clip_value": 1.0,
-    "n_epochs": 30,
+    "warmup_epochs": 10,
+    "n_epochs": 50,
 }
 
 HELD_OUT = 0.1  # share of the NAS dataset that the predictor is measured on
@@ -297,7 +302,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{embedding}", type=size, default=10, help="of the label's embedding")
     # Not in the paper, see the top of this file.
     switch, weight = argparse.BooleanOptionalAction, number(float, 0)
-    add("--recipe", choices=["paper", "robust"], default="paper", help="sets the defaults of the flags below, and more")
+    add("--recipe", choices=["paper", "robust"], default="robust", help="sets the defaults of many flags")
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")

@@ -66,11 +66,15 @@ def test_obedience_counts_the_labels_that_were_met():
 
 
 def test_recipes_set_defaults_and_flags_win():
-    paper, robust = gan.parse_args([]), gan.parse_args(["--recipe", "robust", "--lr", "0.5", "--no-chain_cells"])
+    paper, robust = gan.parse_args(["--recipe", "paper"]), gan.parse_args(["--lr", "0.5", "--no-chain_cells"])
     assert (paper.likelihood_weight, paper.temperature, paper.lr, paper.clip_value) == (0, 0, 2e-4, 0.01)
     assert robust.likelihood_weight == 1 and robust.temperature == 1 and robust.edges_in_turn
     assert robust.lr == 0.5 and not robust.chain_cells
     assert gan.parse_args(["--objectives", "params,macs"]).objectives == ("params", "macs")
-    for flags in (["--objectives", "speed"], ["--objectives", "params,params"], ["--warmup_epochs", "2"]):
+    for flags in (
+        ["--objectives", "speed"],
+        ["--objectives", "params,params"],
+        ["--recipe", "paper", "--warmup_epochs", "2"],
+    ):
         with pytest.raises(SystemExit):
             gan.parse_args(flags)

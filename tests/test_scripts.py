@@ -87,7 +87,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gan(nasdata, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gan")
-    run("gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--n_epochs", 2, "--output_dir", folder)
+    run("gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--recipe", "paper", "--n_epochs", 2, "--output_dir", folder)
     return folder
 
 
@@ -95,7 +95,7 @@ def gan(nasdata, tmp_path_factory):
 def robust(nasdata, tmp_path_factory):
     """A GAN of two objectives by the robust recipe, the discriminator and policy gradient included."""
     folder = tmp_path_factory.mktemp("robust")
-    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
     run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", folder)
     return folder
 
@@ -117,7 +117,9 @@ def equal(a, b):
 
 
 def test_gan_resumed_equals_gan_never_stopped(gan, nasdata, tmp_path):
-    run("gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--n_epochs", 1, "--output_dir", tmp_path)
+    run(
+        "gan.py", "--nasbench_data", nasdata, *SMALL_GAN, "--recipe", "paper", "--n_epochs", 1, "--output_dir", tmp_path
+    )
     run("gan.py", "--resume", tmp_path, "--n_epochs", 2)
     for name in ("generator", "discriminator"):
         assert equal(weights(gan / "checkpoint.pt", name), weights(tmp_path / "checkpoint.pt", name))
@@ -151,7 +153,7 @@ def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_p
 
 
 def test_robust_recipe_resumed_equals_never_stopped(robust, nasdata, tmp_path):
-    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
     run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", tmp_path)
     for name in ("generator", "discriminator", "predictor"):
         assert equal(weights(robust / "checkpoint.pt", name), weights(tmp_path / "checkpoint.pt", name))
@@ -163,7 +165,7 @@ def test_robust_recipe_resumed_equals_never_stopped(robust, nasdata, tmp_path):
 
 
 def test_a_stopped_robust_run_goes_on(robust, nasdata, tmp_path):
-    flags = ["--recipe", "robust", "--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
+    flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
     run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--lr_schedule", "constant",
         "--output_dir", tmp_path / "whole")  # fmt: skip
     flags[-1] = 1
