@@ -149,6 +149,11 @@ def load_images_and_pool(args: argparse.Namespace, device: torch.device) -> tupl
         return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """The flags that a score depends on: what travels with the files that are passed on."""
+    return {k: v for k, v in vars(args).items() if k not in ("data", "cache_dir", "output_dir", "resume", "device")}
+
+
 def write_dataset(path: Path, pool: list[Genotype], scores: torch.Tensor, args, train: ImageSet, seconds: dict) -> dict:
     """Write the NAS dataset from scores (scorings, P). Returns the summary that its header holds."""
     accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
@@ -158,10 +163,9 @@ def write_dataset(path: Path, pool: list[Genotype], scores: torch.Tensor, args, 
         "repeatability_tau": [tau(a, b) for a, b in pairwise(scores)],
         "tau_with_params": tau(accuracies, [params for params, _ in costs]),
     }
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "cache_dir", "output_dir", "resume", "device")}
     header = {
         "search_space": NAG_SPACE.name,
-        "settings": settings,
+        "settings": settings_of(args),
         "training_images": len(train),
         "classes": train.classes,
         "seconds": {name: round(value) for name, value in seconds.items()},
@@ -245,8 +249,7 @@ def main(args: argparse.Namespace) -> None:
     weights = {
         "supernet": supernet.state_dict(),
         "supernet_config": supernet.config,
-        "classes": train.classes,
-        "args": vars(args),
+        "settings": settings_of(args),
     }
     save_checkpoint(folder / "supernet.pt", "supernet weights", weights)
     summary = write_dataset(folder / "nasdata.jsonl", pool, scores, args, train, seconds)

@@ -43,10 +43,10 @@ def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: i
 
 def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, argparse.Namespace]:
     """The supernet of a file supernet.pt, in eval mode, and the flags of its run. Raises ValueError for other files."""
-    state = load_checkpoint(path, "supernet weights", ("supernet", "supernet_config", "args"))
+    state = load_checkpoint(path, "supernet weights", ("supernet", "supernet_config", "settings"))
     supernet = Supernet(**state["supernet_config"])
     supernet.load_state_dict(state["supernet"])
-    return supernet.to(device, memory_format=torch.channels_last).eval(), argparse.Namespace(**state["args"])
+    return supernet.to(device, memory_format=torch.channels_last).eval(), argparse.Namespace(**state["settings"])
 
 
 class SupernetScorer:
