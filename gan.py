@@ -191,9 +191,9 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
     generator.train()
     discriminator.train()
 
-    def generate(hard: bool) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
+    def generate(hard: bool, temperature: float) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
         """Cells with fresh noise and labels: cells, labels, z."""
-        z, noise = generator.draw_noise(args.batch_size, noise_source)
+        z, noise = generator.draw_noise(args.batch_size, noise_source, temperature)
         labels = data.random_labels(args.batch_size, noise_source)
         cells = generator(z, labels, noise)
         return tuple(batch.straight_through() for batch in cells) if hard else cells, labels, z
@@ -210,7 +210,7 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
         real, real_labels = tuple(cells[index] for cells in data.cells), data.labels[index]
         if adversarial:
             with torch.no_grad():
-                fake, labels, _ = generate(args.straight_through)
+                fake, labels, _ = generate(args.straight_through, args.temperature)
             d_loss, real_score, fake_score = discriminator_loss(discriminator, real, real_labels, fake, labels)
             update(optimizers["discriminator"], d_loss, args.clip_value)
             record(d_loss=d_loss, real_score=real_score, fake_score=fake_score)
@@ -218,7 +218,7 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
         if (done + 1) % args.n_critic == 0:
             loss = torch.zeros((), device=device)
             if adversarial:
-                fake, labels, _ = generate(args.straight_through)
+                fake, labels, _ = generate(args.straight_through, args.temperature)
                 discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
                 scores = discriminator(fake, labels)
                 discriminator.requires_grad_(True)
@@ -228,9 +228,9 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
             if args.likelihood_weight or control:
                 z, _ = generator.draw_noise(args.batch_size, noise_source)
                 given, given_labels, weight = real, real_labels, torch.full_like(z[:, 0], args.likelihood_weight)
-                if control:  # policy gradient: what obeys better than the others becomes likelier
+                if control:  # policy gradient: what was drawn and obeys better than the rest becomes likelier
                     with torch.no_grad():
-                        drawn, labels, drawn_z = generate(hard=True)
+                        drawn, labels, drawn_z = generate(hard=True, temperature=1.0)
                     reward = obedience(drawn, labels, data.objectives, predictor)
                     record(obeys=reward.mean())
                     given = tuple(CellBatch.cat(pair) for pair in zip(real, drawn, strict=True))
@@ -255,7 +255,7 @@ def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known)
     """Metrics of n genotypes spread over all label combinations, and the valid ones with their labels.
 
     Among them, for each objective, how often the class obtained is the class asked for: by exact counts, but for
-    accuracy by the predictor.
+    accuracy by the predictor. An invalid genotype has no class.
     """
     combinations = list(np.ndindex(*data.num_classes))
     drawn, valid, asked = [], [], []
@@ -268,7 +268,8 @@ def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known)
     if valid:
         obtained = obtained_classes(valid, data.objectives, predictor)
         hits = obtained == np.array(asked)  # (valid, K)
-        values |= {f"obeys_{o['name']}": hits[:, k].mean().item() for k, o in enumerate(data.objectives)}
+        shares = hits.sum(0) / len(drawn)
+        values |= {f"obeys_{o['name']}": share.item() for o, share in zip(data.objectives, shares, strict=True)}
     samples = zip(valid, asked, strict=True)
     return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in samples]
 

@@ -165,7 +165,7 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
 def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
     """Genotypes as drawn, None where invalid: --num_archs, or as many as it takes to meet the limits."""
     seed = derive_seed(args.seed, *labels)
-    drawn = source.sample(labels, args.num_archs, seed)
+    drawn = source.sample(labels, args.num_archs, seed, temperature=args.temperature)
     if limits.given:
         kept, batch = set(), 0
         bar = progress_bar(total=args.num_archs, desc="within the limits")
@@ -177,7 +177,7 @@ def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argpars
                 break
             batch += 1
             size = min(max(args.num_archs, 256), args.max_draws - len(drawn))
-            new = source.sample(labels, size, derive_seed(seed, batch))
+            new = source.sample(labels, size, derive_seed(seed, batch), temperature=args.temperature)
             drawn += new
         bar.close()
     return drawn
@@ -351,6 +351,7 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__) -> arg
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
     add("--top", type=number(int, 1), help="keep that many of each class, those of the highest predicted accuracy")
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
+    add("--temperature", type=number(float, 0), help="of the decisions (default: the GAN's); lower: likelier cells")
     add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="of --supernet")

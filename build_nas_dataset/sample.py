@@ -53,7 +53,7 @@ def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices:
 class RandomCells:
     """Random cells behind the interface of a generator: the baseline for everything that is said of generated ones."""
 
-    def sample(self, labels: tuple[int, ...], n: int, seed: int) -> list[Genotype]:
-        """n valid pruned genotypes, whatever the labels."""
+    def sample(self, labels: tuple[int, ...], n: int, seed: int, temperature: float | None = None) -> list[Genotype]:
+        """n valid pruned genotypes, whatever labels and temperature."""
         rng = np.random.default_rng(seed)
         return [random_genotype(rng) for _ in range(n)]

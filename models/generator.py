@@ -301,22 +301,26 @@ class Generator(nn.Module):
                 condition = torch.cat([condition, F.normalize(self.summaries[name](flat), dim=-1)], dim=-1)
         return tuple(cells)
 
-    def draw_noise(self, n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def draw_noise(
+        self, n: int, generator: torch.Generator, temperature: float | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """z (n, latent_dim), and what forward adds to the logits of the decisions; on the device of `generator`.
 
         Gumbel noise for tokens and logistic noise for edges, times the temperature: the decision that is then the
         likelier one has been drawn from the softmax or sigmoid of logits / temperature.
+        temperature: the generator's by default.
         """
+        temperature = self.config["temperature"] if temperature is None else temperature
         device, size, tokens = generator.device, self.config["max_vertices"], len(self.space.tokens)
         z = torch.randn(n, self.config["latent_dim"], generator=generator, device=device)
-        if not self.config["temperature"]:
+        if not temperature:
             return z, None
         noise = []
         for _ in self.cells:
             gumbel = -torch.empty(n, size, tokens + size, device=device).exponential_(generator=generator).log()
             other = -torch.empty(n, size, size, device=device).exponential_(generator=generator).log()
             gumbel[..., tokens:] -= other  # the difference of two Gumbel variables is logistic
-            noise.append(gumbel * self.config["temperature"])
+            noise.append(gumbel * temperature)
         return z, tuple(noise)
 
     @classmethod
@@ -330,10 +334,18 @@ class Generator(nn.Module):
         return generator.to(device).eval()
 
     @torch.no_grad()
-    def sample(self, labels: tuple[int, ...], n: int, seed: int, batch_size: int = 512) -> list[Genotype | None]:
+    def sample(
+        self,
+        labels: tuple[int, ...],
+        n: int,
+        seed: int,
+        batch_size: int = 512,
+        temperature: float | None = None,
+    ) -> list[Genotype | None]:
         """Draw n genotypes for `labels` (one class for each objective), pruned; None where a cell is invalid.
 
-        What is drawn depends on weights, labels, n and seed, not on batch_size, device or training mode: the noise
+        temperature: the generator's by default; lower ones draw likelier cells, less varied ones.
+        What is drawn depends on weights, labels, n, seed and temperature, not on batch_size, device or training mode: the noise
         comes from the CPU in one draw, dropout is off, and decisions are taken in float64, since in float32 the order
         of a sum (another batch size or device) can carry a probability from one side of 0.5 to the other.
         """
@@ -345,7 +357,7 @@ class Generator(nn.Module):
                 raise ValueError(f"label {i} must be 0 to {classes - 1}, got {label}")
         generator = copy.deepcopy(self).double().eval()
         device = next(generator.parameters()).device
-        z, noise = self.draw_noise(n, torch.Generator().manual_seed(seed))
+        z, noise = self.draw_noise(n, torch.Generator().manual_seed(seed), temperature)
         genotypes = []
         for start in range(0, n, batch_size):
             rows = slice(start, start + batch_size)
