@@ -392,6 +392,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     for labels in combinations:
         drawn[labels] = genotypes = draw(source, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
+        entries = entries[: args.num_archs]  # the last batch drawn may have brought more
         rank(entries, predictor, objectives, scorer)
         entries = entries[: args.top]
         for entry in entries:

@@ -345,9 +345,9 @@ class Generator(nn.Module):
         """Draw n genotypes for `labels` (one class for each objective), pruned; None where a cell is invalid.
 
         temperature: the generator's by default; lower ones draw likelier cells, less varied ones.
-        What is drawn depends on weights, labels, n, seed and temperature, not on batch_size, device or training mode: the noise
-        comes from the CPU in one draw, dropout is off, and decisions are taken in float64, since in float32 the order
-        of a sum (another batch size or device) can carry a probability from one side of 0.5 to the other.
+        What is drawn depends on weights, labels, n, seed and temperature, not on batch_size, device or training mode:
+        the noise comes from the CPU in one draw, dropout is off, and decisions are taken in float64, since in float32
+        the order of a sum (another batch size or device) can carry a probability from one side of 0.5 to the other.
         """
         num_classes = self.config["num_classes"]
         if len(labels) != len(num_classes):
