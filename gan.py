@@ -6,8 +6,9 @@
     python gan.py --nasbench_data runs/build_nas_dataset-.../nasdata.jsonl
     python gan.py --resume runs/gan-...                    # go on after a stop; --n_epochs may be raised
 
-Writes checkpoint.pt (what generate_archs.py reads), metrics.jsonl, TensorBoard events, config.json and
-samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and defaults of its section 4.1.
+Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
+TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and
+defaults of its section 4.1.
 
 The recipe "paper" trains the generator against the discriminator alone: invalid or few different cells, which ignore
 their labels. The recipe "robust", the default, trains it by
@@ -84,6 +85,17 @@ ROBUST = {
     "warmup_epochs": 10,
     "n_epochs": 50,
 }
+
+# What of a checkpoint is needed to draw cells.
+FOR_SAMPLING = (
+    "generator",
+    "generator_config",
+    "predictor",
+    "predictor_config",
+    "predictor_tau",
+    "objectives",
+    "epoch",
+)
 
 HELD_OUT = 0.1  # share of the NAS dataset that the predictor is measured on
 PREDICTOR_EPOCHS = 40
@@ -399,7 +411,8 @@ def main(args: argparse.Namespace) -> None:
     }
     start_epoch = 0
     if args.resume:
-        state = load_checkpoint(args.resume, "gan")
+        with user_input("--resume"):
+            state = load_checkpoint(args.resume, "gan", ("discriminator", "optimizers", *FOR_SAMPLING))
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
         for name, optimizer in optimizers.items():
@@ -443,7 +456,11 @@ def main(args: argparse.Namespace) -> None:
         save_checkpoint(folder / "checkpoint.pt", "gan", state)
         log.log(epoch, **values, seconds=seconds)
     log.close()
-    print(f"wrote {folder / 'checkpoint.pt'}\nnext: python generate_archs.py --checkpoint {folder / 'checkpoint.pt'}")
+    passed_on = {"nasbench_data": args.nasbench_data}
+    save_checkpoint(folder / "generator.pt", "gan", {**{name: state[name] for name in FOR_SAMPLING}, "args": passed_on})
+    script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
+    print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
+    print(f"next: python {script} --checkpoint {folder / 'generator.pt'}")
 
 
 if __name__ == "__main__":

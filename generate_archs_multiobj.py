@@ -1,8 +1,9 @@
 """Write cells with a generator trained by gan_multiobj.py: for every combination of classes, or for those wanted.
 
-    python generate_archs_multiobj.py --checkpoint runs/gan_multiobj-.../checkpoint.pt
-    python generate_archs_multiobj.py --checkpoint runs/gan_multiobj-... --perf_label 2 --params_label 0
-    python generate_archs_multiobj.py --checkpoint runs/gan_multiobj-... --target_quantile 0.9 --max_params 2.0M
+    python generate_archs_multiobj.py                                      # with the generator that is shipped
+    python generate_archs_multiobj.py --checkpoint runs/gan_multiobj-.../generator.pt
+    python generate_archs_multiobj.py --perf_label 2 --params_label 0
+    python generate_archs_multiobj.py --target_quantile 0.9 --max_params 2.0M
 
 The flags and what is written are those of generate_archs.py.
 """
@@ -10,4 +11,5 @@ The flags and what is written are those of generate_archs.py.
 import generate_archs
 
 if __name__ == "__main__":
-    generate_archs.main(generate_archs.parse_args(description=__doc__), single=False)
+    args = generate_archs.parse_args(description=__doc__, checkpoint="data/generator_multiobj.pt")
+    generate_archs.main(args, single=False)
