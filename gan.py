@@ -4,11 +4,11 @@
     python gan.py --recipe paper                           # as published; explicit flags win over a recipe's
     python gan.py --n_epochs 20 --device cpu
     python gan.py --nasbench_data runs/build_nas_dataset-.../nasdata.jsonl
-    python gan.py --resume runs/gan-...                    # go on after a stop; --n_epochs may be raised
+    python gan.py --resume runs/gan-...                    # go on after a stop
 
 Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
 TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, section 3.2; losses and
-defaults of its section 4.1.
+defaults of its section 4.1 with --recipe paper.
 
 The recipe "paper" trains the generator against the discriminator alone: invalid or few different cells, which ignore
 their labels. The recipe "robust", the default, trains it by
@@ -66,7 +66,7 @@ OBJECTIVES = {
 
 ROBUST = {
     "likelihood_weight": 1.0,
-    "control_weight": 10.0,
+    "control_weight": 5.0,
     "adversarial_weight": 0.0,
     "temperature": 1.0,
     "chain_cells": True,
@@ -168,16 +168,6 @@ def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> t
     return loss, real_scores.mean(), fake_scores.mean()
 
 
-def log_likelihood(soft: tuple[CellBatch, ...], given: tuple[CellBatch, ...]) -> Tensor:
-    """Of given cells (B,) in nats, from the probabilities `soft` that the generator returned when following them."""
-    total = 0.0
-    for probability, cells in zip(soft, given, strict=True):  # absent vertices and impossible edges are 0 in both
-        tokens = (probability.ops.clamp_min(1e-12).log() * cells.ops).sum((1, 2))
-        edges = -F.binary_cross_entropy(probability.adj, cells.adj, reduction="none").sum((1, 2))
-        total = total + tokens + edges
-    return total
-
-
 def obedience(cells: tuple[CellBatch, ...], labels: Tensor, objectives: list[dict], predictor: Predictor) -> Tensor:
     """How many of the K labels asked for each of B generated genotypes has (B,); -1 where it is not valid."""
     genotypes = [Genotype(*specs).prune() for specs in zip(*(batch.decode() for batch in cells), strict=True)]
@@ -238,17 +228,17 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
                 loss = loss + args.adversarial_weight * g_loss
                 record(g_loss=g_loss)
             if args.likelihood_weight or control:
-                z, _ = generator.draw_noise(args.batch_size, noise_source)
+                z, _ = generator.draw_noise(args.batch_size, noise_source, temperature=0)
                 given, given_labels, weight = real, real_labels, torch.full_like(z[:, 0], args.likelihood_weight)
                 if control:  # policy gradient: what was drawn and obeys better than the rest becomes likelier
                     with torch.no_grad():
                         drawn, labels, drawn_z = generate(hard=True, temperature=1.0)
                     reward = obedience(drawn, labels, data.objectives, predictor)
-                    record(obeys=reward.mean())
+                    record(reward=reward.mean())
                     given = tuple(CellBatch.cat(pair) for pair in zip(real, drawn, strict=True))
                     given_labels, z = torch.cat([real_labels, labels]), torch.cat([z, drawn_z])
                     weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
-                likelihood = log_likelihood(generator(z, given_labels, follow=given), given)  # one pass for both
+                _, likelihood = generator.follow(z, given_labels, given)  # one pass for both
                 loss = loss - (weight * likelihood).sum() / args.batch_size
                 record(nll=-likelihood[: args.batch_size].mean())
             update(optimizers["generator"], loss, args.clip_value)
@@ -348,9 +338,11 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     if parser.parse_args(argv).recipe == "robust":
         parser.set_defaults(**ROBUST)
     may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size")
-    args = parse_resumable(parser, argv, "gan", may_change)
+    args = parse_resumable(parser, argv, "gan", may_change, ("discriminator", "optimizers", *FOR_SAMPLING))
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
+    if args.n_epochs <= args.warmup_epochs and args.adversarial_weight + args.control_weight and not args.resume:
+        parser.error("argument --n_epochs: expected more than the --warmup_epochs, which are of likelihood alone")
     return args
 
 
@@ -358,7 +350,7 @@ def read_training_data(args: argparse.Namespace, objectives: dict[str, int]) -> 
     """The NAS dataset. Ends the script when it cannot be trained on."""
     with user_input("--nasbench_data"):
         records = read_records(args.nasbench_data)
-        needed = max(args.batch_size, *objectives.values())
+        needed = max(args.batch_size, 4, *objectives.values())  # 4: two to train the predictor, two to measure it
         if len(records) < needed:
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least {needed} are needed")
         largest = max(cell.num_vertices for record in records for cell in record.genotype.cells)
@@ -412,7 +404,9 @@ def main(args: argparse.Namespace) -> None:
     start_epoch = 0
     if args.resume:
         with user_input("--resume"):
-            state = load_checkpoint(args.resume, "gan", ("discriminator", "optimizers", *FOR_SAMPLING))
+            state = load_checkpoint(args.resume, "gan")
+            if state["objectives"] != data.objectives:
+                raise ValueError(f"{args.nasbench_data} is not the NAS dataset that the run was started with")
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
         for name, optimizer in optimizers.items():
@@ -453,8 +447,8 @@ def main(args: argparse.Namespace) -> None:
             "objectives": data.objectives,
             "args": vars(args),
         }
+        log.log(epoch, **values, seconds=seconds)  # first: RunLog drops lines of epochs that are done again
         save_checkpoint(folder / "checkpoint.pt", "gan", state)
-        log.log(epoch, **values, seconds=seconds)
     log.close()
     passed_on = {"nasbench_data": args.nasbench_data}
     save_checkpoint(folder / "generator.pt", "gan", {**{name: state[name] for name in FOR_SAMPLING}, "args": passed_on})

@@ -6,7 +6,7 @@
     python generate_archs.py --target_acc 0.45                  # on the NAS dataset's own scale
     python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20
     python generate_archs.py --num_archs 300 --evaluate         # do the cells obey?
-    python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --dataset folder --data DIR
+    python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
 Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs,
@@ -141,10 +141,10 @@ def count(text: str) -> int:
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
         value = float(digits) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[unit]
-        if not 0 < value < 1e15:
+        if not 1 <= value < 1e15:
             raise ValueError
     except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"expected a number above 0 like 3000000 or 3.0M, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number from 1, like 3000000 or 3.0M, got {text!r}") from None
     return round(value)
 
 
@@ -224,13 +224,14 @@ def describe(labels: tuple[int, ...], objectives: list[dict]) -> str:
     return f"class {','.join(map(str, labels))} ({', '.join(parts)})"
 
 
-def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list[dict], limits: Limits) -> None:
+def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list, found: int, limits) -> None:
+    """found: how many distinct genotypes there were before --top."""
     quality = generation_metrics(genotypes, known or ())
     invalid = genotypes.count(None)
     if known is None:
         del quality["novelty"]
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
-    within = f"{len(entries)} distinct within the limits" if limits.given else f"{len(entries)} distinct"
+    within = f"{found} distinct within the limits" if limits.given else f"{found} distinct"
     print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
     if entries:
         print("  index   #params       MACs  vertices  drawn  new  predicted quantile")
@@ -320,16 +321,14 @@ def print_evaluation(title: str, result: dict, objectives: list[dict]) -> None:
     print(f"  total-variation distance to the real cells of the class asked for: {distances}")
 
 
-def evaluate_and_print(drawn: dict, objectives, records, predictor, scorer: SupernetScorer | None, seed: int) -> dict:
-    """The evaluation of what was drawn, and of as many random genotypes dealt out to the labels."""
+def evaluate_and_print(sets: dict[str, dict], objectives, records, predictor, scorer, seed: int) -> dict[str, dict]:
+    """The evaluation of each of the sets of genotypes drawn, title -> labels -> genotypes."""
     for objective in objectives:
         if scorer is not None and objective["name"] == "accuracy":
             scorer.cut_classes(records, objective["boundaries"], seed)
-    source = RandomCells()
-    random = {labels: source.sample(labels, len(g), derive_seed(seed, 1, *labels)) for labels, g in drawn.items()}
     results = {}
-    for title, genotypes in (("generated cells", drawn), ("random cells", random)):
-        results[title] = evaluate(genotypes, objectives, records, predictor, scorer)
+    for title, drawn in sets.items():
+        results[title] = evaluate(drawn, objectives, records, predictor, scorer)
         print_evaluation(title, results[title], objectives)
     return results
 
@@ -351,20 +350,22 @@ def parse_args(
         add(f"--min_{name}", type=count, help="hard limit on the exact count, e.g. 600K, 3.0M, 1.2G")
         add(f"--max_{name}", type=count, help="hard limit on the exact count")
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
-    add("--top", type=number(int, 1), help="keep that many of each class, those of the highest predicted accuracy")
+    add("--top", type=number(int, 1), help="keep that many of each class: the first in the ranking by accuracy")
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
     add("--temperature", type=number(float, 0), help="of the decisions (default: the GAN's); lower: likelier cells")
     add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="of --supernet")
-    add("--data", default="data", help="folder of its images")
+    add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the GAN was trained on)")
     add("--layers", type=number(int, 1), default=6, help="of the network whose #params and MACs are counted")
     add("--channels", type=number(int, 2), default=36, help="of that network")
     add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.evaluate and any((args.min_params, args.max_params, args.min_macs, args.max_macs)):
+        parser.error("argument --evaluate: expected without limits, since it is about all cells that are drawn")
+    return args
 
 
 def main(args: argparse.Namespace, single: bool = True) -> None:
@@ -372,12 +373,14 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     device = prepare(args)
     with user_input("--checkpoint"):
         checkpoint = load_checkpoint(args.checkpoint, "gan", ("args", "objectives", "predictor_tau"))
-        source = RandomCells() if args.random else Generator.from_checkpoint(args.checkpoint, device)
+        source = Generator.from_checkpoint(args.checkpoint, device)
         predictor = Predictor.from_checkpoint(args.checkpoint, device)
     objectives = checkpoint["objectives"]
     if single != (len(objectives) == 1):
         script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
         fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
+    baseline = RandomCells(source.config["max_vertices"])
+    source = baseline if args.random else source
     combinations, limits = wanted_labels(args, objectives), Limits(args)
     records = read_nas_dataset(args, checkpoint)
     if args.evaluate and records is None:
@@ -389,24 +392,30 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     scorer = None
     if args.supernet:
         with user_input("--supernet"):
-            scorer = SupernetScorer(args.supernet, args.dataset, args.data, args.cache_dir, device)
+            scorer = SupernetScorer(args.supernet, args.data, args.cache_dir, device)
     results, best, drawn = [], None, {}
     for labels in combinations:
         drawn[labels] = genotypes = draw(source, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
         entries = entries[: args.num_archs]  # the last batch drawn may have brought more
+        found = len(entries)
         rank(entries, predictor, objectives, scorer)
         entries = entries[: args.top]
         for entry in entries:
             entry["index"] = len(results)
             results.append(entry)
-        print_class(describe(labels, objectives), genotypes, known, entries, limits)
+        print_class(describe(labels, objectives), genotypes, known, entries, found, limits)
+        if limits.given and found < args.num_archs:
+            print(f"  only {found} of the {args.num_archs} that were asked for; --max_draws {args.max_draws}")
         best = entries[0]["index"] if entries else best
 
     path = output_folder(args) / "genotypes.json"
     write_json(path, results)
     if args.evaluate:
-        evaluation = evaluate_and_print(drawn, objectives, records, predictor, scorer, args.seed)
+        if not args.random:  # as many random cells, dealt out to the labels
+            random = {k: baseline.sample(k, len(v), derive_seed(args.seed, 10**6, *k)) for k, v in drawn.items()}
+        sets = {"random cells": drawn} if args.random else {"generated cells": drawn, "random cells": random}
+        evaluation = evaluate_and_print(sets, objectives, records, predictor, scorer, args.seed)
         write_json(path.with_name("evaluation.json"), evaluation)
     print(f"\nwrote {len(results)} genotypes to {path}")
     if best is None:

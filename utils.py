@@ -74,23 +74,28 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0), default=1997)
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1997)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--output_dir", help="folder for everything the run writes (default: runs/<script>-<time>)")
 
 
 def parse_resumable(
-    parser: argparse.ArgumentParser, argv: list[str] | None, kind: str, may_change: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    kind: str,
+    may_change: tuple[str, ...] = (),
+    keys: tuple[str, ...] = (),
 ) -> argparse.Namespace:
     """Parse the flags of a training script; with --resume RUN, those of that run's checkpoint.
 
     Flags given beside --resume must agree with the run, but for --device and those in `may_change`.
+    keys: what the checkpoint has to hold.
     """
     args = parser.parse_args(argv)
     if not args.resume:
         return args
     with user_input("--resume"):
-        saved = load_checkpoint(args.resume, kind, ("args",))["args"]
+        saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
     explicit = explicit_flags(parser, argv) - {"resume"}
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):
@@ -135,9 +140,16 @@ def keep_freed_memory() -> None:
 
 
 def prepare(args: argparse.Namespace) -> torch.device:
-    """What every script does first: settle the device, seed, keep memory. Exits with status 2 for a wrong --device."""
+    """What every script does first: settle the device, seed, keep memory.
+
+    Exits with status 2 for a wrong --device, or an --output_dir that cannot be written to.
+    """
     with user_input("--device"):
         device = select_device(args.device)
+    if args.output_dir:
+        there = next(path for path in (Path(args.output_dir), *Path(args.output_dir).parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            fail(f"--output_dir: expected a folder that can be written to, got {args.output_dir}")
     keep_freed_memory()
     set_seed(args.seed)
     return device
@@ -152,7 +164,7 @@ def set_seed(seed: int) -> None:
 
 
 def derive_seed(seed: int, *keys: int) -> int:
-    """An independent 63-bit seed for each key, e.g. one for every epoch.
+    """An independent 63-bit seed for each key, e.g. one for every epoch; zeros at the end of the keys do not count.
 
     A script that seeds its streams anew at every epoch continues after a stop as if it had never stopped, without
     keeping the state of every random generator in its checkpoint.

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.sample import random_pool
-from build_nas_dataset.scoring import score, scoring_batches
+from build_nas_dataset.scoring import label_checksum, score, scoring_batches
 from genotypes import NAG_SPACE, Genotype
 from images import ImageSet, balanced_batch, load_images, split, train_batches
 from metrics import tau
@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     weights = {
         "supernet": supernet.state_dict(),
         "supernet_config": supernet.config,
-        "settings": settings_of(args),
+        "settings": {**settings_of(args), "held_out_checksum": label_checksum(held_out)},
     }
     save_checkpoint(folder / "supernet.pt", "supernet weights", weights)
     summary = write_dataset(folder / "nasdata.jsonl", pool, scores, args, train, seconds)

@@ -53,7 +53,10 @@ def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices:
 class RandomCells:
     """Random cells behind the interface of a generator: the baseline for everything that is said of generated ones."""
 
+    def __init__(self, max_vertices: int | None = None):
+        self.max_vertices = max_vertices
+
     def sample(self, labels: tuple[int, ...], n: int, seed: int, temperature: float | None = None) -> list[Genotype]:
         """n valid pruned genotypes, whatever labels and temperature."""
         rng = np.random.default_rng(seed)
-        return [random_genotype(rng) for _ in range(n)]
+        return [random_genotype(rng, max_vertices=self.max_vertices) for _ in range(n)]

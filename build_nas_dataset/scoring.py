@@ -1,6 +1,7 @@
 """Score genotypes with a supernet: the accuracies of the NAS dataset, and of cells that were generated later."""
 
 import argparse
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,21 @@ def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: i
     scoring: 0, 1, 2, ... take disjoint images, and begin anew when the held-out images are used up.
     Raises ValueError when there are too few held-out images for one scoring.
     """
-    disjoint = max(1, num_balanced(held_out) // settings.score_images)
+    disjoint = max(1, num_scorings(held_out, settings))
     images = balanced_batch(held_out, settings.score_images, settings.seed, scoring % disjoint)
     x = normalize(images.images, images.mean, images.std)
     size = settings.score_batch_size
     return list(zip(x.split(size), images.labels.split(size), strict=True))
+
+
+def num_scorings(held_out: ImageSet, settings: argparse.Namespace) -> int:
+    """How many scorings there are disjoint images for."""
+    return num_balanced(held_out) // settings.score_images
+
+
+def label_checksum(images: ImageSet) -> int:
+    """Of the labels in their order: tells another dataset, or the same in another order."""
+    return zlib.crc32(images.labels.to("cpu", torch.int64).numpy().tobytes())
 
 
 def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, argparse.Namespace]:
@@ -52,19 +63,21 @@ def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, arg
 class SupernetScorer:
     """Accuracies by a supernet, on held-out images that it was not asked about for the NAS dataset.
 
-    path: a file supernet.pt. dataset, data, cache_dir: the images that it was trained on, as in load_images.
+    path: a file supernet.pt. data, cache_dir: the images that it was trained on, as in load_images.
     Raises ValueError or OSError when one of them is not there or does not fit.
     """
 
     NUM_REAL = 900  # real cells that classes are cut by
 
-    def __init__(self, path: str | Path, dataset: str, data: str, cache_dir: str | None, device: torch.device):
+    def __init__(self, path: str | Path, data: str, cache_dir: str | None, device: torch.device):
         self.supernet, settings = load_supernet(path, device)
-        images, _ = load_images(dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
-        if len(images.classes) != self.supernet.config["num_classes"]:
-            raise ValueError(f"{path} knows {self.supernet.config['num_classes']} classes, {data} has {images.classes}")
+        images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
         _, held_out = split(images, settings.holdout, settings.seed)
-        scorings = range(settings.scorings, 2 * settings.scorings)
+        if label_checksum(held_out) != settings.held_out_checksum:  # else training images would count as held out
+            raise ValueError(f"the images of {data} are not those that {path} was trained on, or in another order")
+        scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))
+        if not scorings:
+            raise ValueError(f"{path} has been asked about all of its {settings.holdout} held-out images already")
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
         self.amp = settings.score_amp
 

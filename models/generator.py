@@ -88,8 +88,8 @@ class CellGenerator(nn.Module):
 
     def forward(
         self, condition: Tensor, fixed_shape: bool, noise: Tensor | None = None, follow: CellBatch | None = None
-    ) -> CellBatch:
-        """condition (B, C) -> CellBatch of B cells, soft.
+    ) -> tuple[CellBatch, Tensor]:
+        """condition (B, C) -> CellBatch of B cells, soft; and the log-likelihood of `follow` (B,), else zeros.
 
         Growth follows the hard decisions; the soft values returned carry the gradient.
         noise: (B, V, T + V) added to the logits of each new vertex's token and edges, see Generator.draw_noise.
@@ -105,25 +105,30 @@ class CellGenerator(nn.Module):
         adj = condition.new_zeros(batch, self.num_inputs, self.num_inputs)  # (b, t, t) of 0/1, inputs unconnected
         soft_tokens = [row.expand(batch, -1) for row in self.one_hot[self.input_tokens]]  # vertex by vertex, (B, T)
         soft_edges = [condition.new_zeros(batch, size)] * self.num_inputs  # target by target, (B, V sources)
+        likelihood = condition.new_zeros(batch)
 
         for t in range(self.num_inputs, size):  # t vertices exist, vertex t is added
             if t > self.num_inputs:  # there can be an edge
                 states = self._propagate(states, adj)
             graph = self.graph_state(states)  # (b, S)
             token_noise, edge_noise = (None, None) if noise is None else self._split_noise(noise[sample, t], t)
-            tokens = self._token_probabilities(graph, condition, token_noise, last=t == size - 1)  # (b, T)
-            token = (tokens if follow is None else follow.ops[sample, t]).argmax(-1)  # (b,)
+            token_logits = self._token_logits(graph, condition, token_noise, last=t == size - 1)  # (b, T)
+            token = (token_logits if follow is None else follow.ops[sample, t]).argmax(-1)  # (b,)
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
             context = torch.cat([vertex, graph, condition], dim=-1)
             given = None if follow is None else follow.adj[sample, :t, t]  # (b, t)
-            edges = self._edge_probabilities(states, context, edge_noise, given)  # (b, t)
-
-            soft_tokens.append(self._scatter(tokens, growing, sample, batch))
-            soft_edges.append(self._scatter(F.pad(edges, (0, size - t)), growing, sample, batch))
+            edge_logits = self._edge_logits(states, context, edge_noise, given)  # (b, t)
+            if given is not None:
+                token_likelihood = token_logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+                edge_likelihood = -F.binary_cross_entropy_with_logits(edge_logits, given, reduction="none").sum(1)
+                own = torch.where(growing, token_likelihood + edge_likelihood, 0)
+                likelihood = likelihood.index_add(0, sample, own)
+            soft_tokens.append(self._scatter(token_logits.softmax(-1), growing, sample, batch))
+            soft_edges.append(self._scatter(F.pad(edge_logits.sigmoid(), (0, size - t)), growing, sample, batch))
 
             states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
-            hard_edges = ((edges if given is None else given) > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
+            hard_edges = (edge_logits > 0 if given is None else given > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
             adj = F.pad(torch.cat([adj, hard_edges], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge yet
             growing = growing & (token != self.output_token)
             if not fixed_shape:
@@ -135,7 +140,7 @@ class CellGenerator(nn.Module):
 
         ops = torch.stack(soft_tokens, dim=1)  # (B, V, T)
         num_nodes = (ops.detach() != 0).any(-1).sum(-1)  # the rows of absent vertices, and only they, are zero
-        return CellBatch(torch.stack(soft_edges, dim=2), ops, num_nodes)
+        return CellBatch(torch.stack(soft_edges, dim=2), ops, num_nodes), likelihood
 
     def _start_states(self, condition: Tensor) -> Tensor:
         """(B, C) -> states of the input vertices (B, inputs, D), not normalised."""
@@ -161,16 +166,16 @@ class CellGenerator(nn.Module):
         tokens = self.one_hot.shape[0]
         return noise[:, :tokens], noise[:, tokens : tokens + t]
 
-    def _token_probabilities(self, graph: Tensor, condition: Tensor, noise: Tensor | None, last: bool) -> Tensor:
+    def _token_logits(self, graph: Tensor, condition: Tensor, noise: Tensor | None, last: bool) -> Tensor:
         """graph (b, S) -> what vertex is added, (b, T): never an input, and the output when no vertex may follow."""
         if last:
-            return self.one_hot[self.output_token].expand(len(graph), -1)
+            return self.one_hot[self.output_token].log().expand(len(graph), -1)
         logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
         logits = logits if noise is None else logits + noise
         logits[:, self.input_tokens] = -math.inf
-        return logits.softmax(-1)
+        return logits
 
-    def _edge_probabilities(
+    def _edge_logits(
         self, states: Tensor, context: Tensor, noise: Tensor | None = None, given: Tensor | None = None
     ) -> Tensor:
         """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t).
@@ -190,16 +195,16 @@ class CellGenerator(nn.Module):
             else:
                 return self._edges_in_turn(hidden, chosen, noise)
         logits = second(activation(hidden)).squeeze(-1)
-        return torch.sigmoid(logits if noise is None else logits + noise)
+        return logits if noise is None else logits + noise
 
     def _edges_in_turn(self, hidden: Tensor, chosen: Tensor, noise: Tensor | None) -> Tensor:
-        """Edge probabilities (b, t), each in view of the decisions before it; these are hard, without gradient."""
+        """Edge logits (b, t), each in view of the decisions before it; these are hard, without gradient."""
         _, activation, second = self.add_edge
         before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
         for j in range(hidden.shape[1]):
             logits = second(activation(hidden[:, j] + before)).squeeze(-1)  # (b,)
-            edges.append(torch.sigmoid(logits if noise is None else logits + noise[:, j]))
-            before = before + chosen[:, j] * (edges[-1] > 0.5)[:, None]
+            edges.append(logits if noise is None else logits + noise[:, j])
+            before = before + chosen[:, j] * (edges[-1] > 0)[:, None]
         return torch.stack(edges, dim=1)
 
 
@@ -277,29 +282,35 @@ class Generator(nn.Module):
                 self.summaries[cell] = mlp(flat, vertex_size, graph_size)
                 condition_size += graph_size
 
-    def forward(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        noise: tuple[Tensor, ...] | None = None,
-        follow: tuple[CellBatch, ...] | None = None,
-    ) -> tuple[CellBatch, ...]:
+    def forward(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...] | None = None) -> tuple[CellBatch, ...]:
         """z (B, latent_dim), labels (B, K) long -> one CellBatch of B soft cells for each cell of the space.
 
         noise: of the decisions, from draw_noise; None: every decision takes the likelier side.
-        follow: given cells (teacher forcing), the decisions' probabilities are returned.
         """
+        return self._grow(z, labels, noise, None)[0]
+
+    def follow(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> tuple[tuple[CellBatch, ...], Tensor]:
+        """Teacher forcing along given cells: the probabilities of every decision, and the cells' log-likelihood (B,).
+
+        The latter in nats, without noise, at temperature 1; from logits, so that it is exact where probabilities are
+        rounded to 0 or 1.
+        """
+        return self._grow(z, labels, None, cells)
+
+    def _grow(self, z: Tensor, labels: Tensor, noise, follow) -> tuple[tuple[CellBatch, ...], Tensor]:
         fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
-        cells = []
+        cells, likelihood = [], 0.0
         for i, (name, cell) in enumerate(self.cells.items()):
             given = None if follow is None else follow[i]
-            cells.append(cell(condition, fixed_shape, None if noise is None else noise[i], given))
+            grown, own = cell(condition, fixed_shape, None if noise is None else noise[i], given)
+            cells.append(grown)
+            likelihood = likelihood + own
             if name in self.summaries:
                 finished = cells[-1].straight_through() if given is None else given
                 flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
                 condition = torch.cat([condition, F.normalize(self.summaries[name](flat), dim=-1)], dim=-1)
-        return tuple(cells)
+        return tuple(cells), likelihood
 
     def draw_noise(
         self, n: int, generator: torch.Generator, temperature: float | None = None

@@ -68,7 +68,9 @@ class CellBatch:
         present = self.ops.any(-1, keepdim=True)  # (B, V, 1)
         hard_ops = torch.zeros_like(self.ops).scatter(2, self.ops.argmax(-1, keepdim=True), 1) * present
         return CellBatch(
-            hard_adj + self.adj - self.adj.detach(), hard_ops + self.ops - self.ops.detach(), self.num_nodes
+            hard_adj + (self.adj - self.adj.detach()),  # the bracket is exactly 0
+            hard_ops + (self.ops - self.ops.detach()),
+            self.num_nodes,
         )
 
     @staticmethod

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import gan
+from build_nas_dataset.records import Record, write_records
+from build_nas_dataset.sample import random_pool
 from genotypes import CellSpec, SearchSpace
 from models.generator import Generator
 from models.graph import CellBatch
@@ -37,15 +39,13 @@ def test_the_likelihoods_of_all_cells_sum_to_one(edges_in_turn):
         cells = list(all_cells(TOY_SPACE))
         given = (CellBatch.encode(cells, dtype=torch.float64),)
         z, labels = torch.randn(1, 5, dtype=torch.float64).expand(len(cells), -1), torch.ones(len(cells), 1).long()
-        values = gan.log_likelihood(generator(z, labels, follow=given), given)
+        _, values = generator.follow(z, labels, given)
     assert values.shape == (len(cells),) and len(cells) == 2 + 2 * 8 + 4 * 64
     assert values.exp().sum().item() == pytest.approx(1, abs=1e-9)
     assert values.exp().max() < 0.9  # not all on one cell
 
 
 def test_obedience_counts_the_labels_that_were_met():
-    from build_nas_dataset.sample import random_pool
-
     pool = random_pool(30, seed=5)
     params = sorted(genotype_cost(genotype)[0] for genotype in pool)
     macs = sorted(genotype_cost(genotype)[1] for genotype in pool)
@@ -63,6 +63,39 @@ def test_obedience_counts_the_labels_that_were_met():
     assert gan.obedience(cells, wrong, objectives, predictor).tolist() == [1.0] * 5 + [0.0] * 5 + [2.0] * 20
     cells[0].adj[3] = 0  # no path to the output
     assert gan.obedience(cells, truth, objectives, predictor).tolist() == [2.0] * 3 + [-1.0] + [2.0] * 26
+
+
+def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
+    pool = random_pool(16, seed=6)
+    write_records(tmp_path / "a.jsonl", [Record(i, g, 0.1 + i / 50, *genotype_cost(g)) for i, g in enumerate(pool)], {})
+    flags = [
+        "--nasbench_data",
+        str(tmp_path / "a.jsonl"),
+        "--batch_size",
+        "4",
+        "--g_emb_size",
+        "8",
+        "--d_emb_size",
+        "8",
+    ]
+    flags += ["--n_epochs", "3", "--warmup_epochs", "1", "--adversarial_weight", "1", "--eval_size", "6"]
+    train_epoch = gan.train_epoch
+
+    def stopped(*args):
+        if args[-1] == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    gan.main(gan.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+    monkeypatch.setattr(gan, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gan.main(gan.parse_args([*flags, "--output_dir", str(tmp_path / "part")]))
+    monkeypatch.undo()
+    gan.main(gan.parse_args(["--resume", str(tmp_path / "part")]))
+    whole, part = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "part"))
+    for name in ("generator", "discriminator", "predictor"):
+        assert all(torch.equal(whole[name][key], part[name][key]) for key in whole[name])
+    assert Generator.from_checkpoint(tmp_path / "part" / "generator.pt").sample((1,), 3, seed=0)
 
 
 def test_recipes_set_defaults_and_flags_win():

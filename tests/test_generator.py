@@ -139,13 +139,13 @@ def test_graph_state_is_that_of_a_loop_over_vertices(aggregation):
         torch.testing.assert_close(state, total / total.norm(), rtol=0, atol=1e-12)
 
 
-def test_edge_probability_is_the_mlp_of_the_concatenation():
+def test_edge_logit_is_the_mlp_of_the_concatenation():
     cell = varied_generator().cells["normal"]
     states = torch.randn(4, 3, 12, dtype=torch.float64)
     context = torch.randn(4, cell.add_edge[0].in_features - 12, dtype=torch.float64)
     joined = torch.cat([states, context[:, None].expand(-1, 3, -1)], dim=-1)
-    expected = torch.sigmoid(cell.add_edge(joined)).squeeze(-1)
-    torch.testing.assert_close(cell._edge_probabilities(states, context), expected, rtol=0, atol=1e-12)
+    expected = cell.add_edge(joined).squeeze(-1)
+    torch.testing.assert_close(cell._edge_logits(states, context), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("changes", [{}, {"aggregation": "mean"}, ADDITIONS], ids=["gsum", "mean", "additions"])
@@ -187,7 +187,7 @@ def test_following_its_own_cells_gives_their_probabilities():
         cells = generator(z, labels)
         for fixed_shape in (True, False):
             generator.fixed_shape = fixed_shape
-            assert_same(cells, generator(z, labels, follow=[batch.straight_through() for batch in cells]))
+            assert_same(cells, generator.follow(z, labels, [batch.straight_through() for batch in cells])[0])
 
 
 def test_drawn_decisions_come_with_their_probabilities():
@@ -198,7 +198,7 @@ def test_drawn_decisions_come_with_their_probabilities():
     _, noise = generator.draw_noise(n, torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = generator(z, labels, noise)[0].straight_through()
-        probability = generator(z, labels, follow=[first] * 2)[0]
+        probability = generator.follow(z, labels, [first] * 2)[0][0]
     tolerance = 4 * 0.5 / n**0.5
     assert ((first.ops[:, 2].mean(0) - probability.ops[0, 2]).abs() < tolerance).all()
     assert (probability.ops[0, 2] > 0.05).sum() > 1  # there was something to draw
@@ -218,7 +218,7 @@ def test_a_reduction_cell_sees_the_normal_cell_only_when_chained():
         follow = [batch.straight_through() for batch in cells]
         other = [follow[0][torch.arange(16).roll(1)], follow[1]]
         with torch.no_grad():
-            a, b = generator(z, labels, follow=follow)[1], generator(z, labels, follow=other)[1]
+            a, b = (generator.follow(z, labels, given)[0][1] for given in (follow, other))
         assert torch.equal(a.adj, b.adj) != chained
 
 

@@ -134,3 +134,16 @@ def test_a_training_step_reaches_the_path_of_its_genotype_only():
     trained = {name for name, p in supernet.named_parameters() if p.grad is not None}
     assert any("cells.0.ops.2_seqconv3x3" in name for name in trained)
     assert not any("cells.0.ops.2_seqconv5x5" in name or "cells.0.ops.4_" in name for name in trained)
+
+
+def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():
+    """The range that is named when a limit cannot be kept."""
+    from generate_archs import extreme_genotypes
+
+    extremes = [genotype_cost(genotype) for genotype in extreme_genotypes()]
+    small = random_pool(300, seed=0, max_vertices=5)  # the smallest are among small cells
+    costs = [genotype_cost(genotype) for genotype in random_pool(300, seed=0) + small]
+    for k in (0, 1):
+        values, bounds = [cost[k] for cost in costs], [cost[k] for cost in extremes]
+        assert min(bounds) <= min(values) and max(values) <= max(bounds)
+        assert min(values) < 2 * min(bounds)  # and the bounds are not far off

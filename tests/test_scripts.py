@@ -152,7 +152,7 @@ def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_p
     assert "0.2000 to 0.4300" in run("generate_archs.py", "--checkpoint", gan, "--target_acc", 0.9, ok=False)
 
 
-def test_robust_recipe_resumed_equals_never_stopped(robust, nasdata, tmp_path):
+def test_robust_recipe_repeats_itself(robust, nasdata, tmp_path):
     flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
     run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", tmp_path)
     for name in ("generator", "discriminator", "predictor"):
@@ -160,8 +160,8 @@ def test_robust_recipe_resumed_equals_never_stopped(robust, nasdata, tmp_path):
     state = torch.load(robust / "checkpoint.pt", weights_only=True)
     assert [objective["name"] for objective in state["objectives"]] == ["accuracy", "params"]
     lines = [json.loads(line) for line in (robust / "metrics.jsonl").read_text().splitlines()]
-    assert {"nll"} <= set(lines[0]) and {"nll", "obeys", "d_loss", "g_loss"} <= set(lines[1])
-    assert not {"obeys", "d_loss"} & set(lines[0])  # the warm-up
+    assert {"nll"} <= set(lines[0]) and {"nll", "reward", "d_loss", "g_loss"} <= set(lines[1])
+    assert not {"reward", "d_loss"} & set(lines[0])  # the warm-up
 
 
 def test_a_stopped_robust_run_goes_on(robust, nasdata, tmp_path):
@@ -181,7 +181,7 @@ def test_limits_are_kept_exactly(robust, tmp_path):
     flags = ["--checkpoint", robust, "--perf_label", 1, "--params_label", 0, "--num_archs", 6]
     limits = ["--min_params", "0.3M", "--max_params", "2500000", "--max_macs", "400M", "--top", 3]
     out = run("generate_archs_multiobj.py", *flags, *limits, "--output_dir", tmp_path)
-    assert "6 distinct within the limits" not in out and "3 distinct within the limits" in out  # the best 3 of 6
+    assert "6 distinct within the limits" in out  # and the best 3 are kept
     from genotypes import read_genotypes
 
     entries = read_genotypes(tmp_path / "genotypes.json")
@@ -196,10 +196,13 @@ def test_limits_are_kept_exactly(robust, tmp_path):
 
 def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, tmp_path):
     common = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate"]
-    by_supernet = ["--supernet", supernet / "supernet.pt", "--dataset", "folder", "--data", images, "--random"]
+    by_supernet = ["--supernet", supernet / "supernet.pt", "--data", images]
     for name, flags in (("a", []), ("b", by_supernet)):
         out = run(*common, *flags, "--output_dir", tmp_path / name)
         assert "random cells" in out
+        if not flags:
+            random = run(*common, "--random", "--output_dir", tmp_path / "random")
+            assert "random cells: 36 drawn" in random and "generated cells" not in random
         for result in json.loads((tmp_path / name / "evaluation.json").read_text()).values():
             valid = round(result["drawn"] * result["validity"])
             assert result["drawn"] == 9 * 4
@@ -235,8 +238,11 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
         ("generate_archs.py --checkpoint GAN --min_params 3M --max_params 2M", "at most --max_params"),
         ("generate_archs.py --checkpoint GAN --max_params 100", "no cell is that small"),
         ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
-        ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number above 0"),
+        ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
         ("generate_archs.py --checkpoint GAN --supernet GAN", "expected a supernet weights checkpoint"),
+        ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
+        ("gan.py --resume GAN/generator.pt", "it lacks discriminator, optimizers"),
+        ("gan.py --n_epochs 10", "more than the --warmup_epochs"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
         ("gan.py --objectives speed", "accuracy, params, macs"),
@@ -250,7 +256,10 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
 def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata, images, gan, robust, tmp_path):
     words = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan, "ROBUST": robust}
     output = tmp_path / "out"
-    arguments = [words.get(word, word) for word in command.split()]
+    arguments = []
+    for word in command.split():
+        head, *rest = word.split("/")
+        arguments.append(Path(words[head], *rest) if head in words else word)
     resumed = [] if "--resume" in arguments else ["--output_dir", output]
     assert reason in run(*arguments, *resumed, ok=False)
     assert not output.exists()
