@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
-from genotypes import NAG_SPACE, Genotype
+from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.network import genotype_cost
 from models.predictor import Predictor
 
@@ -79,7 +79,9 @@ def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -
     return counts
 
 
-def mean_interval(values: Sequence[float], samples: int = 1000, level: float = 0.95, seed: int = 0):
+def mean_interval(
+    values: Sequence[float], samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean."""
     values, rng = np.asarray(values, float), np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
@@ -87,13 +89,13 @@ def mean_interval(values: Sequence[float], samples: int = 1000, level: float = 0
     return float(low), float(high)
 
 
-def cell_distributions(genotypes: Iterable[Genotype]) -> dict[str, np.ndarray]:
+def cell_distributions(genotypes: Iterable[Genotype], space: SearchSpace = NAG_SPACE) -> dict[str, np.ndarray]:
     """Shares of vertex counts, ops and densities (in tenths) over all cells of pruned genotypes; each sums to 1."""
     cells = [cell for genotype in genotypes for cell in genotype.cells]
-    ops = [NAG_SPACE.ops.index(op) for cell in cells for op in cell.ops if op in NAG_SPACE.ops]
+    ops = [space.ops.index(op) for cell in cells for op in cell.ops if op in space.ops]
     counts = {
-        "vertices": np.bincount([cell.num_vertices for cell in cells], minlength=NAG_SPACE.max_vertices + 1),
-        "ops": np.bincount(ops, minlength=len(NAG_SPACE.ops)),
+        "vertices": np.bincount([cell.num_vertices for cell in cells], minlength=space.max_vertices + 1),
+        "ops": np.bincount(ops, minlength=len(space.ops)),
         "density": np.bincount([min(int(cell.density * 10), 9) for cell in cells], minlength=10),
     }
     return {name: values / values.sum() for name, values in counts.items()}

@@ -310,11 +310,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def autocast(amp: str, device: torch.device):
-    """The mixed-precision context for --amp auto|off|bf16.
+    """The mixed-precision context for --amp auto|off|bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settle_amp(amp, device) == "bf16")
 
-    auto: bf16 where the hardware multiplies it; emulated on a CPU, it is several hundred times slower than float32.
+
+def settle_amp(amp: str, device: torch.device) -> str:
+    """What --amp auto means on this device: "off" or "bf16".
+
+    bf16 where the hardware multiplies it; emulated on a CPU, it is several hundred times slower than float32.
     """
-    if amp == "auto":
-        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        amp = "bf16" if native else "off"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+    if amp != "auto":
+        return amp
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "off"

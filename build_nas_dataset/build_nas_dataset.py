@@ -45,6 +45,7 @@ from utils import (
     save_checkpoint,
     set_lr,
     set_seed,
+    settle_amp,
     user_input,
     versions,
 )
@@ -149,12 +150,16 @@ def load_images_and_pool(args: argparse.Namespace, device: torch.device) -> tupl
         return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 
 
-def settings_of(args: argparse.Namespace) -> dict:
+def settings_of(args: argparse.Namespace, device: torch.device) -> dict:
     """The flags that a score depends on: what travels with the files that are passed on."""
-    return {k: v for k, v in vars(args).items() if k not in ("data", "cache_dir", "output_dir", "resume", "device")}
+    settled = {name: settle_amp(getattr(args, name), device) for name in ("amp", "score_amp")}
+    left_out = ("data", "cache_dir", "output_dir", "resume", "device")
+    return {**{k: v for k, v in vars(args).items() if k not in left_out}, **settled}
 
 
-def write_dataset(path: Path, pool: list[Genotype], scores: torch.Tensor, args, train: ImageSet, seconds: dict) -> dict:
+def write_dataset(
+    path: Path, pool: list[Genotype], scores: torch.Tensor, settings: dict, train: ImageSet, seconds: dict
+) -> dict:
     """Write the NAS dataset from scores (scorings, P). Returns the summary that its header holds."""
     accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
     summary = {
@@ -165,7 +170,7 @@ def write_dataset(path: Path, pool: list[Genotype], scores: torch.Tensor, args, 
     }
     header = {
         "search_space": NAG_SPACE.name,
-        "settings": settings_of(args),
+        "settings": settings,
         "training_images": len(train),
         "classes": train.classes,
         "seconds": {name: round(value) for name, value in seconds.items()},
@@ -246,13 +251,14 @@ def main(args: argparse.Namespace) -> None:
             )
             save()
 
+    settings = settings_of(args, device)
     weights = {
         "supernet": supernet.state_dict(),
         "supernet_config": supernet.config,
-        "settings": {**settings_of(args), "held_out_checksum": label_checksum(held_out)},
+        "settings": {**settings, "held_out_checksum": label_checksum(held_out)},
     }
     save_checkpoint(folder / "supernet.pt", "supernet weights", weights)
-    summary = write_dataset(folder / "nasdata.jsonl", pool, scores, args, train, seconds)
+    summary = write_dataset(folder / "nasdata.jsonl", pool, scores, settings, train, seconds)
     log.close()
     print(
         f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "

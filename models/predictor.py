@@ -49,10 +49,12 @@ class Predictor(nn.Module):
         return self.head(torch.cat(states, dim=-1))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
+    def from_checkpoint(
+        cls, path: str | Path, device: torch.device | str = "cpu", space: SearchSpace = NAG_SPACE
+    ) -> "Predictor":
         """The predictor of a GAN checkpoint. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("predictor", "predictor_config"))
-        predictor = cls(**checkpoint["predictor_config"])
+        predictor = cls(**checkpoint["predictor_config"], space=space)
         predictor.load_state_dict(checkpoint["predictor"])
         return predictor.requires_grad_(False).to(device)
 
