@@ -133,7 +133,9 @@ def extreme_genotypes() -> list[Genotype]:
     size = space.max_vertices
     matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
     full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
-    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [Genotype(*[full] * 2)]
+    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [
+        Genotype(*[full] * len(space.cells))
+    ]
 
 
 def count(text: str) -> int:

@@ -256,7 +256,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         check_classes(test, state["classes"])
     test = replace(test, mean=tuple(state["mean"]), std=tuple(state["std"]))  # as the network was trained
     network = network_from_checkpoint(state, device)
-    result = test_result(state["genotype"], network, test, state["args"], args)
+    result = test_outcome(state["genotype"], network, test, state["args"], args)
     result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "images": {"test": len(test)}}
     path = output_folder(args) / "evaluation.json"
     with user_input("--output_dir"):
@@ -264,7 +264,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{describe(result)} ({len(test)} images, {state['epoch']} epochs of training)\nwrote {path}")
 
 
-def test_result(genotype: dict, network: CifarNetwork, test: ImageSet, trained: dict, args: argparse.Namespace) -> dict:
+def test_outcome(
+    genotype: dict, network: CifarNetwork, test: ImageSet, trained: dict, args: argparse.Namespace
+) -> dict:
     """#params, MACs and accuracy on the test images. trained: the flags that the network was trained with."""
     test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)
     size = (trained["layers"], trained["channels"], args.image_size)
@@ -348,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
         log.log(epoch, **values)
 
     train(network, images, args, device, optimizer, start_epoch, after_epoch)
-    result = test_result(genotype.to_dict(), network, test, vars(args), args)
+    result = test_outcome(genotype.to_dict(), network, test, vars(args), args)
     if args.holdout:
         result["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
     result |= {"epochs": args.epochs, "schedule_epochs": args.schedule_epochs, "seed": args.seed, "seconds": seconds}
