@@ -104,7 +104,7 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
     except Exception as error:  # no network, a proxy's answer, half a file, a full disk: each raises its own kind
         raise ValueError(
             f"--data {data} holds no complete {source.base_folder}, and downloading {source.url} into it failed "
-            f"({_reason(error)}); put the extracted files there, or use --dataset folder with images of your own"
+            f"({short_reason(error)}); put the extracted files there, or use --dataset folder with images of your own"
         ) from None
     mean, std = CIFAR_STATISTICS[dataset]
     sets = []
@@ -117,15 +117,9 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
 
 
 def load_folder(data: Path, image_size: int, cache_dir: str | Path | None, skip_bad: bool) -> tuple[ImageSet, ImageSet]:
-    if not data.is_dir():
-        raise ValueError(f"{data} is not a folder: expected one that holds train and test, folders or .zip files")
+    train, test = list_parts(data)
     if cache_dir is not None:  # refused now rather than after the decoding
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    train, test = (list_part(_find_part(data, names)) for names in (TRAIN_NAMES, TEST_NAMES))
-    if train.classes != test.classes:
-        only = [(a.path, sorted(set(a.classes) - set(b.classes))) for a, b in ((train, test), (test, train))]
-        differing = "; ".join(f"only in {path}: {_some(names)}" for path, names in only if names)
-        raise ValueError(f"{data}: train and test must have the same classes, but {differing}")
     train_images, train_labels = load_part(train, image_size, cache_dir, skip_bad)
     test_images, test_labels = load_part(test, image_size, cache_dir, skip_bad)
     mean, std = channel_statistics(train_images)
@@ -165,6 +159,18 @@ class Part:
         """(N,) long"""
         index = {name: i for i, name in enumerate(self.classes)}
         return torch.tensor([index[name.split("/")[0]] for name in self.members])
+
+
+def list_parts(data: Path) -> tuple[Part, Part]:
+    """The training and the test part of a folder that holds both. Raises ValueError when their classes differ."""
+    if not data.is_dir():
+        raise ValueError(f"{data} is not a folder: expected one that holds train and test, folders or .zip files")
+    train, test = (list_part(_find_part(data, names)) for names in (TRAIN_NAMES, TEST_NAMES))
+    if train.classes != test.classes:
+        only = [(a.path, sorted(set(a.classes) - set(b.classes))) for a, b in ((train, test), (test, train))]
+        differing = "; ".join(f"only in {path}: {_some(names)}" for path, names in only if names)
+        raise ValueError(f"{data}: train and test must have the same classes, but {differing}")
+    return train, test
 
 
 def _find_part(data: Path, names: tuple[str, ...]) -> Path:
@@ -220,7 +226,7 @@ def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a readable zip ({_reason(error)})") from None
+        raise ValueError(f"{path} is not a readable zip ({short_reason(error)})") from None
     for info in infos:
         if info.filename.startswith("/") or ".." in info.filename.split("/"):
             raise ValueError(f"{path}: member {info.filename} leaves the archive, expected CLASS/IMAGE")
@@ -249,7 +255,7 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _reason(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """An exception in one short line."""
     if isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
         return "not an image"
@@ -271,7 +277,7 @@ def load_part(
         images = _channels_first(pixels)
         _write_cache(files, key, images, broken)
     if broken and not skip_bad:
-        _refuse_broken(part, broken)
+        refuse_broken(part, broken)
     labels = part.labels()
     if broken:
         print(f"{part.path}: {len(broken)} of {len(labels)} images cannot be read, left out: {_some(list(broken))}")
@@ -282,7 +288,7 @@ def load_part(
     return images, labels
 
 
-def _refuse_broken(part: Part, broken: dict[str, str]):
+def refuse_broken(part: Part, broken: dict[str, str]):
     name, reason = next(iter(broken.items()))
     raise ValueError(
         f"{part.path}: cannot read image {part.prefix}{name} ({reason}); --skip_bad leaves such images out"
@@ -308,19 +314,19 @@ def decode(part: Part, image_size: int, skip_bad: bool) -> tuple[np.ndarray, dic
         for i, (name, content) in enumerate(zip(chunk, contents, strict=True), start):
             image = content if isinstance(content, Exception) else _attempt(_decode_image, content, image_size)
             if isinstance(image, Exception):
-                broken[name] = _reason(image)
+                broken[name] = short_reason(image)
             else:
                 pixels[i] = image
         return broken
 
     broken = {}
     starts = range(0, len(names), DECODE_CHUNK)
-    with _reader(part) as read, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+    with reader(part) as read, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
         for found in progress_bar(pool.map(decode_chunk, starts), total=len(starts), desc=f"decode {part.path.name}"):
             broken.update(found)
             if broken and not skip_bad:
                 pool.shutdown(wait=False, cancel_futures=True)
-                _refuse_broken(part, broken)
+                refuse_broken(part, broken)
     if broken:
         pixels = pixels[[name not in broken for name in names]]
     return pixels, broken
@@ -335,7 +341,7 @@ def _attempt(step: Callable, *args):
 
 
 @contextlib.contextmanager
-def _reader(part: Part):
+def reader(part: Part):
     """A function from the name of a member to its bytes."""
     if part.path.is_dir():
         yield lambda name: (part.path / name).read_bytes()
@@ -399,7 +405,7 @@ def _write_cache(files: list[Path], key: str, images: torch.Tensor, broken: dict
                 torch.save(cache, stream)
             return
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-            reason = _reason(error)
+            reason = short_reason(error)
     print(f"decoded images are not kept for the next run: cannot write {files[-1]} ({reason})")
 
 
