@@ -263,7 +263,14 @@ def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata
 LAYERS = [
     {"genotypes", "utils"},
     {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
-    {"models.network", "models.supernet", "models.generator", "models.discriminator", "models.predictor"},
+    {
+        "image_stream",
+        "models.network",
+        "models.supernet",
+        "models.generator",
+        "models.discriminator",
+        "models.predictor",
+    },
     {"build_nas_dataset.records", "metrics"},
     {"build_nas_dataset.scoring"},
     {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
