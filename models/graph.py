@@ -62,6 +62,14 @@ class CellBatch:
             cells.append(CellSpec([row[:v] for row in matrix[:v]], [space.tokens[i] for i in ids[:v]], space))
         return cells
 
+    @torch.no_grad()
+    def margin(self) -> Tensor:
+        """How far each cell's closest decision is from its other side, in logits: (B,), infinite where all are sure."""
+        edges = torch.where(self.adj > 0, self.adj.logit().abs(), torch.inf).amin((1, 2))
+        first, second = self.ops.topk(2, dim=-1).values.log().unbind(-1)  # (B, V)
+        tokens = (first - second).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)  # nan: an absent vertex
+        return torch.minimum(edges, tokens)
+
     def straight_through(self) -> "CellBatch":
         """The hard decisions (0/1 edges, one-hot tokens) with the gradients of the soft values."""
         hard_adj = (self.adj > 0.5).to(self.adj.dtype)

@@ -362,3 +362,29 @@ def test_a_checkpoint_gives_back_the_generator(tmp_path):
     assert loaded.sample((1, 0), n=10, seed=0) == generator.sample((1, 0), n=10, seed=0)
     with pytest.raises(ValueError, match="no such checkpoint"):
         Generator.from_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
+def test_decisions_are_those_of_float64(changes, monkeypatch):
+    """Growing in float32 first must not show, however many samples have a close decision and are grown again."""
+    generator = varied_generator(**changes).float()
+    monkeypatch.setattr("models.generator.CLOSE", float("inf"))  # all are grown again
+    exact = generator.sample((2, 1), n=200, seed=5)
+    for close in (1e-4, 0.1):
+        monkeypatch.setattr("models.generator.CLOSE", close)
+        assert generator.sample((2, 1), n=200, seed=5) == exact
+
+
+def test_close_decisions_are_found():
+    generator = varied_generator(temperature=1.0)
+    z, labels = inputs(32, generator)
+    _, noise = generator.draw_noise(32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = generator(z, labels, noise)
+    for batch in cells:
+        for b, margin in enumerate(batch.margin().tolist()):
+            distances = [abs(p.logit().item()) for p in batch.adj[b].flatten() if p > 0]
+            for row in batch.ops[b, : batch.num_nodes[b]]:
+                first, second = row.sort(descending=True).values[:2]
+                distances.append((first.log() - second.log()).item())
+            assert margin == pytest.approx(min(distances))
