@@ -1,0 +1,1 @@
+"""How fast is every stage, against a plain implementation of the same algorithm and against the arithmetic itself?"""

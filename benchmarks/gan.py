@@ -1,0 +1,209 @@
+"""One D + G step of gan.py, by its own train_epoch.
+
+    python benchmarks/gan.py
+    python benchmarks/gan.py --device cuda --rounds 20
+
+The cells of an untrained generator have no sizes to speak of. To measure growth at the real cells' sizes, the noise
+that is added to every decision's logits is chosen such that growth retraces cells of the NAS dataset (`retrace`): the
+code that runs is that of training, decision by decision, and only the cost of drawing the noise is not in it.
+"""
+
+if not __package__:
+    from as_module import restart
+
+    restart()
+
+import argparse
+import statistics
+
+import torch
+from torch import Tensor
+
+import gan
+from benchmarks.common import (
+    Build,
+    Comparison,
+    Report,
+    Run,
+    begin,
+    growth,
+    interleave,
+    parse_args,
+    print_memory,
+)
+from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
+from build_nas_dataset.records import Record, read_records
+from genotypes import NAG_SPACE, Genotype
+from models.generator import Generator
+from models.graph import CellBatch
+from models.predictor import Predictor
+
+FORCE = 6.0  # logits; those of an untrained generator are below 1
+
+
+def retrace(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
+    """Make `generator.draw_noise` return noise with which growth retraces `cells`, one of them a sample."""
+
+    def draw_noise(n: int, source: torch.Generator, temperature: float | None = None):
+        z = torch.randn(n, generator.config["latent_dim"], generator=source, device=source.device)
+        return z, tuple(forcing_noise(batch[:n]) for batch in cells)
+
+    generator.draw_noise = draw_noise
+
+
+def forcing_noise(cells: CellBatch) -> Tensor:
+    """(B, V, T + V): pushes every decision to the side that the cells take."""
+    return torch.cat([FORCE * cells.ops, FORCE * (2 * cells.adj.mT - 1)], dim=2)
+
+
+def full_cells(records: list[Record], n: int) -> list[Genotype]:
+    """n genotypes of real cells that have all ten vertices."""
+    columns = []
+    for name in NAG_SPACE.cells:
+        cells = (record.genotype[name] for record in records)
+        columns.append([cell for cell in cells if cell.num_vertices == NAG_SPACE.max_vertices][:n])
+    return [Genotype(*pair) for pair in zip(*columns, strict=True)]
+
+
+def repeated(items: list, n: int) -> list:
+    return [items[i % len(items)] for i in range(n)]
+
+
+class Step:
+    """Everything that one step takes.
+
+    recipe: of gan.py. genotypes: that growth retraces, one a sample.
+    """
+
+    def __init__(self, recipe: str, genotypes: list[Genotype], records: list[Record], args, device: torch.device):
+        flags = ["--recipe", recipe, "--batch_size", str(len(genotypes))]
+        if args.quick:
+            flags += ["--g_emb_size", "16", "--d_emb_size", "16", "--g_hidden_size", "8", "--d_hidden_size", "8"]
+        self.args = gan.parse_args(flags)
+        torch.manual_seed(0)
+        self.data = gan.TrainingData(repeated(records, len(genotypes)), {"accuracy": 3}, 10, device)
+        self.generator, self.discriminator = (n.to(device) for n in gan.build_networks(self.args, (3,)))
+        self.predictor = Predictor(1).to(device).requires_grad_(False)
+        self.optimizers = {
+            name: torch.optim.Adam(network.parameters(), self.args.lr, fused=device.type == "cuda")
+            for name, network in (("generator", self.generator), ("discriminator", self.discriminator))
+        }
+        columns = [[genotype[name] for genotype in genotypes] for name in NAG_SPACE.cells]
+        self.cells = tuple(CellBatch.encode(column, 10, device=device) for column in columns)
+        retrace(self.generator, self.cells)
+
+    def run(self, generator=None, discriminator=None) -> None:
+        networks = generator or self.generator, discriminator or self.discriminator
+        gan.train_epoch(*networks, self.predictor, self.optimizers, self.data, self.args, self.args.warmup_epochs)
+
+    def run_discriminator(self) -> None:
+        """The discriminator's part of a step of the paper's recipe: its own update, and its verdict in the other."""
+        fake = tuple(CellBatch(c.adj.clone(), c.ops.clone(), c.num_nodes) for c in self.cells)
+        loss, *_ = gan.discriminator_loss(self.discriminator, self.cells, self.data.labels, fake, self.data.labels)
+        gan.update(self.optimizers["discriminator"], loss, self.args.clip_value)
+        for batch in fake:
+            batch.adj.requires_grad_()
+            batch.ops.requires_grad_()
+        self.discriminator.requires_grad_(False)
+        self.discriminator(fake, self.data.labels).sub(1).square().mean().backward()
+        self.discriminator.requires_grad_(True)
+
+
+class Autocast(torch.nn.Module):
+    """A network whose calls run in bf16, and return float32."""
+
+    def __init__(self, network: torch.nn.Module, device: torch.device):
+        super().__init__()
+        self.network, self.kind = network, device.type
+
+    def forward(self, *args):
+        with torch.autocast(self.kind, torch.bfloat16):
+            return as_float32(self.network(*args))
+
+    def follow(self, *args):
+        with torch.autocast(self.kind, torch.bfloat16):
+            return as_float32(self.network.follow(*args))
+
+    def draw_noise(self, *args, **kwargs):
+        return self.network.draw_noise(*args, **kwargs)
+
+
+def as_float32(output):
+    if isinstance(output, tuple):
+        return tuple(map(as_float32, output))
+    if isinstance(output, CellBatch):
+        return CellBatch(output.adj.float(), output.ops.float(), output.num_nodes)
+    return output.float()
+
+
+def step_builds(recipe: str, genotypes, records, args, device) -> tuple[Build, dict[str, Build]]:
+    """The plain build, and the fast ones by precision."""
+
+    def plain() -> Run:
+        step = Step(recipe, genotypes, records, args, device)
+        networks = PlainGenerator(step.generator), PlainDiscriminator(step.discriminator)
+        return lambda: step.run(*networks)
+
+    def float32() -> Run:
+        return Step(recipe, genotypes, records, args, device).run
+
+    def bf16() -> Run:
+        step = Step(recipe, genotypes, records, args, device)
+        networks = Autocast(step.generator, device), Autocast(step.discriminator, device)
+        return lambda: step.run(*networks)
+
+    return plain, {"float32": float32, "bf16": bf16}
+
+
+def comparisons(records: list[Record], args: argparse.Namespace, device: torch.device) -> list[Comparison]:
+    size = 4 if args.quick else 64
+    real = [record.genotype for record in records[:size]]
+    full = full_cells(records, size)
+    works = {
+        "paper recipe, real cells' sizes": ("paper", real, {"float32": "110 GFLOP-eq", "bf16": "60 GFLOP-eq"}),
+        "paper recipe, all cells of 10 vertices": ("paper", full, {"float32": "190 GFLOP-eq, plain 290 +- 25 %"}),
+        "robust recipe, real cells' sizes": ("robust", real, {}),
+    }
+    return [
+        Comparison(f"{work}, batch {size}", *step_builds(recipe, cells, records, args, device), goals, (1, "steps"))
+        for work, (recipe, cells, goals) in works.items()
+    ]
+
+
+def discriminator_share(report: Report, records: list[Record]) -> None:
+    """The discriminator's part of a step, the two timed in turn."""
+    size = 4 if report.args.quick else 64
+    step = Step("paper", [record.genotype for record in records[:size]], records, report.args, report.device)
+    times = interleave({"step": step.run, "part": step.run_discriminator}, report.args.rounds, report.device)
+    share = statistics.median(times["part"]) / statistics.median(times["step"])
+    report.figure("the discriminator's share of a step of the paper's recipe, float32", f"{share:.1%}", "under 10 %")
+
+
+def linearity(report: Report, records: list[Record]) -> None:
+    """Time of a step against the batch, relative to the smallest."""
+    small = 4 if report.args.quick else 32 if report.device.type == "cpu" else 64
+    sizes = [small * factor for factor in (1, 2, 4)]
+    runs = {
+        str(n): Step("paper", [r.genotype for r in repeated(records, n)], records, report.args, report.device).run
+        for n in sizes
+    }
+    report.figure(f"step of the paper's recipe at batch {sizes}, relative to batch x smallest", growth(runs, report))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = begin(args)
+    records = read_records("data/nasdata.jsonl")
+    works = comparisons(records, args, device)
+    if args.memory_of:
+        print_memory(works, args.memory_of)
+        return
+    report = Report("gan", args, device)
+    for work in works:
+        report.compare(work)
+    discriminator_share(report, records)
+    linearity(report, records)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__))

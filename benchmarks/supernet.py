@@ -1,0 +1,144 @@
+"""The supernet: a training step and the scoring of a genotype, by the functions of build_nas_dataset.
+
+    python benchmarks/supernet.py
+    python benchmarks/supernet.py --device cuda --rounds 20
+
+Random images: what they show makes no difference to the time. The genotype is that of median MACs in the NAS dataset.
+The plain variant has its tensors in contiguous layout, glibc's malloc settings and, as the reference, a data loader of
+16 workers for every scoring.
+"""
+
+if not __package__:
+    from as_module import restart
+
+    restart()
+
+import argparse
+
+import torch
+
+from benchmarks import plain_images
+from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory
+from build_nas_dataset.build_nas_dataset import parse_args as script_args
+from build_nas_dataset.build_nas_dataset import train_epoch
+from build_nas_dataset.records import read_records
+from build_nas_dataset.scoring import score
+from genotypes import Genotype
+from images import ImageSet, normalize
+from models.supernet import Supernet
+
+LOADER_WORKERS = 16  # of the reference
+EPOCHS, TRAIN_IMAGES, POOL, SCORINGS = 150, 45_000, 4000, 10  # of a whole run with default settings
+
+
+def random_images(n: int, size: int, device: torch.device) -> ImageSet:
+    """n images of 10 classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    classes = [str(i) for i in range(10)]
+    return ImageSet(pixels, torch.arange(n) % 10, classes, (0.5,) * 3, (0.25,) * 3).to(device)
+
+
+def median_genotypes(n: int) -> list[Genotype]:
+    """n genotypes of the NAS dataset, of MACs around the median."""
+    records = sorted(read_records("data/nasdata.jsonl"), key=lambda record: record.macs)
+    first = (len(records) - n) // 2
+    return [record.genotype for record in records[first : first + n]]
+
+
+def make_supernet(quick: bool, device: torch.device) -> Supernet:
+    torch.manual_seed(0)
+    supernet = Supernet(layers=1, channels=4) if quick else Supernet()
+    return supernet.to(device, memory_format=torch.channels_last)
+
+
+def scoring_run(genotypes: list[Genotype], images: ImageSet, batch_size: int, amp: str, args, device) -> Run:
+    """Score genotypes one after the other on all images, in batches."""
+    supernet = make_supernet(args.quick, device).eval()
+    x = normalize(images.images, images.mean, images.std)
+    batches = list(zip(x.split(batch_size), images.labels.split(batch_size), strict=True))
+    return lambda: [score(supernet, genotype, batches, amp).item() for genotype in genotypes]
+
+
+def training(args: argparse.Namespace, device: torch.device) -> Comparison:
+    batch = 8 if args.quick else 128
+    images, pool = random_images(batch, 32, device), median_genotypes(1)
+
+    def plain() -> Run:
+        supernet = plain_images.contiguous(make_supernet(args.quick, device)).train()
+        optimizer = torch.optim.SGD(supernet.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+        x = normalize(images.images, images.mean, images.std).contiguous()
+        return lambda: plain_images.train_step(supernet, optimizer, x, images.labels, pool[0])
+
+    def fast(amp: str) -> Run:
+        supernet = make_supernet(args.quick, device)
+        flags = script_args(["--batch_size", str(batch), "--amp", amp])
+        optimizer = torch.optim.SGD(supernet.parameters(), flags.lr_max, momentum=0.9, weight_decay=flags.l2_reg)
+        return lambda: train_epoch(supernet, optimizer, images, pool, flags, 0, device)
+
+    fast_builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
+    goals = {"float32": "ratio 4"}
+    return Comparison(f"training step, batch {batch}, 32 px", plain, fast_builds, goals, (batch, "images"))
+
+
+def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
+    n = 20 if args.quick else 500
+    images, genotypes = random_images(n, 32, device), median_genotypes(1)
+    workers = 0 if args.quick else LOADER_WORKERS
+
+    def plain() -> Run:
+        supernet = plain_images.contiguous(make_supernet(args.quick, device)).eval()
+        return lambda: plain_images.score(supernet, genotypes[0], images, n, workers)
+
+    builds = {
+        "float32": lambda: scoring_run(genotypes, images, n, "off", args, device),
+        "bf16": lambda: scoring_run(genotypes, images, n, "bf16", args, device),
+    }
+    return Comparison(f"scoring a genotype on {n} images", plain, builds, {"float32": "ratio 4", "bf16": "ratio 4"})
+
+
+def linearity(report: Report) -> None:
+    """Time of scoring against genotypes and against images, relative to the smallest."""
+    args, device = report.args, report.device
+    n = 20 if args.quick else 250
+    genotypes, images = median_genotypes(4), random_images(4 * n, 32, device)
+    runs = {str(k): scoring_run(genotypes[:k], images.subset(torch.arange(n)), n, "off", args, device) for k in (1, 4)}
+    report.figure("scoring of 1 and 4 genotypes of similar MACs, relative to 1 x genotypes", growth(runs, report))
+    runs = {
+        str(k * n): scoring_run(genotypes[:1], images.subset(torch.arange(k * n)), n, "off", args, device)
+        for k in (1, 2, 4)
+    }
+    report.figure(f"scoring on {n}, {2 * n}, {4 * n} images, relative to {n} x images", growth(runs, report))
+
+
+def whole_run(report: Report, step: str, score_one: str) -> None:
+    """Extrapolated from one step and one scoring, in the faster of the precisions measured."""
+    steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
+    step, score_one = (
+        min(value for key, value in report.seconds.items() if key.startswith(work) and not key.endswith("plain"))
+        for work in (step, score_one)
+    )
+    total = steps * step + scored * score_one
+    report.figure(
+        f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps, {scored} scorings",
+        f"{scored * score_one / total:.0%} of {total / 3600:.1f} h",
+        "stated",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    device = begin(args)
+    works = [training(args, device), scoring(args, device)]
+    if args.memory_of:
+        print_memory(works, args.memory_of)
+        return
+    report = Report("supernet", args, device)
+    for work in works:
+        report.compare(work)
+    linearity(report)
+    whole_run(report, *(work.work for work in works))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__))

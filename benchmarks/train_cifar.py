@@ -1,0 +1,90 @@
+"""A training step of NAG_HIGH_ACC (6 layers, 36 channels, batch 96), by train_cifar.py's own train_epoch.
+
+    python benchmarks/train_cifar.py
+    python benchmarks/train_cifar.py --device cuda --rounds 20
+
+Random images: what they show makes no difference to the time. The plain variant has its tensors in contiguous layout,
+glibc's malloc settings, and images cropped, flipped and cut out one by one by a data loader of two workers.
+"""
+
+if not __package__:
+    from as_module import restart
+
+    restart()
+
+import argparse
+import statistics
+
+import torch
+from torch.utils.data import DataLoader
+
+import train_cifar
+from benchmarks import plain_images
+from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_args, print_memory
+from benchmarks.supernet import random_images
+from genotypes import GENOTYPES
+from images import train_batches
+
+
+def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:
+    small = ["--layers", "1", "--channels", "4", "--batch_size", "8"] if args.quick else []
+    return train_cifar.parse_args(["--amp", amp, *small])
+
+
+def comparison(args: argparse.Namespace, device: torch.device) -> Comparison:
+    flags = flags_of(args)
+    images = random_images(flags.batch_size, 32, device)
+
+    def network(flags: argparse.Namespace):
+        return train_cifar.build_network(GENOTYPES["NAG_HIGH_ACC"], 10, flags, device)
+
+    def plain() -> Run:
+        net = plain_images.contiguous(network(flags)).train()
+        optimizer = train_cifar.build_optimizer(net, flags)
+        data = plain_images.Images(images, train=True)
+
+        def run() -> None:
+            for x, labels in DataLoader(data, flags.batch_size, shuffle=True, num_workers=0 if args.quick else 2):
+                plain_images.train_step(net, optimizer, x.to(device), labels.to(device))
+
+        return run
+
+    def fast(amp: str) -> Run:
+        own = flags_of(args, amp)
+        net = network(own)
+        optimizer = train_cifar.build_optimizer(net, own)
+        return lambda: train_cifar.train_epoch(net, net, optimizer, images, own, 0, device)
+
+    builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
+    work = f"training step of NAG_HIGH_ACC, {flags.layers} layers, {flags.channels} channels, batch {flags.batch_size}"
+    return Comparison(work, plain, builds, {"float32": "ratio 4", "bf16": "ratio 4"}, (flags.batch_size, "images"))
+
+
+def loading_share(report: Report) -> None:
+    """Drawing, cropping, flipping, cutting out and normalising a batch, of the faster step."""
+    flags = flags_of(report.args)
+    images = random_images(flags.batch_size * 10, 32, report.device)
+    source = torch.Generator(report.device).manual_seed(0)
+    times = interleave(
+        {"loading": lambda: list(train_batches(images, flags.batch_size, source))}, report.args.rounds, report.device
+    )
+    loading = statistics.median(times["loading"]) / 10
+    step = min(value for key, value in report.seconds.items() if not key.endswith("plain"))
+    share = f"{loading * 1e3:.2f} ms a batch, {loading / step:.2%}"
+    report.figure("loading and augmentation, share of the faster step", share, "under 3 %")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = begin(args)
+    work = comparison(args, device)
+    if args.memory_of:
+        print_memory([work], args.memory_of)
+        return
+    report = Report("train_cifar", args, device)
+    report.compare(work)
+    loading_share(report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main(parse_args(__doc__))
