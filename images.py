@@ -412,6 +412,15 @@ def _write_cache(files: list[Path], key: str, images: torch.Tensor, broken: dict
 # ----------------------------------------------------------------------------------------------- choosing images
 
 
+def check_classes(images: ImageSet, classes: list[str]) -> None:
+    """Raise ValueError when the images are not of the classes that a checkpoint was trained on."""
+    if len(images.classes) != len(classes):
+        raise ValueError(f"the images have {len(images.classes)} classes, the checkpoint {len(classes)}")
+    for i, (ours, theirs) in enumerate(zip(images.classes, classes, strict=True)):
+        if ours != theirs:
+            raise ValueError(f"class {i} of the images is {ours}, of the checkpoint {theirs}")
+
+
 def split(images: ImageSet, holdout: int, seed: int) -> tuple[ImageSet, ImageSet]:
     """Take `holdout` images out, as many of each class as possible: (the rest, the held-out part), fixed by seed."""
     if not 0 <= holdout < len(images):

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from genotypes import Genotype, load_genotype
-from images import ImageSet, balanced_batch, eval_batches, load_images, split, train_batches
+from images import ImageSet, balanced_batch, check_classes, eval_batches, load_images, split, train_batches
 from models.network import CifarNetwork, genotype_cost
 from utils import (
     ArgumentParser,
@@ -147,15 +147,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet,
     if args.batch_size > len(images):
         fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
     return images, held_out, test
-
-
-def check_classes(images: ImageSet, classes: list[str]) -> None:
-    """Raise ValueError when the images are not of the classes that a checkpoint was trained on."""
-    if len(images.classes) != len(classes):
-        raise ValueError(f"the images have {len(images.classes)} classes, the checkpoint {len(classes)}")
-    for i, (ours, theirs) in enumerate(zip(images.classes, classes, strict=True)):
-        if ours != theirs:
-            raise ValueError(f"class {i} of the images is {ours}, of the checkpoint {theirs}")
 
 
 def network_from_checkpoint(state: dict, device: torch.device) -> CifarNetwork:

@@ -273,7 +273,7 @@ LAYERS = [
     },
     {"build_nas_dataset.records", "metrics"},
     {"build_nas_dataset.scoring"},
-    {"gan", "generate_archs", "train_cifar", "visualize", "build_nas_dataset.build_nas_dataset"},
+    {"gan", "generate_archs", "train_cifar", "train_imagenet", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

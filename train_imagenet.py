@@ -1,0 +1,438 @@
+"""Train, or evaluate, the ImageNet network of one genotype on a tree of images.
+
+    python train_imagenet.py --data DIR                                  # NAG_HIGH_ACC, as published
+    torchrun --standalone --nproc_per_node=8 train_imagenet.py --data DIR --workers 12
+    python train_imagenet.py --data DIR --image_size 64 --auxiliary_weight 0 --layers 1 --channels 8 --epochs 2
+    python train_imagenet.py --resume runs/train_imagenet-...            # go on after a stop
+    python train_imagenet.py --evaluate runs/train_imagenet-.../best.pt
+
+DIR holds train and test (or val, valid, validation), each a tree of class folders or a .zip of one, read in place.
+--batch_size and --lr are those of one step, over all processes and accumulated parts together.
+Writes checkpoint.pt (last epoch), best.pt (best on held-out training images), metrics.jsonl, TensorBoard events,
+config.json and, at the end, result.json. The test images are used after the last epoch only, unless --select_on_val.
+NAG paper, section 4.3.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from genotypes import Genotype, load_genotype
+from image_stream import EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
+from images import balanced_batch, check_classes, split
+from models.network import ImageNetNetwork, count_macs, count_parameters
+from utils import (
+    ArgumentParser,
+    RunLog,
+    add_common_flags,
+    autocast,
+    derive_seed,
+    device_name,
+    explicit_flags,
+    fail,
+    load_checkpoint,
+    number,
+    output_folder,
+    parse_resumable,
+    prepare,
+    progress_bar,
+    save_checkpoint,
+    set_lr,
+    set_seed,
+    user_input,
+    versions,
+    write_json,
+)
+
+AUXILIARY_SIZES = (193, 256)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
+HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
+
+
+# --------------------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, number of processes, device) of this process; torchrun starts several, else it is alone."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(network: ImageNetNetwork, args: argparse.Namespace) -> nn.Module:
+    """What training calls: the network, with averaged gradients where there are several processes."""
+    forward = network
+    if dist.is_initialized():
+        unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)  # then a whole cell may be unused
+        forward = DistributedDataParallel(network, find_unused_parameters=unread)
+    return torch.compile(forward) if args.compile else forward
+
+
+def shared_folder(args: argparse.Namespace) -> Path:
+    """The output folder that process 0 names: it may be named for the time."""
+    names = [str(output_folder(args))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)
+    return Path(names[0])
+
+
+def same_buffers(network: nn.Module) -> None:
+    """Give every process the running statistics of process 0, which are those that the checkpoint gets."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ---------------------------------------------------------------------------------------- training and evaluation
+
+
+def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device):
+    """A fresh network, whose weights depend on the seed only."""
+    set_seed(args.seed)
+    network = ImageNetNetwork(
+        genotype,
+        num_classes,
+        args.layers,
+        args.channels,
+        args.keep_prob,
+        args.drop_path_keep_prob,
+        auxiliary=args.auxiliary_weight > 0,
+    )
+    if args.sync_bn and device.type != "cuda":
+        fail("--sync_bn: torch has it for CUDA devices only")
+    if args.sync_bn and dist.is_initialized():
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def build_optimizer(network: ImageNetNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
+    fused = next(network.parameters()).is_cuda
+    return torch.optim.SGD(network.parameters(), args.lr, momentum=args.momentum, weight_decay=args.l2_reg, fused=fused)
+
+
+def train_epoch(network, forward, optimizer, stream: TrainStream, args, epoch: int, device) -> dict[str, float]:
+    """One epoch over the training images. Returns mean loss, training accuracy and the share of time without data.
+
+    forward: the network, or its wrapped form. Every random stream starts anew from the seed and the epoch.
+    """
+    started, waited = time.monotonic(), stream.waited
+    set_seed(derive_seed(args.seed, epoch, stream.rank))  # dropout and drop path
+    set_lr(optimizer, args.lr * args.gamma ** (epoch // args.decay_period))
+    steps = len(stream)
+    progress = torch.arange(epoch * steps + 1, (epoch + 1) * steps + 1, device=device) / (args.epochs * steps)
+    totals = torch.zeros(2, device=device)
+    network.train()
+    bar = progress_bar(total=steps, desc=f"epoch {epoch + 1}")
+    for step, (x, labels) in enumerate(readable(stream, epoch, device)):
+        optimizer.zero_grad()
+        totals += accumulate_gradients(forward, x, labels, progress[step], args, device)
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip)
+        optimizer.step()
+        bar.update()
+    bar.close()
+    same_buffers(network)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    loss, correct = (totals / (steps * stream.world)).tolist()
+    seconds = time.monotonic() - started
+    values = {"loss": loss, "train_accuracy": correct, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
+    return values | {"data_wait": (stream.waited - waited) / seconds}
+
+
+def accumulate_gradients(forward, x, labels, progress, args: argparse.Namespace, device) -> torch.Tensor:
+    """Gradients of a batch, computed in --accumulate parts. Returns (2,): mean loss and share classified correctly."""
+    totals = torch.zeros(2, device=device)
+    parts = list(zip(x.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True))
+    for i, (images, targets) in enumerate(parts):
+        averaged_later = i + 1 < len(parts) and dist.is_initialized()
+        with forward.no_sync() if averaged_later else contextlib.nullcontext():
+            with autocast(args.amp, device):
+                logits, auxiliary = forward(images, progress)
+                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
+                total = loss
+                if auxiliary is not None:
+                    smooth = F.cross_entropy(auxiliary, targets, label_smoothing=args.label_smooth)
+                    total = loss + args.auxiliary_weight * smooth
+            (total / len(parts)).backward()
+        totals += torch.stack([loss.detach(), (logits.argmax(1) == targets).float().mean()]) / len(parts)
+    return totals
+
+
+def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:
+    """The batches of a stream; an image that cannot be read ends the script by its name."""
+    with user_input("--data"):
+        yield from stream.epoch(epoch, device)
+
+
+@torch.inference_mode()
+def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
+    """Top-1 and top-5 accuracy in eval mode over the images of all processes. top-5: of min(5, classes) guesses."""
+    network.eval()
+    counts = torch.zeros(3, dtype=torch.long, device=device)
+    for x, labels in readable(stream, 0, device):
+        with autocast(amp, device):
+            logits, _ = network(x)
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    top1, top5, images = counts.tolist()
+    if not images:
+        fail(f"--data: {stream.files.part.path}: not one image can be read")
+    return {"top1": top1 / images, "top5": top5 / images, "images": images}
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def load_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
+    """(training, selection, test) images; selection is the held-out part, or the test part with --select_on_val."""
+    with user_input("--data"):
+        train, test = open_images(args.data)
+    selection = test
+    if not args.select_on_val:
+        if args.holdout is None:
+            args.holdout = min(HELD_OUT_PER_CLASS * len(train.classes), len(train) // 10)
+        with user_input("--holdout"):
+            train, selection = split(train, args.holdout, args.seed)
+    if args.num_images:
+        with user_input("--num_images"):
+            train = balanced_batch(train, args.num_images, args.seed)
+    if args.batch_size > len(train):
+        fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
+    return train, selection, test
+
+
+def streams(args: argparse.Namespace, rank: int, world: int, device: torch.device):
+    """A function (class, images, batch size) -> Stream, with what all streams of a run have in common."""
+    with user_input("--decoder"):
+        decoder = find_jpeg_decoder(args.decoder)
+    common = {"workers": args.workers, "seed": args.seed, "rank": rank, "world": world, "skip_bad": args.skip_bad}
+    common |= {"decode_jpeg": decoder, "pin_memory": device.type == "cuda"}
+    return lambda kind, files, batch_size: kind(files, args.image_size, batch_size, **common)
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    count, rate, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
+    add("--arch", default="NAG_HIGH_ACC", help="a published genotype's name, FILE.json or FILE.json:INDEX")
+    add("--data", default="data/imagenet", help="folder that holds train and test (or val): folders or .zip files")
+    add("--image_size", type=number(int, 32), default=224, help="pixels of the crops")
+    add("--num_images", type=number(int, 0), default=0, help="train on that many images only (0: all)")
+    add("--holdout", type=count, help="training images kept out, to choose the best epoch on (default: 10 a class)")
+    add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
+    add("--skip_bad", action="store_true", help="go on without images that cannot be read")
+    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    add("--workers", type=number(int, 0), default=workers, help="processes that decode images, for each training one")
+    add("--decoder", default="auto", choices=["auto", "pil", "torchcodec"], help="of JPEG (auto: torchcodec if there)")
+    add("--epochs", type=count, default=250)
+    add("--batch_size", type=number(int, 2), default=256, help="of all processes together")
+    add("--eval_batch_size", type=count, default=256, help="of one process")
+    add("--accumulate", type=count, default=1, help="parts in which a batch is computed, to save memory")
+    add("--layers", type=count, default=4, help="normal cells per stack")
+    add("--channels", type=number(int, 2), default=42)
+    add("--lr", type=rate, default=0.1, help="of the first epoch, for the batch of all processes")
+    add("--gamma", type=share, default=0.97, help="factor of the learning rate ...")
+    add("--decay_period", type=count, default=1, help="... after that many epochs")
+    add("--momentum", type=number(float, 0, 1), default=0.9)
+    add("--l2_reg", type=number(float, 0), default=3e-5, help="weight decay")
+    add("--label_smooth", type=number(float, 0, 1), default=0.1)
+    add("--grad_clip", type=number(float, 0), default=0.0, help="largest norm of the gradient; 0: off")
+    add("--keep_prob", type=share, default=1.0, help="of the classifier's dropout")
+    add("--drop_path_keep_prob", type=share, default=1.0)
+    add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
+    add("--amp", default="auto", choices=["auto", "off", "bf16"])
+    add("--compile", action="store_true", help="torch.compile the network for training")
+    add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", help="run folder or checkpoint.pt to go on with")
+    going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test accuracy")
+    add_common_flags(parser)
+    may_change = ("data", "workers", "decoder", "eval_batch_size", "compile")
+    args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best"))
+    if args.evaluate:
+        with user_input("--evaluate"):
+            saved = load_checkpoint(args.evaluate, "imagenet", ("args", "network"))["args"]
+        kept = {"data", "image_size", "skip_bad", "amp"} - explicit_flags(parser, argv)
+        return argparse.Namespace(**{**vars(args), **{name: saved[name] for name in kept}})
+    check_flags(parser, args)
+    return args
+
+
+def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what flags do not allow together."""
+    low, high = AUXILIARY_SIZES
+    if args.auxiliary_weight and not low <= args.image_size <= high:
+        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    if args.select_on_val and args.holdout:
+        parser.error("argument --holdout: not with --select_on_val")
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % parts or args.batch_size < 2 * parts:
+        parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
+                     f"--accumulate), got {args.batch_size}")  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def cost(genotype: Genotype, config: dict, image_size: int) -> dict[str, int]:
+    """#params and MACs, auxiliary head left out."""
+    with torch.device("meta"):
+        network = ImageNetNetwork(genotype, **{**config, "auxiliary": False})
+    return {"params": count_parameters(network), "macs": count_macs(network, image_size)}
+
+
+def network_from_checkpoint(state: dict, device: torch.device) -> ImageNetNetwork:
+    """The trained network of an "imagenet" checkpoint, built from what the checkpoint says."""
+    network = ImageNetNetwork(Genotype.from_dict(state["genotype"]), **state["network_config"])
+    network.load_state_dict(state["network"])
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def evaluate(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
+    """Measure the test accuracy of a checkpoint."""
+    with user_input("--evaluate"):
+        state = load_checkpoint(args.evaluate, "imagenet")
+    with user_input("--data"):
+        _, test = open_images(args.data)
+        check_classes(test, state["classes"])
+    stream = streams(args, rank, world, device)(EvalStream, test, args.eval_batch_size)
+    measured = accuracy(network_from_checkpoint(state, device), stream, device, args.amp)
+    if rank:
+        return
+    size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
+    result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
+    result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": stream.broken}
+    path = output_folder(args) / "evaluation.json"
+    with user_input("--output_dir"):
+        write_json(path, result)
+    print(f"{describe(measured)}, {state['epoch']} epochs of training\nwrote {path}")
+
+
+def describe(measured: dict) -> str:
+    return (
+        f"test error top-1 {1 - measured['top1']:.2%}, top-5 {1 - measured['top5']:.2%} ({measured['images']} images)"
+    )
+
+
+def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
+    """(network, optimizer, what was reached so far) of a new or resumed run."""
+    with user_input("--resume" if args.resume else "--arch"):
+        state = load_checkpoint(args.resume, "imagenet") if args.resume else None
+        genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
+        if not genotype.is_valid:
+            raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
+    network = build_network(genotype, len(train.classes), args, device)
+    optimizer = build_optimizer(network, args)
+    if not state:
+        return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}}
+    with user_input("--data"):
+        check_classes(train, state["classes"])
+        if len(train) != state["training_images"]:
+            raise ValueError(f"{len(train)} training images, the run to resume has {state['training_images']}")
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return network, optimizer, {name: state[name] for name in ("epoch", "seconds", "best")}
+
+
+def main(args: argparse.Namespace) -> None:
+    device = prepare(args)
+    with process_group(device) as (rank, world, device):
+        if args.evaluate:
+            evaluate(args, device, rank, world)
+        else:
+            train(args, device, rank, world)
+
+
+def train(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
+    """The whole run. Only process 0 writes."""
+    images, selection, test = load_data(args)
+    network, optimizer, reached = start(args, images, device)
+    make = streams(args, rank, world, device)
+    stream = make(TrainStream, images, args.batch_size)
+    selecting = make(EvalStream, selection, args.eval_batch_size)
+    config = {"num_classes": len(images.classes), "layers": args.layers, "channels": args.channels}
+    config |= {"auxiliary": args.auxiliary_weight > 0}
+    size = cost(network.genotype, config, args.image_size)
+    folder, log = shared_folder(args), None
+    if not rank:
+        with user_input("--output_dir"):
+            log = RunLog(folder, args, device, reached["epoch"] if args.resume else None)
+        print(
+            f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
+            f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
+            f"{len(stream)} steps an epoch, {world} processes on {device}: {folder}",
+            flush=True,
+        )
+    forward = wrap(network, args)
+    for epoch in range(reached["epoch"], args.epochs):
+        values = train_epoch(network, forward, optimizer, stream, args, epoch, device)
+        if not math.isfinite(values["loss"]):
+            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
+        selected = accuracy(network, selecting, device, args.amp)
+        improved = selected["top1"] > reached["best"]["top1"]
+        best = {"epoch": epoch + 1, **selected} if improved else reached["best"]
+        reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"], "best": best}
+        if not rank:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), **reached}
+            state |= {"network_config": config, "genotype": network.genotype.to_dict(), "classes": images.classes}
+            state |= {"training_images": len(images), "args": vars(args)}
+            if improved:
+                save_checkpoint(folder / "best.pt", "imagenet", state)
+            save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
+            log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
+            print(
+                f"epoch {epoch + 1}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
+                f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} "
+                f"({values['seconds']:.0f} s, waited for data {values['data_wait']:.0%}, {len(stream.broken)} skipped)",
+                flush=True,
+            )
+    if dist.is_initialized():
+        dist.barrier()  # until best.pt is there
+    finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)
+
+
+def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog | None, result: dict) -> None:
+    """Measure the last and the best network on the test images and write result.json."""
+    result |= {"test": accuracy(network, stream, device, args.amp)}
+    with user_input(f"{folder / 'best.pt'}"):
+        best = load_checkpoint(folder / "best.pt", "imagenet")
+    result["best"]["test"] = accuracy(network_from_checkpoint(best, device), stream, device, args.amp)
+    if log is None:
+        return
+    result |= {"arch": args.arch, "genotype": network.genotype.to_dict(), "seed": args.seed}
+    result |= {"skipped": stream.broken, "versions": versions(), "device": device_name(device)}
+    write_json(folder / "result.json", result)
+    log.close()
+    print(
+        f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
+        f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
+        f"next: python train_imagenet.py --evaluate {folder / 'best.pt'}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
