@@ -9,6 +9,7 @@ time that the FLOPs of the fast variant would take at the rate of a large matrix
 import argparse
 import ctypes
 import json
+import platform
 import resource
 import statistics
 import subprocess
@@ -227,6 +228,7 @@ class Report:
                 "device": device_name(self.device),
                 "kind": self.device.type,
                 "torch": torch.__version__,
+                "python": platform.python_version(),
                 "date": time.strftime("%Y-%m-%d"),
                 "rounds": self.args.rounds,
                 "rows": self.rows,

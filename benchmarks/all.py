@@ -1,0 +1,129 @@
+"""Run the benchmarks, and write benchmarks/RESULTS.md, section by section as each script ends.
+
+    python benchmarks/all.py                             # all, on the GPU if there is one; minutes on 2 CPU cores
+    python benchmarks/all.py --only gan generate
+    python benchmarks/all.py --device cuda --rounds 20
+
+Results are kept in benchmarks/results.json by script and kind of device: a run replaces those of its own kind and
+leaves the others, so that RESULTS.md has columns for both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+SCRIPTS = ("gan", "generate", "supernet", "train_cifar", "startup")
+TITLES = {
+    "gan": "GAN: one D + G step",
+    "generate": "Generation of cells",
+    "supernet": "Supernet: training and scoring",
+    "train_cifar": "Stand-alone training",
+    "startup": "Start-up",
+}
+# Column of a device's table -> key of a script's row.
+COLUMNS = (
+    "plain, s",
+    "fast, s",
+    "ratio",
+    "GFLOP-eq, plain / fast",
+    "share of floor",
+    "peak GiB, plain / fast",
+    "matmul, GFLOP/s",
+)
+EXPLANATION = """\
+Median of the rounds, plain and fast in turn in one process; the ratio is that of the same round, with its smallest and
+largest value. GFLOP: counted in the matrix products and convolutions of the fast variant. GFLOP-eq: seconds times the
+rate of a float32 matrix product measured in the same rounds, so that figures of different machines compare. Share of
+floor: GFLOP over seconds times the rate of a matrix product of the same precision. Memory: on the CPU, of a process
+with Python and torch; on CUDA, of tensors. What is plain: the docstrings of benchmarks/plain_gan.py, plain_images.py.
+Written by benchmarks/all.py; empty columns have not been run.
+"""
+
+
+def run_script(script: str, args: argparse.Namespace) -> dict:
+    """Run one script, its output shown as it comes; returns its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.json")
+        flags = ["--device", args.device, "--rounds", str(args.rounds), "--json", str(path)]
+        command = [sys.executable, "-m", f"benchmarks.{script}", *flags, *(["--quick"] if args.quick else [])]
+        subprocess.run(command, cwd=FOLDER.parent, check=True)
+        return json.loads(path.read_text())
+
+
+def write(results: dict, folder: Path) -> None:
+    """results[script][cpu or cuda] -> results.json and RESULTS.md."""
+    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("RESULTS.md", render(results))):
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, folder / name)
+
+
+def render(results: dict) -> str:
+    parts = ["# Measured speed\n", EXPLANATION]
+    for script in SCRIPTS:
+        if script not in results:
+            continue
+        own = results[script]
+        parts.append(f"## {TITLES[script]} (`python benchmarks/{script}.py`)\n")
+        parts += [
+            f"{kind.upper()}: {r['device']}; {r['cpu']}; torch {r['torch']}, python {r['python']}; {r['date']}; "
+            f"{r['rounds']} rounds{', QUICK: tiny sizes, figures mean nothing' if r['quick'] else ''}.\n"
+            for kind, r in own.items()
+        ]
+        parts += [markdown(rows) for rows in (joined(own, "rows"), joined(own, "figures")) if rows]
+    return "\n".join(parts)
+
+
+def joined(own: dict, part: str) -> list[dict[str, str]]:
+    """One row for each piece of work or figure, with columns for both kinds of device."""
+    key, columns = ("work", COLUMNS) if part == "rows" else ("what", ("value",))
+    names = list(dict.fromkeys(row[key] for result in own.values() for row in result[part]))
+    table = []
+    for name in names:
+        found = {kind: row for kind, r in own.items() for row in r[part] if row[key] == name}
+        first = next(iter(found.values()))
+        row = {key: name, "goal": first["goal"], **({"GFLOP": first["GFLOP"]} if part == "rows" else {})}
+        for kind in ("cpu", "cuda"):
+            row |= {f"{kind.upper()}: {c}": found.get(kind, {}).get(c, "") for c in columns}
+        table.append(row)
+    return table
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="SCRIPT", help=str(SCRIPTS))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="where RESULTS.md and results.json are")
+    args = parser.parse_args(argv)
+    path = args.output_dir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for script in args.only:
+        print(f"---- {script}", flush=True)
+        result = run_script(script, args)
+        results.setdefault(script, {})[result["kind"]] = {**result, "cpu": cpu_name(), "quick": args.quick}
+        write(results, args.output_dir)
+    print(f"wrote {args.output_dir / 'RESULTS.md'}")
+
+
+def cpu_name() -> str:
+    """Model and number of cores; platform alone names the architecture only."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
