@@ -1,0 +1,282 @@
+"""train_imagenet.py, as a user starts it, on tiny trees of images and a tiny network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_imagenet
+from genotypes import GENOTYPES
+from image_stream import EvalStream, open_images
+from models.network import ImageNetNetwork
+from utils import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+CLASSES = ("blue", "dark", "green", "light", "red", "white")
+TINY = ["--layers", 1, "--channels", 4, "--image_size", 32, "--auxiliary_weight", 0, "--batch_size", 8, "--workers", 0]
+TINY += ["--device", "cpu", "--amp", "off", "--arch", "NAG_ENSEMBLE_B", "--lr", 0.02, "--epochs", 2, "--holdout", 12]
+
+
+def make_images(folder: Path, classes: tuple[str, ...] = CLASSES, test: str = "val") -> Path:
+    """8 training and 4 test images a class, about 40 pixels wide; a class has a brightness of its own."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 8), (test, 4)):
+        for k, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.normal(40 * k + 20, 50, (36, 40 + i, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    return folder, start("train_imagenet.py", *TINY, "--data", images, "--output_dir", folder)
+
+
+def start(*command, launcher: tuple = (), ok: bool = True) -> str:
+    """Standard output of a script that must succeed, or the one line on stderr of one that must be refused."""
+    command = [sys.executable, *launcher, *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
+    if ok:
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def train(*flags) -> None:
+    train_imagenet.main(train_imagenet.parse_args([str(flag) for flag in (*TINY, *flags)]))
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "data_wait")} for line in lines]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = (load_checkpoint(path, "imagenet")["network"] for path in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+def test_the_published_recipe_is_the_default():
+    args = train_imagenet.parse_args([])
+    assert (args.epochs, args.batch_size, args.layers, args.channels, args.image_size) == (250, 256, 4, 42, 224)
+    assert (args.lr, args.gamma, args.decay_period, args.momentum, args.l2_reg) == (0.1, 0.97, 1, 0.9, 3e-5)
+    assert (args.label_smooth, args.auxiliary_weight, args.keep_prob, args.drop_path_keep_prob) == (0.1, 0.4, 1, 1)
+
+
+def test_the_published_network_has_5_million_parameters_and_520_million_macs():
+    config = {"num_classes": 1000, "layers": 4, "channels": 42}
+    size = train_imagenet.cost(GENOTYPES["NAG_HIGH_ACC"], config, 224)
+    assert size["params"] == 4_971_763
+    assert round(size["macs"] / 1e6) == 520
+
+
+def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
+    folder, output = run
+    result = json.loads((folder / "result.json").read_text())
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["lr"] == pytest.approx(0.02 * 0.97)
+    best = max(lines, key=lambda line: line["top1"])  # the first of equals
+    assert result["best"]["epoch"] == best["step"] == load_checkpoint(folder / "best.pt", "imagenet")["epoch"]
+    assert result["best"]["top1"] == best["top1"] and result["best"]["images"] == 12
+    assert result["test"]["images"] == result["best"]["test"]["images"] == 24
+    assert result["test"]["top5"] >= result["test"]["top1"]
+    assert re.search(r"waited for data \d+%", output)
+
+
+def test_a_zip_trains_as_the_folder_it_was_made_of_with_any_number_of_workers(run, images, tmp_path):
+    for part in ("train", "val"):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+            for file in (images / part).rglob("*.jpg"):
+                archive.write(file, file.relative_to(images).as_posix())
+    train("--data", tmp_path, "--output_dir", tmp_path / "out", "--workers", 2)
+    assert metrics(tmp_path / "out") == metrics(run[0])
+    assert same_weights(tmp_path / "out", run[0])
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(run, images, tmp_path, monkeypatch):
+    """Stopped in the second of two epochs, then gone on with."""
+    folder, train_epoch, epochs = tmp_path / "stopped", train_imagenet.train_epoch, []
+
+    def stop_in_second_epoch(*args):
+        epochs.append(args)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_imagenet, "train_epoch", stop_in_second_epoch)
+        train("--data", images, "--output_dir", folder)
+    assert load_checkpoint(folder, "imagenet")["epoch"] == 1
+    train_imagenet.main(train_imagenet.parse_args(["--resume", str(folder)]))
+    assert same_weights(folder, run[0])
+    assert metrics(folder) == metrics(run[0])
+    ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, run[0]))
+    assert (ours["test"], ours["best"]) == (theirs["test"], theirs["best"])
+
+
+def test_select_on_val_chooses_on_the_validation_part(images, tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--holdout", 12)]
+    args = [*flags, "--data", images, "--output_dir", tmp_path, "--select_on_val", "--epochs", 1]
+    train_imagenet.main(train_imagenet.parse_args(list(map(str, args))))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["best"]["images"] == 24
+    assert result["best"]["top1"] == result["best"]["test"]["top1"] == result["test"]["top1"]
+
+
+def test_by_default_10_images_a_class_are_held_out_but_at_most_a_tenth(images):
+    args = train_imagenet.parse_args(["--data", str(images), "--batch_size", "8"])
+    rest, held_out, test = train_imagenet.load_data(args)
+    assert (len(rest), len(held_out), len(test)) == (44, 4, 24)
+
+
+def tiny_network(num_classes: int = 6) -> ImageNetNetwork:
+    torch.manual_seed(0)
+    network = ImageNetNetwork(GENOTYPES["NAG_ENSEMBLE_B"], num_classes, 1, 4, auxiliary=False)
+    return network.to(memory_format=torch.channels_last)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """In eval mode, where a batch norm does not mix images."""
+    args = train_imagenet.parse_args(["--amp", "off"])
+    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 6
+    gradients = []
+    for args.accumulate in (1, 4):
+        network = tiny_network().double().eval()
+        train_imagenet.accumulate_gradients(network, x.double(), labels, torch.tensor(1.0), args, CPU)
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_two_processes_train_on_the_batches_of_one(images, tmp_path):
+    """Both see every image once and end with the same network, but not quite that of one: batch norms see half."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = [*TINY, "--data", images, "--epochs", 1, "--accumulate", 2]
+    output = start("train_imagenet.py", *flags, "--output_dir", tmp_path / "two", launcher=launcher)
+    assert "2 processes" in output and output.count("epoch 1/1") == 1
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["test"]["images"] == 24 and result["best"]["images"] == 12  # none counted twice
+    state = load_checkpoint(tmp_path / "two", "imagenet")
+    _, test = open_images(images)
+    network = train_imagenet.network_from_checkpoint(state, CPU)
+    alone = train_imagenet.accuracy(network, EvalStream(test, 32, 7), CPU, "off")
+    assert alone == result["test"]
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_evaluation_is_independent_of_the_batch_size_and_counts_as_a_loop_would(images, batch_size):
+    _, test = open_images(images)
+    network = tiny_network()
+    measured = train_imagenet.accuracy(network, EvalStream(test, 32, batch_size), CPU, "off")
+    top1 = top5 = 0
+    with torch.no_grad():
+        for x, labels in EvalStream(test, 32, 1).epoch(0, CPU):
+            ranking = network(x)[0][0].argsort(descending=True).tolist()
+            top1 += ranking[0] == labels.item()
+            top5 += labels.item() in ranking[:5]
+    assert measured == {"top1": top1 / 24, "top5": top5 / 24, "images": 24}
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(run, images, tmp_path):
+    flags = ["--evaluate", run[0] / "checkpoint.pt", "--device", "cpu", "--workers", 0, "--output_dir", tmp_path]
+    start("train_imagenet.py", *flags)
+    evaluated = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluated["test"] == json.loads((run[0] / "result.json").read_text())["test"]
+
+
+def test_top_5_of_fewer_classes_is_of_all_of_them(tmp_path):
+    _, test = open_images(make_images(tmp_path, CLASSES[:3]))
+    assert train_imagenet.accuracy(tiny_network(3), EvalStream(test, 32, 6), CPU, "off")["top5"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--arch", "NAG_BEST"], "NAG_HIGH_ACC"),
+        (["--data", "missing"], "missing is not a folder"),
+        (["--image_size", 192, "--auxiliary_weight", 0.4], "193 to 256"),
+        (["--image_size", 257, "--auxiliary_weight", 0.4], "193 to 256"),
+        (["--batch_size", 100], "36 training images"),
+        (["--accumulate", 3], "3 equal parts"),
+        (["--holdout", 48], "--holdout"),
+        (["--select_on_val"], "--holdout"),
+        (["--gamma", 1.5], "--gamma"),
+        (["--sync_bn"], "CUDA devices only"),
+        (["--resume", "missing"], "no such checkpoint"),
+    ],
+)
+def test_bad_flags_are_refused_by_name_and_nothing_is_written(capsys, images, tmp_path, flags, expected):
+    line = refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
+def refused(capsys, *flags) -> str:
+    with pytest.raises(SystemExit) as error:
+        train(*flags)
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_input_is_one_line_for_the_user(images, tmp_path):
+    for name in ("train", "val"):
+        shutil.copytree(images / name, tmp_path / "data" / name)
+    (tmp_path / "data" / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    flags = [*TINY, "--data", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    line = start("train_imagenet.py", *flags, "--workers", 1, ok=False)
+    assert "cannot read image red/3.jpg" in line and "--skip_bad" in line
+    output = start("train_imagenet.py", *flags, "--epochs", 1, "--skip_bad")
+    assert "1 skipped" in output
+
+
+def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
+    make_images(tmp_path)
+    shutil.move(tmp_path / "val" / "red", tmp_path / "val" / "rouge")
+    assert "only in" in refused(capsys, "--data", tmp_path)
+    shutil.rmtree(tmp_path / "val")
+    assert "holds no test or val" in refused(capsys, "--data", tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag):
+    save_checkpoint(tmp_path / "cifar.pt", "cifar", {})
+    assert "is a cifar checkpoint" in refused(capsys, "--data", images, flag, tmp_path / "cifar.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar.pt"]
+
+
+def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
+    other = make_images(tmp_path / "other", ("black", *CLASSES[1:]))
+    flags = ["--data", other, "--evaluate", run[0] / "best.pt", "--output_dir", tmp_path / "out"]
+    assert "class 0 of the images is black, of the checkpoint blue" in refused(capsys, *flags)
+    assert not (tmp_path / "out").exists()
