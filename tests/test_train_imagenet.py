@@ -54,7 +54,7 @@ def run(images, tmp_path_factory) -> tuple[Path, str]:
 def start(*command, launcher: tuple = (), ok: bool = True) -> str:
     """Standard output of a script that must succeed, or the one line on stderr of one that must be refused."""
     command = [sys.executable, *launcher, *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     if ok:
         assert result.returncode == 0, result.stderr
@@ -173,11 +173,44 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_two_processes_train_on_the_batches_of_one(images, tmp_path):
-    """Both see every image once and end with the same network, but not quite that of one: batch norms see half."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+COMPARISON = """  # run by each of two processes
+import os, torch, train_imagenet
+from test_train_imagenet import CPU, tiny_network
+
+torch.set_default_dtype(torch.float64)
+x, labels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 6
+gradients = []
+for world, accumulate in ((1, 1), (2, 1), (2, 2)):
+    network = tiny_network().eval()  # a batch norm in train mode would see other images
+    args = train_imagenet.parse_args(["--amp", "off", "--accumulate", str(accumulate)])
+    if world == 1:
+        losses = [train_imagenet.accumulate_gradients(network, x, labels, torch.tensor(1.0), args, CPU)[0]]
+    else:
+        with train_imagenet.process_group(CPU) as (rank, world, _):
+            forward = train_imagenet.wrap(network, args)
+            part = slice(rank, None, world)
+            loss = train_imagenet.accumulate_gradients(forward, x[part], labels[part], torch.tensor(1.0), args, CPU)[0]
+            torch.distributed.all_reduce(loss)
+            losses.append(loss / world)
+    gradients.append([p.grad for p in network.parameters()])
+torch.testing.assert_close(losses[1:], losses[:1] * 2)
+for others in gradients[1:]:
+    torch.testing.assert_close(others, gradients[0])
+print("equal", flush=True)
+"""
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    """At an equal batch of all processes, with and without accumulation."""
+    (tmp_path / "compare.py").write_text(COMPARISON)
+    output = start(tmp_path / "compare.py", launcher=TWO_PROCESSES)
+    assert output.count("equal") == 2
+
+
+def test_two_processes_write_once_and_evaluate_every_image_once(images, tmp_path):
     flags = [*TINY, "--data", images, "--epochs", 1, "--accumulate", 2]
-    output = start("train_imagenet.py", *flags, "--output_dir", tmp_path / "two", launcher=launcher)
+    output = start("train_imagenet.py", *flags, "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES)
     assert "2 processes" in output and output.count("epoch 1/1") == 1
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["test"]["images"] == 24 and result["best"]["images"] == 12  # none counted twice
