@@ -61,7 +61,7 @@ def full_cells(records: list[Record], n: int) -> list[Genotype]:
     columns = []
     for name in NAG_SPACE.cells:
         cells = (record.genotype[name] for record in records)
-        columns.append([cell for cell in cells if cell.num_vertices == NAG_SPACE.max_vertices][:n])
+        columns.append(repeated([cell for cell in cells if cell.num_vertices == NAG_SPACE.max_vertices], n))
     return [Genotype(*pair) for pair in zip(*columns, strict=True)]
 
 

@@ -3,7 +3,7 @@
     python benchmarks/startup.py
 
 Stated is what is left after the time of `import torch`, measured in turn with it. build_nas_dataset and train_cifar get
-400 small images that are made here, and the first step itself is in their time.
+400 small images that are made here. What ends the time is the first call of the network, not the end of the step.
 """
 
 if not __package__:
@@ -27,18 +27,18 @@ from benchmarks.common import Report, begin, parse_args
 
 MOST_ROUNDS = 3  # a start takes seconds, and differs little
 
-# Runs a script up to the first step of an optimizer of the class named.
-UNTIL_STEP = """
+# Runs a script up to the first call of a network of the class named.
+UNTIL_CALL = """
 import os, runpy, sys
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 name, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]
-def stop(optimizer, *_):
-    if type(optimizer).__name__ == name:
+def stop(module, *_):
+    if type(module).__name__ == name:
         os._exit(0)
-register_optimizer_step_post_hook(stop)
+register_module_forward_pre_hook(stop)
 runpy.run_path(script, run_name="__main__") if script.endswith(".py") else runpy.run_module(script, run_name="__main__")
-sys.exit("no step was taken")
+sys.exit("there was no step")
 """
 
 
@@ -52,10 +52,10 @@ def make_images(folder: Path, n: int = 400) -> None:
             Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
 
 
-def until_step(optimizer: str, *command: str) -> float:
-    """Seconds from the start of a script to the end of its first step with that optimizer."""
+def until_call(network: str, *command: str) -> float:
+    """Seconds from the start of a script to the beginning of its first step with that network."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", UNTIL_STEP, optimizer, *command], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", UNTIL_CALL, network, *command], check=True, capture_output=True)
     return time.perf_counter() - started
 
 
@@ -84,13 +84,15 @@ def measurements(folder: Path, args: argparse.Namespace, device: str) -> dict:
     full = {
         "generate_archs_multiobj.py, first class": lambda: until_output("generate_archs_multiobj.py", *common),
         "visualize.py, first figure": lambda: until_output(*figures),
-        "gan.py, first step of the predictor": lambda: until_step("AdamW", "gan.py", *common),
-        "gan.py, first step of the generator, after the predictor's training": lambda: until_step(
-            "Adam", "gan.py", *common
+        "gan.py, first step, of the predictor": lambda: until_call("Predictor", "gan.py", *common),
+        "gan.py, first step of the generator, after the predictor's training": lambda: until_call(
+            "CellGenerator", "gan.py", *common
         ),
-        "gan_multiobj.py, first step of the predictor": lambda: until_step("AdamW", "gan_multiobj.py", *common),
-        "build_nas_dataset, first step": lambda: until_step("SGD", "build_nas_dataset", *common, *images, *holdout),
-        "train_cifar.py, first step": lambda: until_step("SGD", "train_cifar.py", *common, *images),
+        "gan_multiobj.py, first step, of the predictor": lambda: until_call("Predictor", "gan_multiobj.py", *common),
+        "build_nas_dataset, first step": lambda: until_call(
+            "Supernet", "build_nas_dataset", *common, *images, *holdout
+        ),
+        "train_cifar.py, first step": lambda: until_call("CifarNetwork", "train_cifar.py", *common, *images),
     }
     return quick if args.quick else {**quick, **full}
 

@@ -19,9 +19,10 @@ from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch, GraphState, LabelEmbedding
 from utils import load_checkpoint
 
-# Logits. Measured on 512 genotypes, with the shipped generators and untrained ones of default size: the largest
-# difference between float32 and float64 is 2.4e-6, and 0.2 to 5 % of the genotypes have a decision this close.
-CLOSE = 1e-4
+# Logits. The largest difference between float32 and float64 measured on 512 genotypes is 2.4e-6 with the shipped
+# generators, 1e-6 with untrained ones of default size and 1e-4 with one whose weights are quadrupled. Of the shipped
+# generators' genotypes, 1 to 3 % have a decision this close.
+CLOSE = 1e-3
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -1,0 +1,266 @@
+"""The plain forms in benchmarks/ as oracles of the fast ones, and the benchmarks themselves at tiny sizes."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gan
+from benchmarks import all as all_benchmarks
+from benchmarks import plain_images
+from benchmarks.common import Comparison, Report, interleave
+from benchmarks.gan import Step, full_cells, retrace
+from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
+from benchmarks.supernet import random_images
+from build_nas_dataset.records import Record
+from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import score
+from images import normalize
+from models.discriminator import Discriminator
+from models.generator import Generator
+from models.graph import CellBatch
+from models.network import CifarNetwork
+from models.supernet import Supernet
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SIZES = {"latent_dim": 5, "vertex_size": 12, "graph_size": 6, "label_sizes": (4, 4), "num_classes": (3, 2)}
+VARIANTS = {
+    "paper": {},
+    "drawn": {"temperature": 1.0},
+    "mean": {"aggregation": "mean", "temperature": 1.0},
+    "additions": {"chain_cells": True, "edges_in_turn": True, "temperature": 1.0},
+}
+
+
+def generator_and_inputs(dtype, n=24, **changes):
+    """A small generator without dropout, and z, labels, noise for n cells, which differ in float64.
+
+    In float32 the weights are left small: larger ones amplify the rounding.
+    """
+    torch.manual_seed(0)
+    generator = Generator(**SIZES, dropout=0.0, **changes).to(dtype)
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            parameter.mul_(1 if dtype == torch.float32 else 4 if "add_" in name else 2)
+        for cell in generator.cells.values():
+            cell.add_vertex[2].bias[cell.output_token] = 1.0
+    z, noise = generator.draw_noise(n, torch.Generator().manual_seed(1))
+    noise = None if noise is None else tuple(part.to(dtype) for part in noise)
+    labels = torch.stack([torch.arange(n) % 3, torch.arange(n) % 2], dim=1)
+    return generator, (z.to(dtype), labels, noise)
+
+
+def assert_equal_cells(cells, others, atol):
+    for a, b in zip(cells, others, strict=True):
+        assert torch.equal(a.num_nodes, b.num_nodes)
+        torch.testing.assert_close(a.adj, b.adj, rtol=0, atol=atol)
+        torch.testing.assert_close(a.ops, b.ops, rtol=0, atol=atol)
+
+
+# -------------------------------------------------------------------------------------------------------- GAN
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_plain_growth_gives_the_same_cells(changes, dtype, atol):
+    generator, inputs = generator_and_inputs(dtype, **changes)
+    with torch.no_grad():
+        cells = generator(*inputs)
+        assert dtype == torch.float32 or len(torch.cat([batch.num_nodes for batch in cells]).unique()) > 3
+        assert_equal_cells(PlainGenerator(generator)(*inputs), cells, atol)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_plain_growth_and_judgement_give_the_same_gradients(changes):
+    generator, inputs = generator_and_inputs(torch.float64, **changes)
+    torch.manual_seed(1)
+    shared = {name: SIZES[name] for name in ("label_sizes", "num_classes")}
+    discriminator = Discriminator(12, 6, gcn_dropout=0.0, mlp_dropout=0.0, **shared).double()
+    outcomes = []
+    for g, d in (
+        (generator, discriminator),
+        (PlainGenerator(generator), PlainDiscriminator(discriminator)),
+    ):
+        scores = d(g(*inputs), inputs[1])
+        generator.zero_grad()
+        discriminator.zero_grad()
+        (scores - 1).square().mean().backward()
+        networks = (generator, discriminator)
+        outcomes.append([scores, *(p.grad.clone() for n in networks for p in n.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) > 100
+    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_plain_following_gives_the_same_probabilities_and_likelihood(changes):
+    generator, (z, labels, _) = generator_and_inputs(torch.float64, **changes)
+    pool = random_pool(len(z), seed=0)
+    cells = [CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in ("normal", "reduction")]
+    with torch.no_grad():
+        fast, likelihood = generator.follow(z, labels, cells)
+        plain, plain_likelihood = PlainGenerator(generator).follow(z, labels, cells)
+    assert_equal_cells(plain, fast, 1e-12)
+    torch.testing.assert_close(plain_likelihood, likelihood, rtol=1e-12, atol=1e-9)
+
+
+def test_retraced_growth_gives_the_cells_to_retrace():
+    torch.manual_seed(0)
+    generator = Generator().eval()
+    pool = random_pool(12, seed=0)
+    retrace(generator, tuple(CellBatch.encode([g[name] for g in pool]) for name in ("normal", "reduction")))
+    assert generator.sample((1,), len(pool), seed=0) == pool
+
+
+@pytest.mark.parametrize("recipe", ["paper", "robust"])
+def test_a_step_with_plain_networks_leaves_the_weights_of_one_with_fast_ones(recipe, monkeypatch):
+    for name in ("g_dropout", "d_gnn_dropout", "d_mlp_dropout"):
+        monkeypatch.setitem(gan.ROBUST, name, 0.0)
+    records = [Record(i, g, i / 8, 1000 * i, 1000 * i) for i, g in enumerate(random_pool(8, seed=0))]
+    args = argparse.Namespace(quick=True)
+    weights = []
+    for plain in (False, True):
+        step = Step(recipe, [record.genotype for record in records], records, args, CPU)
+        networks = step.generator, step.discriminator
+        for module in (module for network in networks for module in network.modules()):
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        step.run(*((PlainGenerator(networks[0]), PlainDiscriminator(networks[1])) if plain else ()))
+        weights.append([p.detach() for network in networks for p in network.parameters()])
+    torch.manual_seed(0)
+    untouched = gan.build_networks(step.args, (3,))[0].parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(weights[0], untouched, strict=False))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5 if recipe == "paper" else 1e-4)
+
+
+def test_full_cells_have_ten_vertices():
+    pool = random_pool(40, seed=0)
+    full = full_cells([Record(i, g, 0.5, 1, 1) for i, g in enumerate(pool)], 6)
+    assert len(full) == 6 and all(cell.num_vertices == 10 for genotype in full for cell in genotype.cells)
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def test_contiguous_supernet_gives_the_same_logits_and_gradients():
+    torch.manual_seed(0)
+    fast = Supernet(layers=1, channels=4, drop_path_keep_prob=1.0).double()
+    plain = plain_images.contiguous(fast)
+    fast = fast.to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    for genotype in random_pool(4, seed=0):
+        results = []
+        for network, images in ((fast, x.to(memory_format=torch.channels_last)), (plain, x)):
+            network.zero_grad(set_to_none=True)
+            logits, auxiliary = network(images, genotype)
+            (logits.sin().sum() + auxiliary.sin().sum()).backward()
+            results.append([logits, auxiliary, *(p.grad for p in network.parameters() if p.grad is not None)])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-8)
+
+
+def test_contiguous_network_gives_the_same_logits():
+    torch.manual_seed(0)
+    fast = CifarNetwork(random_pool(1, seed=3)[0], layers=1, channels=4).double().eval()
+    plain = plain_images.contiguous(fast)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = plain(x)[0]
+        logits = fast.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_scores_are_those_of_a_data_loader_for_every_scoring():
+    torch.manual_seed(0)
+    supernet = Supernet(layers=1, channels=4).eval()
+    images = random_images(40, 16, CPU)
+    x = normalize(images.images, images.mean, images.std)
+    batches = list(zip(x.split(20), images.labels.split(20), strict=True))
+    plain, fast = plain_images.contiguous(supernet), supernet.to(memory_format=torch.channels_last)
+    scores = [score(fast, genotype, batches).item() for genotype in random_pool(6, seed=0)]
+    expected = [plain_images.score(plain, genotype, images, 20, workers=0) for genotype in random_pool(6, seed=0)]
+    assert scores == pytest.approx(expected) and len(set(scores)) > 1
+
+
+def test_plain_augmentation_crops_flips_and_cuts_out():
+    images = random_images(4, 16, CPU)
+    whole = plain_images.Images(images)
+    torch.testing.assert_close(whole[1][0], normalize(images.images, images.mean, images.std)[1])
+    torch.manual_seed(0)
+    data = plain_images.Images(images, train=True, cutout_size=8)
+    views = torch.stack([data[1][0] for _ in range(50)])
+    assert views.shape == (50, 3, 16, 16) and len({view.sum().item() for view in views}) > 40
+    cut = (views == 0).all(1).sum((1, 2))
+    assert (cut >= 16).all() and cut.float().mean() < 130
+
+
+# --------------------------------------------------------------------------------------------- the machinery
+
+
+def test_variants_are_timed_in_turn():
+    calls = []
+    times = interleave({"plain": lambda: calls.append("a"), "fast": lambda: calls.append("b")}, 3, CPU)
+    assert calls == ["a", "b"] * 4  # the first of each is not counted
+    assert all(len(values) == 3 and min(values) > 0 for values in times.values())
+
+
+def test_floating_point_operations_and_shares_are_counted(monkeypatch):
+    a = torch.rand(30, 20)
+    args = argparse.Namespace(quick=True, rounds=2, json=None)
+    report = Report("test", args, CPU)
+    monkeypatch.setattr("benchmarks.common.has_bf16", lambda device: False)
+
+    def build():
+        return lambda: a @ a.T
+
+    report.compare(Comparison("product", build, {"float32": build, "bf16": build}, {"float32": "fast"}, (2, "things")))
+    (row,) = report.rows
+    assert row["work"] == "product, float32" and row["goal"] == "fast"
+    assert float(row["GFLOP"]) == pytest.approx(2 * 30 * 30 * 20 / 1e9)
+    assert float(row["peak GiB, plain / fast"].split(" / ")[0]) == 0
+    ratio, low, _, high = row["ratio"].replace("(", "").replace(")", "").split()
+    assert float(low) <= float(ratio) <= float(high)
+
+
+def test_peak_memory_is_that_of_a_process_for_the_variant():
+    command = [sys.executable, "-m", "benchmarks.gan", "--quick", "--device", "cpu", "--memory_of"]
+    work = "paper recipe, real cells' sizes, batch 4|float32"
+    result = subprocess.run([*command, work], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert 100 < float(result.stdout.split()[-1]) < 4096
+
+
+@pytest.mark.parametrize("script", ["supernet", "train_cifar"])
+def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path):
+    command = [sys.executable, "benchmarks/all.py", "--quick", "--rounds", "2", "--device", "cpu", "--only", script]
+    kept = {"gan": {"cuda": json_result("step", "1.5")}, script: {"cuda": json_result("other", "2.5")}}
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    subprocess.run([*command, "--output_dir", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["gan"] == kept["gan"] and results[script]["cuda"] == kept[script]["cuda"]
+    rows = results[script]["cpu"]["rows"]
+    assert rows and all(float(row["GFLOP"]) > 0 and float(row["ratio"].split()[0]) > 0 for row in rows)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.index("GAN: one D + G step") < text.index(rows[0]["work"])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["RESULTS.md", "results.json"]
+    direct = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert f"python benchmarks/{script}.py" in direct.stdout
+
+
+def json_result(work: str, seconds: str) -> dict:
+    row = {"work": work, "goal": "", "GFLOP": "1", "fast, s": seconds}
+    about = {"device": "a GPU", "cpu": "a CPU", "torch": "2", "python": "3", "date": "today", "rounds": 5}
+    return {**about, "quick": False, "rows": [row], "figures": []}
+
+
+def test_results_have_a_column_for_each_device():
+    own = {"cpu": json_result("step", "3"), "cuda": json_result("step", "0.1")}
+    text = all_benchmarks.render({"gan": own})
+    (line,) = [line for line in text.splitlines() if line.startswith("| step")]
+    header = next(line for line in text.splitlines() if line.startswith("| work")).split("|")
+    cells = dict(zip(map(str.strip, header), map(str.strip, line.split("|")), strict=True))
+    assert (cells["CPU: fast, s"], cells["CUDA: fast, s"], cells["CUDA: ratio"]) == ("3", "0.1", "")
