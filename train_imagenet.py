@@ -418,9 +418,12 @@ def train(args: argparse.Namespace, device: torch.device, rank: int, world: int)
 def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog | None, result: dict) -> None:
     """Measure the last and the best network on the test images and write result.json."""
     result |= {"test": accuracy(network, stream, device, args.amp)}
-    with user_input(f"{folder / 'best.pt'}"):
-        best = load_checkpoint(folder / "best.pt", "imagenet")
-    result["best"]["test"] = accuracy(network_from_checkpoint(best, device), stream, device, args.amp)
+    if result["best"]["epoch"] == result["epoch"]:
+        result["best"]["test"] = result["test"]
+    else:
+        with user_input("--output_dir"):
+            best = load_checkpoint(folder / "best.pt", "imagenet")
+        result["best"]["test"] = accuracy(network_from_checkpoint(best, device), stream, device, args.amp)
     if log is None:
         return
     result |= {"arch": args.arch, "genotype": network.genotype.to_dict(), "seed": args.seed}

@@ -140,6 +140,23 @@ def test_a_resumed_run_equals_one_that_never_stopped(run, images, tmp_path, monk
     assert (ours["test"], ours["best"]) == (theirs["test"], theirs["best"])
 
 
+def test_the_best_epoch_is_measured_too_when_it_is_not_the_last(images, tmp_path, monkeypatch):
+    real, selections = train_imagenet.accuracy, iter([0.9, 0.8])
+
+    def accuracy(network, stream, *args):
+        measured = real(network, stream, *args)
+        return measured if len(stream.files) == 24 else {**measured, "top1": next(selections)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_imagenet, "accuracy", accuracy)
+        train("--data", images, "--output_dir", tmp_path)
+    best = json.loads((tmp_path / "result.json").read_text())["best"]
+    state = load_checkpoint(tmp_path / "best.pt", "imagenet")
+    assert (best["epoch"], best["top1"]) == (state["epoch"], state["best"]["top1"]) == (1, 0.9)
+    stream = EvalStream(open_images(images)[1], 32, 24)
+    assert best["test"] == real(train_imagenet.network_from_checkpoint(state, CPU), stream, CPU, "off")
+
+
 def test_select_on_val_chooses_on_the_validation_part(images, tmp_path):
     flags = [flag for flag in TINY if flag not in ("--holdout", 12)]
     args = [*flags, "--data", images, "--output_dir", tmp_path, "--select_on_val", "--epochs", 1]
