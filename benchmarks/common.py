@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -142,7 +143,20 @@ def print_memory(comparisons: list[Comparison], which: str) -> None:
     comparison = next(c for c in comparisons if c.work == work)
     set_memory(variant)
     comparison.variants()[variant]()()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(own_peak_memory())
+
+
+def own_peak_memory() -> float:
+    """Largest resident size of this process so far, in MiB.
+
+    From /proc where there is one: ru_maxrss of a process counts its parent's memory at the time of the fork as well.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def growth(runs: dict[str, Run], report: "Report") -> str:
@@ -174,17 +188,20 @@ class Report:
         precisions = {"float32", *variants} & set(PRECISIONS)
         products, product_flops = matmul_runs(self.args, self.device, precisions)
         times = interleave({**runs, **products}, self.args.rounds, self.device)
+        set_memory("fast")
+        flops = count_flops(runs[next(iter(comparison.fast))])  # the same work in every precision
+        if self.device.type == "cpu":
+            runs = dict.fromkeys(runs)  # the networks are let go: the processes below need room
+            default_malloc()
         memory = {name: self._memory(comparison, name, run) for name, run in runs.items()}
         rates = {name: product_flops / statistics.median(times[f"matmul {name}"]) for name in precisions}
         self.seconds[f"{comparison.work}|plain"] = statistics.median(times["plain"])
-        for name, run in runs.items():
+        for name in runs:
             if name == "plain":
                 continue
-            set_memory(name)
             plain, fast = statistics.median(times["plain"]), statistics.median(times[name])
             self.seconds[f"{comparison.work}|{name}"] = fast
             ratios = [a / b for a, b in zip(times["plain"], times[name], strict=True)]
-            flops = count_flops(run)
             count, unit = comparison.per
             row = {
                 "work": f"{comparison.work}, {name}",
@@ -201,7 +218,7 @@ class Report:
             self.rows.append(row)
             print("  ".join(f"{k}: {v}" for k, v in row.items() if v), flush=True)
 
-    def _memory(self, comparison: Comparison, variant: str, run: Run) -> float:
+    def _memory(self, comparison: Comparison, variant: str, run: Run | None) -> float:
         """Peak in GiB: on CUDA of tensors in a run, on the CPU of a process for this alone (Python, torch included)."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -226,10 +226,11 @@ def test_floating_point_operations_and_shares_are_counted(monkeypatch):
 
 
 def test_peak_memory_is_that_of_a_process_for_the_variant():
+    ballast = torch.ones(2**28)  # 1 GiB of this process, which must not count
     command = [sys.executable, "-m", "benchmarks.gan", "--quick", "--device", "cpu", "--memory_of"]
     work = "paper recipe, real cells' sizes, batch 4|float32"
     result = subprocess.run([*command, work], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert 100 < float(result.stdout.split()[-1]) < 4096
+    assert 100 < float(result.stdout.split()[-1]) < ballast.nbytes / 2**20
 
 
 @pytest.mark.parametrize("script", ["supernet", "train_cifar"])
