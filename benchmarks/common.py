@@ -9,6 +9,7 @@ time that the FLOPs of the fast variant would take at the rate of a large matrix
 import argparse
 import ctypes
 import json
+import math
 import platform
 import resource
 import statistics
@@ -132,9 +133,20 @@ def has_bf16(device: torch.device) -> bool:
 
 def count_flops(run: Run) -> int:
     """Of the matrix products and convolutions in one run."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: backward_flops}
+    ) as counter:
         run()
     return counter.get_total_flops()
+
+
+def backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of a convolution's backward pass: those of the forward pass, for the input's and the weight's gradient each.
+
+    torch's own formula takes a depthwise convolution for a full one.
+    """
+    output_mask = args[7]  # after bias, stride, padding, dilation, transposed, output padding and groups
+    return 2 * math.prod(grad_shape) * math.prod(w_shape[1:]) * sum(output_mask[:2])
 
 
 def print_memory(comparisons: list[Comparison], which: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import gan
 from benchmarks import all as all_benchmarks
 from benchmarks import plain_images
-from benchmarks.common import Comparison, Report, interleave
+from benchmarks.common import Comparison, Report, count_flops, interleave
 from benchmarks.gan import Step, full_cells, retrace
 from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
 from benchmarks.supernet import random_images
@@ -223,6 +223,16 @@ def test_floating_point_operations_and_shares_are_counted(monkeypatch):
     assert float(row["peak GiB, plain / fast"].split(" / ")[0]) == 0
     ratio, low, _, high = row["ratio"].replace("(", "").replace(")", "").split()
     assert float(low) <= float(ratio) <= float(high)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_training_a_convolution_takes_three_times_its_forward_pass(groups):
+    conv = torch.nn.Conv2d(6, 6, 3, padding=1, groups=groups, bias=False)
+    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    forward = 2 * (2 * 8 * 8) * 6 * (6 // groups) * 9
+    assert count_flops(lambda: conv(x)) == forward
+    assert count_flops(lambda: conv(x).sum().backward()) == 3 * forward
+    assert count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
 
 
 def test_peak_memory_is_that_of_a_process_for_the_variant():
