@@ -191,28 +191,25 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 COMPARISON = """  # run by each of two processes
-import os, torch, train_imagenet
+import torch, train_imagenet
 from test_train_imagenet import CPU, tiny_network
 
-torch.set_default_dtype(torch.float64)
-x, labels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 6
-gradients = []
-for world, accumulate in ((1, 1), (2, 1), (2, 2)):
+def gradients(wrap, part, accumulate):
     network = tiny_network().eval()  # a batch norm in train mode would see other images
     args = train_imagenet.parse_args(["--amp", "off", "--accumulate", str(accumulate)])
-    if world == 1:
-        losses = [train_imagenet.accumulate_gradients(network, x, labels, torch.tensor(1.0), args, CPU)[0]]
-    else:
-        with train_imagenet.process_group(CPU) as (rank, world, _):
-            forward = train_imagenet.wrap(network, args)
-            part = slice(rank, None, world)
-            loss = train_imagenet.accumulate_gradients(forward, x[part], labels[part], torch.tensor(1.0), args, CPU)[0]
-            torch.distributed.all_reduce(loss)
-            losses.append(loss / world)
-    gradients.append([p.grad for p in network.parameters()])
-torch.testing.assert_close(losses[1:], losses[:1] * 2)
-for others in gradients[1:]:
-    torch.testing.assert_close(others, gradients[0])
+    totals = train_imagenet.accumulate_gradients(wrap(network, args), x[part], labels[part], progress, args, CPU)
+    return totals[0], [p.grad for p in network.parameters()]
+
+torch.set_default_dtype(torch.float64)
+progress = torch.tensor(1.0)
+x, labels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 6
+loss, expected = gradients(lambda network, args: network, slice(None), 1)
+with train_imagenet.process_group(CPU) as (rank, world, _):
+    for accumulate in (1, 2):
+        total, averaged = gradients(train_imagenet.wrap, slice(rank, None, world), accumulate)
+        torch.distributed.all_reduce(total)
+        torch.testing.assert_close(total / world, loss)
+        torch.testing.assert_close(averaged, expected)
 print("equal", flush=True)
 """
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
