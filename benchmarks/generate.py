@@ -21,7 +21,7 @@ import time
 import torch
 
 from benchmarks.common import Build, Comparison, Report, Run, begin, has_bf16, parse_args, print_memory
-from benchmarks.gan import Autocast, full_cells, repeated, retrace
+from benchmarks.gan import Autocast, repeated, retrace
 from benchmarks.plain_gan import PlainGenerator
 from build_nas_dataset.records import Record, read_records
 from genotypes import NAG_SPACE, CellSpec, Genotype
@@ -81,11 +81,10 @@ def untrained(genotypes: list[Genotype], n: int, quick: bool, device: torch.devi
 
 def comparisons(records: list[Record], args: argparse.Namespace, device: torch.device) -> list[Comparison]:
     n = 8 if args.quick else 512 if device.type == "cpu" else 4096
-    real, full = [record.genotype for record in records], full_cells(records, n)
+    real = [record.genotype for record in records]
     goals = {"float32": "200 genotypes/s", "bf16": "350 genotypes/s"}
     works = [
         ("default sizes, real cells' sizes", lambda: untrained(real, n, args.quick, device), (2,), goals),
-        ("default sizes, all cells of 10 vertices", lambda: untrained(full, n, args.quick, device), (2,), {}),
         ("shipped generator", lambda: Generator.from_checkpoint("data/generator.pt", device), (2,), {}),
     ]
     found = [
@@ -99,7 +98,7 @@ def comparisons(records: list[Record], args: argparse.Namespace, device: torch.d
 
 def changed_decisions(report: Report) -> None:
     """Genotypes that come out otherwise than by decisions in float64."""
-    n = 32 if report.args.quick else 2048
+    n = 32 if report.args.quick else 1024
     generators = {path: (Generator.from_checkpoint(path, report.device), labels) for path, labels in SHIPPED.items()}
     torch.manual_seed(0)
     fresh = Generator(temperature=1.0, vertex_size=16 if report.args.quick else 250).to(report.device).eval()

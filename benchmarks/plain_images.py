@@ -1,6 +1,7 @@
 """Supernet and networks, plain: the same modules in contiguous layout, fed by a torch data loader image by image."""
 
 import copy
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,10 @@ def score(supernet: Supernet, genotype: Genotype, images: ImageSet, batch_size: 
     """Accuracy of one genotype on all images, by a data loader made for it, as the reference does."""
     device = next(supernet.parameters()).device
     correct = 0
-    for x, labels in DataLoader(Images(images), batch_size, num_workers=workers):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, as intended
+        batches = iter(DataLoader(Images(images), batch_size, num_workers=workers))
+    for x, labels in batches:
         logits, _ = supernet(x.to(device), genotype)
         correct += (logits.argmax(1) == labels.to(device)).sum().item()
     return correct / len(images)
