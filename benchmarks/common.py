@@ -28,6 +28,7 @@ from utils import ArgumentParser, device_name, keep_freed_memory, number, select
 Run = Callable[[], object]
 Build = Callable[[], Run]  # makes networks and data, and returns what is to be timed
 
+GROWTH_ROUNDS = 3  # at most, where only the growth of cost with size is shown
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -105,14 +106,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every variant in each of the rounds, after one run of each that is not counted."""
+    """Seconds of every variant in each of the rounds, after one run of each that is not counted.
+
+    Neither is a run of what follows the plain variant: that one returns its memory to the kernel, and the next would
+    pay for getting it back, which it does not in a series of its own.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    previous = None
     for count in range(rounds + 1):
         for name, run in runs.items():
             set_memory(name)
+            if previous == "plain":
+                run()
             value = seconds(run, device)
             if count:
                 times[name].append(value)
+            previous = name
     return times
 
 
@@ -173,7 +182,7 @@ def own_peak_memory() -> float:
 
 def growth(runs: dict[str, Run], report: "Report") -> str:
     """Median time of each run over that of the first, over the ratio of the sizes that name them: 1 where linear."""
-    times = interleave(runs, report.args.rounds, report.device)
+    times = interleave(runs, min(report.args.rounds, GROWTH_ROUNDS), report.device)
     medians = {int(size): statistics.median(values) for size, values in times.items()}
     size, first = next(iter(medians.items()))
     return ", ".join(f"{(value / first) / (n / size):.2f}" for n, value in medians.items())
