@@ -16,6 +16,7 @@ their labels. The recipe "robust", the default, trains it by
                        forcing): generated cells are as varied as the real ones, and like them;
   --control_weight     a policy gradient: of the cells drawn, those that have the labels asked for become likelier.
                        #params and MACs are counted; accuracy is judged by a predictor that is trained first;
+  --entropy_weight     of a bonus for cells that are unlikely to be drawn, against drawing the same ones again;
   --temperature 1      decisions that are drawn with their probabilities, not rounded;
   --chain_cells        a reduction cell that is grown in view of the normal cell;
   --edges_in_turn      edges that are decided one after the other, each in view of those before.
@@ -67,6 +68,7 @@ OBJECTIVES = {
 ROBUST = {
     "likelihood_weight": 1.0,
     "control_weight": 5.0,
+    "entropy_weight": 0.01,
     "adversarial_weight": 0.0,
     "temperature": 1.0,
     "chain_cells": True,
@@ -98,7 +100,7 @@ FOR_SAMPLING = (
 )
 
 HELD_OUT = 0.1  # share of the NAS dataset that the predictor is measured on
-PREDICTOR_EPOCHS = 40
+PREDICTOR_EPOCHS = 20
 
 
 class TrainingData:
@@ -237,8 +239,10 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
                     record(reward=reward.mean())
                     given = tuple(CellBatch.cat(pair) for pair in zip(real, drawn, strict=True))
                     given_labels, z = torch.cat([real_labels, labels]), torch.cat([z, drawn_z])
-                    weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
                 _, likelihood = generator.follow(z, given_labels, given)  # one pass for both
+                if control:
+                    reward = reward - args.entropy_weight * likelihood[args.batch_size :].detach()
+                    weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
                 loss = loss - (weight * likelihood).sum() / args.batch_size
                 record(nll=-likelihood[: args.batch_size].mean())
             update(optimizers["generator"], loss, args.clip_value)
@@ -309,6 +313,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
+    add("--entropy_weight", type=weight, default=0.0, help="of the entropy, in nats, in the policy gradient")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")
     add("--straight_through", action=switch, default=False, help="show the judges hard decisions, not probabilities")
