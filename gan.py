@@ -85,7 +85,7 @@ ROBUST = {
     "lr_schedule": "cosine",
     "clip_value": 1.0,
     "warmup_epochs": 10,
-    "n_epochs": 50,
+    "n_epochs": 110,
 }
 
 # What of a checkpoint is needed to draw cells.
