@@ -34,10 +34,14 @@ def user_input(flag: str) -> Iterator[None]:
 
 
 def fail(message: str):
-    """End the script with one line on stderr and exit status 2, as argparse does."""
+    """End the script with one line on stderr and exit status 2, as argparse does.
+
+    Of several processes under torchrun, which all read the same input, the first one speaks.
+    """
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
-    print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -102,7 +106,7 @@ def parse_resumable(
             parser.error(f"argument --{name}: the run to resume has {saved.get(name)}, and a resumed run keeps it")
     kept = {name: getattr(args, name) for name in explicit & {"device", *may_change}}
     folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    return argparse.Namespace(**{**saved, **kept, "output_dir": str(folder), "resume": args.resume})
+    return argparse.Namespace(**{**vars(args), **saved, **kept, "output_dir": str(folder), "resume": args.resume})
 
 
 def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> set[str]:

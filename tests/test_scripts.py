@@ -262,6 +262,7 @@ def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, nasdata
 # Who may import whom: a module may use those of lower layers only, and only these scripts may use scripts.
 LAYERS = [
     {"genotypes", "utils"},
+    {"distributed"},
     {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
     {
         "image_stream",
@@ -272,7 +273,7 @@ LAYERS = [
         "models.predictor",
     },
     {"build_nas_dataset.records", "metrics"},
-    {"build_nas_dataset.scoring"},
+    {"build_nas_dataset.scoring", "training", "models.export"},
     {"gan", "generate_archs", "train_cifar", "train_imagenet", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
     {"benchmarks.common", "benchmarks.plain_gan", "benchmarks.plain_images"},

@@ -1,0 +1,105 @@
+"""Several processes, started by torchrun, that work on one run. A script started by hand is process 0 of 1.
+
+    torchrun --standalone --nproc_per_node=2 train_cifar.py ...
+
+    device = distributed.start(prepare(args))
+    ...
+    distributed.finish()
+
+Every process reads the same flags and files, so bad input ends all of them alike; process 0 alone writes and prints.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+LONGEST_WAIT = timedelta(days=7)  # candidates take long; torchrun itself ends the others when a process dies
+
+_alone = False
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the other processes, if torchrun started this one. Returns the device of this process.
+
+    device: of --device; a CUDA device becomes that of LOCAL_RANK.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+    return device
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def planned_world() -> int:
+    """The number of processes, known before `start` too: for checking flags."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process works by itself, whatever the others do: as process 0 of 1."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(n: int) -> slice:
+    """This process's part of n things: contiguous parts, disjoint, together all of them."""
+    return slice(rank() * n // world(), (rank() + 1) * n // world())
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over the processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_buffers(network: nn.Module) -> None:
+    """Give every process the mean of the running statistics, each of which has seen its own images only."""
+    if world() > 1:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(sum_over_ranks(buffer.clone()) / world())
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if world() > 1:
+        dist.barrier()
+
+
+def same_everywhere(text: str) -> str:
+    """What process 0 has: for names that hold the time."""
+    texts = [text]
+    if world() > 1:
+        dist.broadcast_object_list(texts)
+    return texts[0]

@@ -1,0 +1,179 @@
+"""What the training scripts share: their flags, optimizers, the steps of an epoch, evaluation; one process or several.
+
+A step is one global batch. Each process takes its part of it, in --accumulate parts one after the other, so a batch
+is cut into processes * accumulate equal parts in all. A batch norm sees one such part (all processes' with --sync_bn).
+"""
+
+import argparse
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import distributed
+from models.network import Network
+from utils import autocast, fail, number, progress_bar, set_lr
+
+ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
+ADABELIEF_EPSILON = 1e-8
+ADABELIEF_DECAY = {"cifar": 5e-4, "imagenet": 1e-2}  # coupled (added to the gradient), decoupled
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of how a step is computed."""
+    add = parser.add_argument
+    add("--optimizer", default="sgd", choices=["sgd", "adabelief"])
+    add("--accumulate", type=number(int, 1), default=1, help="parts in which a batch is computed, to save memory")
+    add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
+    add("--amp", default="auto", choices=["auto", "off", "bf16"])
+    add("--compile", action="store_true", help="torch.compile the network for training")
+
+
+def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what flags, processes and installed packages do not allow together."""
+    if args.optimizer == "adabelief" and importlib.util.find_spec("pytorch_optimizer") is None:
+        parser.error("argument --optimizer: adabelief comes from a package: pip install pytorch-optimizer")
+    parts = args.accumulate * distributed.planned_world()
+    if args.batch_size % parts or args.batch_size < 2 * parts:
+        parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
+                     f"--accumulate), got {args.batch_size}")  # fmt: skip
+
+
+def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:
+    if args.sync_bn and device.type != "cuda":
+        fail("--sync_bn: torch has it for CUDA devices only")
+
+
+# -------------------------------------------------------------------------------------------------- preparation
+
+
+def build_optimizer(
+    name: str, network: nn.Module, lr: float, momentum: float, weight_decay: float, decoupled: bool = False
+) -> torch.optim.Optimizer:
+    """name: "sgd" or "adabelief". decoupled: of AdaBelief's weight decay. momentum: of SGD."""
+    parameters = list(network.parameters())
+    if name == "sgd":
+        fused = parameters[0].is_cuda
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+    from pytorch_optimizer import AdaBelief  # imported late: an optional package
+
+    return AdaBelief(
+        parameters,
+        lr,
+        eps=ADABELIEF_EPSILON,
+        weight_decay=weight_decay,
+        weight_decouple=decoupled,
+        rectify=False,
+    )
+
+
+def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
+    """What training calls: the network, compiled if asked for, with averaged gradients among several processes.
+
+    The network itself stays what checkpoints and evaluation use; its parameters are shared.
+    """
+    forward = network
+    if distributed.world() > 1:
+        if args.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # exchanges the modules within the network
+        unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)  # then a whole cell may be unused
+        forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
+    return torch.compile(forward) if args.compile else forward
+
+
+# ------------------------------------------------------------------------------------------------------- steps
+
+
+def train_steps(
+    network: Network,
+    forward: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    progress: Tensor,
+    learning_rate: Callable[[int], float],
+    args: argparse.Namespace,
+    device: torch.device,
+    label_smoothing: float = 0.0,
+    title: str = "",
+) -> dict[str, float]:
+    """One epoch. Returns the mean loss and the training accuracy over all processes.
+
+    forward: the network as `wrap` gives it.
+    batches: this process's part of each step's batch, (x (B, 3, S, S), labels (B,)).
+    progress: (steps,) of the whole run, for drop path.
+    learning_rate: of a step within the epoch, from 0.
+    """
+    steps = len(progress)
+    totals = torch.zeros(2, device=device)
+    network.train()
+    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=title)):
+        set_lr(optimizer, learning_rate(step))
+        optimizer.zero_grad()
+        totals += accumulate_gradients(forward, x, labels, progress[step], args, device, label_smoothing)
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip)
+        optimizer.step()
+    distributed.average_buffers(network)
+    loss, accuracy = (distributed.sum_over_ranks(totals) / (steps * distributed.world())).tolist()
+    return {"loss": loss, "train_accuracy": accuracy}
+
+
+def accumulate_gradients(
+    forward: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    progress: Tensor,
+    args: argparse.Namespace,
+    device: torch.device,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Gradients of a batch, computed in --accumulate equal parts; they are averaged among processes at the last part.
+
+    Returns (2,): mean loss, auxiliary head left out, and share classified correctly.
+    """
+    totals = torch.zeros(2, device=device)
+    parts = list(zip(x.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True))
+    for i, (images, targets) in enumerate(parts):
+        averaged_later = i + 1 < len(parts) and distributed.world() > 1
+        with forward.no_sync() if averaged_later else contextlib.nullcontext():
+            with autocast(args.amp, device):
+                logits, auxiliary = forward(images, progress)
+                loss = total = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+                if auxiliary is not None:
+                    second = F.cross_entropy(auxiliary, targets, label_smoothing=label_smoothing)
+                    total = loss + args.auxiliary_weight * second
+            (total / len(parts)).backward()
+        totals += torch.stack([loss.detach(), (logits.argmax(1) == targets).float().mean()]) / len(parts)
+    return totals
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto"
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in eval mode, over the images of all processes, and how many these were.
+
+    batches: of this process's images. top-5: of min(5, classes) guesses.
+    """
+    network.eval()
+    counts = torch.zeros(3, dtype=torch.long, device=device)
+    for x, labels in batches:
+        with autocast(amp, device):
+            logits, _ = network(x)
+        top1 = logits.argmax(1) == labels
+        top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        counts += torch.stack([top1.sum(), top5.sum(), torch.tensor(len(labels), device=device)])
+    top1, top5, images = distributed.sum_over_ranks(counts).tolist()
+    if not images:
+        raise ValueError("there are no images to evaluate on")
+    return {"top1": top1 / images, "top5": top5 / images, "images": images}
