@@ -6,7 +6,14 @@
     python train_cifar.py --epochs 50 --schedule_epochs 600 --holdout 5000       # the start of the long recipe
     python train_cifar.py --resume runs/train_cifar-...                          # go on after a stop
     python train_cifar.py --evaluate runs/train_cifar-.../checkpoint.pt
+    python train_cifar.py --evaluate A.pt B.pt C.pt --voting hard                # an ensemble
+    python train_cifar.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
+    torchrun --standalone --nproc_per_node=2 train_cifar.py ...                  # several GPUs, or CPU processes
 
+--batch_size and --lr_max are those of one step, over all processes and --accumulate parts together. Every process draws
+the same augmented batch and takes its part of it, so that two processes equal one with --accumulate 2, but for dropout
+and drop path, which draw from streams of their own, and for the running statistics of batch norms, which are averaged.
+--optimizer adabelief is that of the reference's later code, instead of the published SGD.
 Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error.
 The test images are used once, after the last epoch; what is chosen along the way is chosen on --holdout images.
 NAG paper, section 4.2.
@@ -21,9 +28,22 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+import distributed
 from genotypes import Genotype, load_genotype
 from images import ImageSet, balanced_batch, check_classes, eval_batches, load_images, split, train_batches
+from models.export import check_export, export_network
 from models.network import CifarNetwork, genotype_cost
+from training import (
+    ADABELIEF_DECAY,
+    ADABELIEF_LR,
+    add_step_flags,
+    check_step_flags,
+    check_sync_bn,
+    evaluate,
+    train_steps,
+    wrap,
+)
+from training import build_optimizer as make_optimizer
 from utils import (
     ArgumentParser,
     RunLog,
@@ -39,9 +59,7 @@ from utils import (
     output_folder,
     parse_resumable,
     prepare,
-    progress_bar,
     save_checkpoint,
-    set_lr,
     set_seed,
     user_input,
     versions,
@@ -49,6 +67,7 @@ from utils import (
 )
 
 AUXILIARY_SIZES = (29, 40)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
+SGD_LR, SGD_DECAY = 0.025, 3e-4
 
 
 def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device) -> CifarNetwork:
@@ -67,8 +86,7 @@ def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace
 
 
 def build_optimizer(network: CifarNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
-    fused = next(network.parameters()).is_cuda
-    return torch.optim.SGD(network.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg, fused=fused)
+    return make_optimizer(args.optimizer, network, args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
 
 
 def train(
@@ -85,7 +103,7 @@ def train(
     after_epoch(epochs_done, values): called after each epoch with its mean loss, training accuracy and so on.
     """
     optimizer = optimizer or build_optimizer(network, args)
-    forward = torch.compile(network) if args.compile else network
+    forward = wrap(network, args)
     values = {}
     for epoch in range(start_epoch, args.epochs):
         started = time.monotonic()
@@ -98,41 +116,36 @@ def train(
 def train_epoch(network, forward, optimizer, images: ImageSet, args, epoch: int, device) -> dict[str, float]:
     """One epoch over the training images. Returns mean loss and training accuracy.
 
-    forward: the network, or its compiled form. Every random stream starts anew from the seed and the epoch.
+    forward: the network, or its wrapped form. Every random stream starts anew from the seed and the epoch.
     """
-    set_seed(derive_seed(args.seed, epoch))  # dropout and drop path
+    set_seed(derive_seed(args.seed, epoch, 0, distributed.rank()))  # dropout and drop path: one stream a process
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
     first, all_steps = epoch * steps, args.schedule_epochs * steps
     progress = torch.arange(first + 1, first + steps + 1, device=device) / all_steps  # a number would be compiled in
-    totals = torch.zeros(2, device=device)
-    network.train()
+    part = distributed.share(args.batch_size)
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
-        set_lr(optimizer, cosine(first + step, all_steps, args.lr_max, args.lr_min))
-        with autocast(args.amp, device):
-            logits, auxiliary = forward(x, progress[step])
-            loss = F.cross_entropy(logits, labels)
-            total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip)
-        optimizer.step()
-        totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
-    loss, accuracy = (totals / steps).tolist()
-    return {"loss": loss, "train_accuracy": accuracy}
+    return train_steps(
+        network,
+        forward,
+        optimizer,
+        ((x[part], labels[part]) for x, labels in batches),
+        progress,
+        lambda step: cosine(first + step, all_steps, args.lr_max, args.lr_min),
+        args,
+        device,
+        title=f"epoch {epoch + 1}",
+    )
 
 
-@torch.inference_mode()
 def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp: str = "auto") -> float:
-    """Share of the images that the network, in eval mode, classifies correctly."""
-    network.eval()
-    correct = torch.zeros((), dtype=torch.long, device=images.labels.device)
-    for x, labels in eval_batches(images, batch_size):
-        with autocast(amp, x.device):
-            logits, _ = network(x)
-        correct += (logits.argmax(1) == labels).sum()
-    return correct.item() / len(images)
+    """Share of the images that the network, in eval mode, classifies correctly; the processes share the work."""
+    return evaluate(network, eval_batches(own_part(images), batch_size), images.labels.device, amp)["top1"]
+
+
+def own_part(images: ImageSet) -> ImageSet:
+    part = distributed.share(len(images))
+    return replace(images, images=images.images[part], labels=images.labels[part])
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -186,19 +199,23 @@ def add_training_flags(
     add("--channels", type=number(int, 2), default=36)
     add("--cutout_size", type=number(int, 0), default=16, help="pixels; 0: off")
     add("--grad_clip", type=rate, default=5.0, help="largest norm of the gradient")
-    add("--lr_max", type=rate, default=0.025)
+    add("--lr_max", type=rate, help=f"(default: {SGD_LR}; AdaBelief {ADABELIEF_LR})")
     add("--lr_min", type=number(float, 0), default=0.0)
     add("--keep_prob", type=share, default=0.6, help="of the classifier's dropout")
     add("--drop_path_keep_prob", type=share, default=0.8)
-    add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
+    decay = ADABELIEF_DECAY["cifar"]
+    add("--l2_reg", type=number(float, 0), help=f"weight decay (default: {SGD_DECAY}; AdaBelief {decay})")
     add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
-    add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--compile", action="store_true", help="torch.compile the network for training")
+    add_step_flags(parser)
 
 
 def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what flags do not allow together; settle --schedule_epochs."""
+    """Refuse what flags do not allow together; settle the defaults that depend on other flags."""
     args.schedule_epochs = args.schedule_epochs or args.epochs
+    lr, decay = (SGD_LR, SGD_DECAY) if args.optimizer == "sgd" else (ADABELIEF_LR, ADABELIEF_DECAY["cifar"])
+    args.lr_max = lr if args.lr_max is None else args.lr_max
+    args.l2_reg = decay if args.l2_reg is None else args.l2_reg
+    check_step_flags(parser, args)
     low, high = AUXILIARY_SIZES
     if args.auxiliary_weight and not low <= args.image_size <= high:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
@@ -217,51 +234,127 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save_every", type=number(int, 1), default=1, help="epochs between checkpoints")
     going_on = parser.add_mutually_exclusive_group()
     going_on.add_argument("--resume", help="run folder or checkpoint to go on with")
-    going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test error")
+    going_on.add_argument(
+        "--evaluate", nargs="+", metavar="CHECKPOINT", help="only measure its test error; of several, the joint one too"
+    )
+    add("--voting", default="hard", choices=["hard", "soft"], help="of several: majority, or mean of logits")
+    add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
-    may_change = ("data", "cache_dir", "epochs", "eval_every", "save_every", "eval_batch_size", "compile")
+    may_change = ("data", "cache_dir", "epochs", "eval_every", "save_every", "eval_batch_size", "compile", "accumulate")
     args = parse_resumable(parser, argv, "cifar", may_change)
     if args.evaluate:
         return evaluation_args(parser, argv, args)
+    if args.export:
+        parser.error("argument --export: needs --evaluate CHECKPOINT")
     check_training_flags(parser, args)
     return args
 
 
 def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, args: argparse.Namespace):
-    """With --evaluate, the images are by default those that the network was trained for."""
-    with user_input("--evaluate"):
-        saved = load_checkpoint(args.evaluate, "cifar", ("args", "network"))["args"]
+    """With --evaluate, the images are by default those that the networks were trained for."""
+    if args.export:
+        if len(args.evaluate) > 1:
+            parser.error("argument --export: expected one checkpoint in --evaluate")
+        with user_input("--export"):
+            check_export(args.export)
     kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - explicit_flags(parser, argv)
-    return argparse.Namespace(**{**vars(args), **{name: saved[name] for name in kept}})
-
-
-# -------------------------------------------------------------------------------------------------------- main
-
-
-def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure the test error of a checkpoint."""
     with user_input("--evaluate"):
-        state = load_checkpoint(args.evaluate, "cifar")
+        saved = [load_checkpoint(path, "cifar", ("args", "network"))["args"] for path in args.evaluate]
+        for path, other in zip(args.evaluate, saved, strict=True):
+            for name in sorted(kept & {"dataset", "image_size"}):
+                if other[name] != saved[0][name]:
+                    raise ValueError(
+                        f"{path} was trained with --{name} {other[name]}, {args.evaluate[0]} with {saved[0][name]}"
+                    )
+    return argparse.Namespace(**{**vars(args), **{name: saved[0][name] for name in kept}})
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure the test error of a checkpoint, or of several and of their vote."""
+    with user_input("--evaluate"):
+        states = [load_checkpoint(path, "cifar") for path in args.evaluate]
     with user_input("--data"):
         _, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-        check_classes(test, state["classes"])
-    test = replace(test, mean=tuple(state["mean"]), std=tuple(state["std"]))  # as the network was trained
-    network = network_from_checkpoint(state, device)
-    result = test_outcome(state["genotype"], network, test, state["args"], args)
-    result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "images": {"test": len(test)}}
+        for state in states:
+            check_classes(test, state["classes"])
+    networks = [network_from_checkpoint(state, device) for state in states]
+    correct = count_correct(networks, states, test, args)
+    results = []
+    for path, state, count in zip(args.evaluate, states, correct, strict=False):  # the last count is the vote's
+        result = outcome(state["genotype"], count / len(test), state["args"], args, len(test.classes))
+        results.append(result | {"checkpoint": path, "epochs": state["epoch"], "images": {"test": len(test)}})
+    joint = {
+        "voting": args.voting,
+        "test_accuracy": correct[-1] / len(test),
+        "test_error": 1 - correct[-1] / len(test),
+        "params": sum(result["params"] for result in results),
+        "macs": sum(result["macs"] for result in results),
+        "images": {"test": len(test)},
+        "members": results,
+    }
+    if not distributed.is_main():
+        return
+    if args.export:
+        with user_input("--export"):
+            written = export_network(networks[0], args.export, description(states[0], args))
+        print(f"wrote {' and '.join(map(str, written))}")
     path = output_folder(args) / "evaluation.json"
     with user_input("--output_dir"):
-        write_json(path, result)
-    print(f"{describe(result)} ({len(test)} images, {state['epoch']} epochs of training)\nwrote {path}")
+        write_json(path, joint if len(states) > 1 else results[0])
+    for result in results:
+        print(f"{describe(result)} ({len(test)} images, {result['epochs']} epochs of training): {result['checkpoint']}")
+    if len(states) > 1:
+        print(f"{args.voting} voting of {len(states)}: {describe(joint)}")
+    print(f"wrote {path}")
 
 
-def test_outcome(
-    genotype: dict, network: CifarNetwork, test: ImageSet, trained: dict, args: argparse.Namespace
-) -> dict:
-    """#params, MACs and accuracy on the test images. trained: the flags that the network was trained with."""
-    test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)
+def description(state: dict, args: argparse.Namespace) -> dict:
+    """What the file beside an exported network says of it."""
+    known = {name: state[name] for name in ("genotype", "network_config", "classes", "mean", "std")}
+    return {"kind": "cifar", "arch": state["args"]["arch"], "image_size": args.image_size, **known}
+
+
+@torch.inference_mode()
+def count_correct(
+    networks: list[CifarNetwork], states: list[dict], test: ImageSet, args: argparse.Namespace
+) -> list[int]:
+    """How many test images each network classifies correctly, and, last, their vote; the processes share the work."""
+    own = own_part(test)
+    views = [
+        replace(own, mean=tuple(state["mean"]), std=tuple(state["std"])) for state in states
+    ]  # as each was trained
+    counts = torch.zeros(len(networks) + 1, dtype=torch.long, device=test.labels.device)
+    for batches in zip(*(eval_batches(view, args.eval_batch_size) for view in views), strict=True):
+        logits = []
+        for network, (x, _) in zip(networks, batches, strict=True):
+            with autocast(args.amp, x.device):
+                logits.append(network.eval()(x)[0].float())
+        logits, labels = torch.stack(logits), batches[0][1]  # (networks, B, classes), (B,)
+        winners = torch.cat([logits.argmax(2), vote(logits, args.voting)[None]])
+        counts += (winners == labels).sum(1)
+    return distributed.sum_over_ranks(counts).tolist()
+
+
+def vote(logits: torch.Tensor, voting: str) -> torch.Tensor:
+    """The classes (B,) that an ensemble of logits (networks, B, classes) chooses.
+
+    hard: what most networks choose; of equally many votes, the class of the highest mean probability.
+    soft: the highest mean logit.
+    """
+    if voting == "soft":
+        return logits.mean(0).argmax(1)
+    votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    leading = votes == votes.amax(1, keepdim=True)
+    return logits.softmax(2).mean(0).masked_fill(~leading, -1).argmax(1)
+
+
+def outcome(genotype: dict, test_accuracy: float, trained: dict, args: argparse.Namespace, num_classes: int) -> dict:
+    """#params and MACs beside the accuracy. trained: the flags that the network was trained with."""
     size = (trained["layers"], trained["channels"], args.image_size)
-    params, macs = genotype_cost(Genotype.from_dict(genotype), len(test.classes), *size)
+    params, macs = genotype_cost(Genotype.from_dict(genotype), num_classes, *size)
     measured = {"test_accuracy": test_accuracy, "test_error": 1 - test_accuracy}
     return {"arch": trained["arch"], "genotype": genotype, "params": params, "macs": macs, **measured}
 
@@ -272,11 +365,18 @@ def describe(result: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = prepare(args)
+    device = distributed.start(prepare(args))
     if args.evaluate:
-        evaluate(args, device)
-        return
-    state = None
+        evaluate_checkpoints(args, device)
+    else:
+        run(args, device)
+    distributed.finish()
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Train, then measure the test error. Process 0 writes and prints."""
+    check_sync_bn(args, device)
+    state, log = None, None
     with user_input("--resume" if args.resume else "--arch"):
         state = load_checkpoint(args.resume, "cifar") if args.resume else None
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
@@ -298,14 +398,17 @@ def main(args: argparse.Namespace) -> None:
         start_epoch, seconds = state["epoch"], state["seconds"]
 
     folder = output_folder(args)
-    with user_input("--output_dir"):
-        log = RunLog(folder, args, device, start_epoch if args.resume else None)
+    if distributed.is_main():
+        with user_input("--output_dir"):
+            log = RunLog(folder, args, device, start_epoch if args.resume else None)
     counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
-    print(
-        f"{args.arch}: {params / 1e6:.3f} M parameters, {macs / 1e6:.1f} M MACs; {len(images)} training, "
-        f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, on {device}: {folder}"
-    )
+    if log:
+        print(
+            f"{args.arch}: {params / 1e6:.3f} M parameters, {macs / 1e6:.1f} M MACs; {len(images)} training, "
+            f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, "
+            f"{distributed.world()} {'process' if distributed.world() == 1 else 'processes'} on {device}: {folder}"
+        )
 
     def after_epoch(epoch: int, values: dict) -> None:
         nonlocal seconds
@@ -317,6 +420,8 @@ def main(args: argparse.Namespace) -> None:
         if args.holdout and (epoch % args.eval_every == 0 or last):
             values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
             line += f", held-out {values['held_out_accuracy']:.4f}"
+        if log is None:
+            return
         print(f"{line} ({values['seconds']:.0f} s)", flush=True)
         if epoch % args.save_every == 0 or last:
             state = {
@@ -341,9 +446,12 @@ def main(args: argparse.Namespace) -> None:
         log.log(epoch, **values)
 
     train(network, images, args, device, optimizer, start_epoch, after_epoch)
-    result = test_outcome(genotype.to_dict(), network, test, vars(args), args)
+    test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)
+    result = outcome(genotype.to_dict(), test_accuracy, vars(args), args, len(test.classes))
     if args.holdout:
         result["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+    if log is None:
+        return
     result |= {"epochs": args.epochs, "schedule_epochs": args.schedule_epochs, "seed": args.seed, "seconds": seconds}
     result |= {"images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
