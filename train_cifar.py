@@ -26,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.nn import functional as F
 
 import distributed
 from genotypes import Genotype, load_genotype
@@ -40,7 +39,9 @@ from training import (
     check_step_flags,
     check_sync_bn,
     evaluate,
+    own_part,
     train_steps,
+    vote,
     wrap,
 )
 from training import build_optimizer as make_optimizer
@@ -141,11 +142,6 @@ def train_epoch(network, forward, optimizer, images: ImageSet, args, epoch: int,
 def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp: str = "auto") -> float:
     """Share of the images that the network, in eval mode, classifies correctly; the processes share the work."""
     return evaluate(network, eval_batches(own_part(images), batch_size), images.labels.device, amp)["top1"]
-
-
-def own_part(images: ImageSet) -> ImageSet:
-    part = distributed.share(len(images))
-    return replace(images, images=images.images[part], labels=images.labels[part])
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -336,19 +332,6 @@ def count_correct(
         winners = torch.cat([logits.argmax(2), vote(logits, args.voting)[None]])
         counts += (winners == labels).sum(1)
     return distributed.sum_over_ranks(counts).tolist()
-
-
-def vote(logits: torch.Tensor, voting: str) -> torch.Tensor:
-    """The classes (B,) that an ensemble of logits (networks, B, classes) chooses.
-
-    hard: what most networks choose; of equally many votes, the class of the highest mean probability.
-    soft: the highest mean logit.
-    """
-    if voting == "soft":
-        return logits.mean(0).argmax(1)
-    votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
-    leading = votes == votes.amax(1, keepdim=True)
-    return logits.softmax(2).mean(0).masked_fill(~leading, -1).argmax(1)
 
 
 def outcome(genotype: dict, test_accuracy: float, trained: dict, args: argparse.Namespace, num_classes: int) -> dict:

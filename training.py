@@ -7,7 +7,9 @@ is cut into processes * accumulate equal parts in all. A batch norm sees one suc
 import argparse
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+from images import ImageSet
 from models.network import Network
 from utils import autocast, fail, number, progress_bar, set_lr
 
@@ -84,7 +87,9 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
         if args.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # exchanges the modules within the network
         unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)  # then a whole cell may be unused
-        forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
+        with warnings.catch_warnings():  # newer releases of torch call broadcast_buffers forward_sync_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
     return torch.compile(forward) if args.compile else forward
 
 
@@ -177,3 +182,22 @@ def evaluate(
     if not images:
         raise ValueError("there are no images to evaluate on")
     return {"top1": top1 / images, "top5": top5 / images, "images": images}
+
+
+def own_part(images: ImageSet) -> ImageSet:
+    """This process's part of the images, to evaluate on: no image is in two parts."""
+    part = distributed.share(len(images))
+    return replace(images, images=images.images[part], labels=images.labels[part])
+
+
+def vote(logits: torch.Tensor, voting: str) -> torch.Tensor:
+    """The classes (B,) that an ensemble of logits (networks, B, classes) chooses.
+
+    hard: what most networks choose; of equally many votes, the class of the highest mean probability.
+    soft: the highest mean logit.
+    """
+    if voting == "soft":
+        return logits.mean(0).argmax(1)
+    votes = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
+    leading = votes == votes.amax(1, keepdim=True)
+    return logits.softmax(2).mean(0).masked_fill(~leading, -1).argmax(1)

@@ -2,29 +2,50 @@
 
     python -m build_nas_dataset.eval_archs --archs runs/generate_archs-.../genotypes.json --num_archs 50
     python -m build_nas_dataset.eval_archs --archs data/nasdata.jsonl --num_archs 30      # how good is the supernet?
+    python -m build_nas_dataset.eval_archs --archs ... --halving          # all briefly, the better ones for longer
+    torchrun --standalone --nproc_per_node=8 -m build_nas_dataset.eval_archs --archs ...  # candidates among processes
     python -m build_nas_dataset.eval_archs --resume runs/eval_archs-...                   # go on after a stop
 
 Every candidate is trained from the same seed, for the first epochs of the long schedule. Writes results.json (all
 candidates, best first; a genotype file), best.json (the first of them, for train_cifar.py), checkpoint.pt (what
---resume reads), metrics.jsonl and config.json. The test images are never used. NAG paper, section 4.2: this is how one
-of the cells that the generator writes is chosen.
+--resume reads; of process N checkpoint-N.pt), metrics.jsonl and config.json. The test images are never used. NAG paper,
+section 4.2: this is how one of the cells that the generator writes is chosen.
+
+--halving is successive halving (Jamieson and Talwalkar 2016): all candidates are trained for --epochs / eta^k epochs,
+the best 1/eta of them go on from where they were to eta times as many, and so on up to --epochs.
 """
 
 import argparse
+import hashlib
+import json
+import math
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import distributed
 from build_nas_dataset.records import read_records
 from genotypes import Genotype, read_genotypes
+from images import ImageSet
 from metrics import tau, tau_interval
 from models.network import genotype_cost
-from train_cifar import accuracy, add_training_flags, build_network, check_training_flags, load_data, train
+from train_cifar import (
+    accuracy,
+    add_training_flags,
+    build_network,
+    build_optimizer,
+    check_training_flags,
+    load_data,
+    train,
+)
+from training import check_sync_bn
 from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    fail,
     load_checkpoint,
     number,
     output_folder,
@@ -63,15 +84,60 @@ def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:
     return list(distinct.values())
 
 
-def train_candidate(genotype: Genotype, known: dict, images, held_out, args: argparse.Namespace, device) -> dict:
-    """Train one candidate. Returns what was known of it and what was measured."""
-    started = time.monotonic()
+def key_of(genotype: Genotype) -> str:
+    """A name for the candidate, the same for every relabelling of its vertices."""
+    return hashlib.sha256(json.dumps(genotype.canonical().to_dict()).encode()).hexdigest()[:16]
+
+
+def plan(candidates: int, args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(candidates, epochs that they have been trained for at its end) of each round; one round without --halving."""
+    if not args.halving:
+        return [(candidates, args.epochs)]
+    rounds = [(candidates, args.epochs)]
+    while rounds[-1][0] > 1 and rounds[0][1] >= args.eta:
+        rounds = [(n, epochs // args.eta) for n, epochs in rounds]
+        rounds.append((math.ceil(rounds[-1][0] / args.eta), args.epochs))
+    return rounds
+
+
+# ------------------------------------------------------------------------------------------- training candidates
+
+
+def train_candidate(
+    genotype: Genotype,
+    known: dict,
+    images: ImageSet,
+    held_out: ImageSet,
+    args: argparse.Namespace,
+    device: torch.device,
+    before: dict | None = None,
+    weights: tuple[Path | None, Path | None] = (None, None),
+) -> dict:
+    """Train one candidate up to args.epochs. Returns what was known of it and what was measured.
+
+    before: its result of the round before; None in the first.
+    weights: the file to go on from, and the one to leave for the next round.
+    """
+    started, start_epoch = time.monotonic(), 0
     network = build_network(genotype, len(images.classes), args, device)
-    values = train(network, images, args, device)
+    optimizer = build_optimizer(network, args)
+    if weights[0]:
+        with user_input("--resume"):
+            state = load_checkpoint(weights[0], "candidate", ("network", "optimizer", "epoch"))
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        start_epoch = state["epoch"]
+    values = train(network, images, args, device, optimizer, start_epoch)
+    measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
+    if weights[1]:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": args.epochs}
+        save_checkpoint(weights[1], "candidate", state)
+    rounds = before["training"]["rounds"] if before else []
+    seconds = before["training"]["seconds"] if before else 0.0
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
     return {
         **known,
-        "held_out_accuracy": accuracy(network, held_out, args.eval_batch_size, args.amp),
+        "held_out_accuracy": measured,
         "training": {  # params and macs outside of it, if any, are those of the file the genotype came from
             "params": params,
             "macs": macs,
@@ -84,13 +150,50 @@ def train_candidate(genotype: Genotype, known: dict, images, held_out, args: arg
             "seed": args.seed,
             "training_images": len(images),
             "held_out_images": len(held_out),
-            "seconds": time.monotonic() - started,
+            "rounds": [*rounds, {"epochs": args.epochs, "held_out_accuracy": measured}],
+            "seconds": seconds + time.monotonic() - started,
         },
     }
 
 
+def part_file(folder: Path, rank: int) -> Path:
+    """Where a process keeps the results of its candidates."""
+    return folder / (f"checkpoint-{rank}.pt" if rank else "checkpoint.pt")
+
+
+def read_parts(folder: Path, names: str = "checkpoint*.pt") -> dict[str, dict]:
+    """The latest result of every candidate, by its key, whichever process trained it."""
+    results = {}
+    for path in sorted(folder.glob(names)):
+        for result in load_checkpoint(path, "candidates", ("results",))["results"]:
+            key, training = key_of(Genotype.from_dict(result)), result["training"]
+            last = {"epochs": training["epochs"], "held_out_accuracy": result["held_out_accuracy"]}
+            training.setdefault("rounds", [last])  # files of older versions have none
+            if key not in results or rounds_done(results, key) < len(training["rounds"]):
+                results[key] = result
+    return results
+
+
+def rounds_done(results: dict[str, dict], key: str) -> int:
+    return len(results[key]["training"]["rounds"]) if key in results else 0
+
+
+def best_of_round(keys: list[str], results: dict[str, dict], k: int, n: int) -> list[str]:
+    """The n candidates of the highest held-out accuracy after round k, from 0; of equal ones the first."""
+    return sorted(keys, key=lambda key: -results[key]["training"]["rounds"][k]["held_out_accuracy"])[:n]
+
+
+def weights_file(folder: Path, key: str, k: int) -> Path:
+    """Where a candidate's weights wait between round k and the next."""
+    return folder / "weights" / f"{key}-{k}.pt"
+
+
 def by_accuracy(results: list[dict]) -> list[dict]:
-    return sorted(results, key=lambda result: -result["held_out_accuracy"])
+    """Best first: those that were trained longer, and among them the more accurate ones."""
+    return sorted(results, key=lambda result: (-result["training"]["epochs"], -result["held_out_accuracy"]))
+
+
+# ------------------------------------------------------------------------------------------------------ results
 
 
 def print_table(ranked: list[dict], most: int = 20) -> None:
@@ -132,6 +235,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset (default: %(default)s)")
     add("--num_archs", type=number(int, 0), default=50, help="candidates (0: all; default: %(default)s)")
     add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
+    add("--halving", action="store_true", help="successive halving: stop the worse candidates early")
+    add("--eta", type=number(int, 2), default=3, help="of --halving: one in eta goes on (default: %(default)s)")
     add("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs"))
@@ -142,42 +247,94 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = prepare(args)
+    device = distributed.start(prepare(args))
+    check_sync_bn(args, device)
     with user_input("--archs"):
-        candidates = read_candidates(args.archs, args.num_archs)
-    results = []
-    if args.resume:
-        with user_input("--resume"):
-            results = load_checkpoint(args.resume, "candidates")["results"]
+        candidates = {key_of(found[0]): found for found in read_candidates(args.archs, args.num_archs)}
+    folder = Path(distributed.same_everywhere(str(output_folder(args))))
+    results = resumed_results(folder, candidates, args) if args.resume else {}
+    own_file = part_file(folder, distributed.rank())
+    own = read_parts(folder, own_file.name) if args.resume else {}
     images, held_out, _ = load_data(args, device)
-    done = {Genotype.from_dict(result).canonical() for result in results}
-    todo = [(genotype, known) for genotype, known in candidates if genotype.canonical() not in done]
-
-    folder = output_folder(args)
-    with user_input("--output_dir"):
-        log = RunLog(folder, args, device, len(results) if args.resume else None)
-    print(
-        f"{len(candidates)} candidates, {len(candidates) - len(todo)} of them done; {args.epochs} epochs each on "
-        f"{len(images)} images, ranked on {len(held_out)} held-out ones, on {device}: {folder}"
-    )
-    for i, (genotype, known) in enumerate(todo, len(candidates) - len(todo) + 1):
-        result = train_candidate(genotype, known, images, held_out, args, device)
-        results.append(result)
-        save_checkpoint(folder / "checkpoint.pt", "candidates", {"results": results, "args": vars(args)})
-        write_json(folder / "results.json", by_accuracy(results))
-        measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
-        log.log(len(results), **measured, seconds=result["training"]["seconds"])
+    distributed.barrier()  # until all have read what is there
+    log = start_log(folder, args, device, results) if distributed.is_main() else None
+    distributed.barrier()  # until results of another run are gone
+    done, keys, rounds = len(candidates.keys() & results.keys()), list(candidates), plan(len(candidates), args)
+    if log:
         print(
-            f"candidate {i}/{len(candidates)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-            f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
-            flush=True,
+            f"{len(candidates)} candidates, {done} of them done; {len(images)} training images, ranked on "
+            f"{len(held_out)} held-out ones, {distributed.world()} process(es) on {device}: {folder}"
         )
+    trained = sum(rounds_done(results, key) for key in results)
+    for k, (n, epochs) in enumerate(rounds):
+        keys = best_of_round(keys, results, k - 1, n) if k else keys
+        todo = [key for key in keys if rounds_done(results, key) <= k]
+        if log:
+            print(f"round {k + 1}/{len(rounds)}: {n} candidates up to epoch {epochs}, {len(todo)} to be trained")
+        flags = argparse.Namespace(**{**vars(args), "epochs": epochs})
+        for i, key in enumerate(todo[distributed.rank() :: distributed.world()], 1):
+            weights = (
+                weights_file(folder, key, k - 1) if k else None,
+                weights_file(folder, key, k) if k + 1 < len(rounds) else None,
+            )
+            with distributed.alone():
+                before = results.get(key)
+                result = train_candidate(*candidates[key], images, held_out, flags, device, before, weights)
+            own[key] = result
+            state = {"results": list(own.values()), "candidates": len(candidates), "args": vars(args)}
+            save_checkpoint(own_file, "candidates", state)
+            if log:
+                trained += 1
+                write_json(folder / "results.json", by_accuracy(list({**results, **own}.values())))
+                measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
+                log.log(trained, **measured, epochs=epochs, seconds=result["training"]["seconds"])
+                print(
+                    f"candidate {n - len(todo) + i}/{n}: held-out accuracy {result['held_out_accuracy']:.4f}, "
+                    f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
+                    flush=True,
+                )
+        distributed.barrier()
+        results = read_parts(folder)
+        distributed.barrier()  # until all have read, before anyone writes again
+        if missing := [key for key in keys if rounds_done(results, key) <= k]:
+            fail(f"--output_dir: {len(missing)} results are missing in {folder}; all processes must share that folder")
+        last = k + 1 == len(rounds)
+        if log and (todo or last):  # nothing was done in a round before the one that a resumed run goes on with
+            for path in folder.glob("weights/*.pt"):
+                if last or path not in {weights_file(folder, key, k) for key in keys}:
+                    path.unlink()
+    if log:
+        finish(list(results.values()), folder, log, trained)
+    distributed.finish()
 
+
+def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """What the run to resume has found so far; its candidates are the same where they are compared round by round."""
+    with user_input("--resume"):
+        count = load_checkpoint(args.resume, "candidates").get("candidates")
+        results = read_parts(folder)
+    if args.halving and (count != len(candidates) or not results.keys() <= candidates.keys()):
+        fail("--archs, --num_archs: a run with --halving is resumed with the candidates that it was started with")
+    return results
+
+
+def start_log(folder: Path, args: argparse.Namespace, device: torch.device, results: dict[str, dict]) -> RunLog:
+    """The run's log; of a run that used the folder before, nothing stays."""
+    with user_input("--output_dir"):
+        log = RunLog(folder, args, device, sum(rounds_done(results, key) for key in results) if args.resume else None)
+        for path in () if args.resume else (*folder.glob("checkpoint*.pt"), *folder.glob("weights/*.pt")):
+            path.unlink()
+    return log
+
+
+def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
+    """Write and print the ranking."""
     ranked = by_accuracy(results)
-    correlations = rank_correlations(results)
+    longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
+    correlations = rank_correlations(longest)
     write_json(folder / "results.json", ranked)
     write_json(folder / "best.json", ranked[0])
-    log.log(len(results), **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
+    log.log(step, **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
     log.close()
     print_table(ranked)
     for name, value in correlations.items():

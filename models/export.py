@@ -125,7 +125,7 @@ def run_safetensors(content: bytes, known: dict, images: Tensor) -> Tensor:
 
 def to_torch_export(network: Network, images: Tensor) -> bytes:
     file = io.BytesIO()
-    torch.export.save(torch.export.export(Logits(network), (images,), dynamic_shapes=BATCH), file)
+    torch.export.save(torch.export.export(Logits(network).eval(), (images,), dynamic_shapes=BATCH), file)
     return file.getvalue()
 
 
@@ -135,7 +135,7 @@ def run_torch_export(content: bytes, known: dict, images: Tensor) -> Tensor:
 
 def to_onnx(network: Network, images: Tensor) -> bytes:
     program = torch.onnx.export(
-        Logits(network),
+        Logits(network).eval(),
         (images,),
         dynamo=True,
         verbose=False,

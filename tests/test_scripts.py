@@ -287,7 +287,8 @@ def test_modules_import_lower_layers_only():
     for name, level in LEVEL.items():
         tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
         for node in ast.walk(tree):
-            for imported in [node.module] if isinstance(node, ast.ImportFrom) else []:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            for imported in [alias.name for alias in node.names] if isinstance(node, ast.Import) else modules:
                 if imported in LEVEL:
                     same_package = name.startswith("models.") and LEVEL[imported] == level < len(LAYERS) - 1
                     assert LEVEL[imported] < level or same_package, f"{name} imports {imported}"
