@@ -14,7 +14,6 @@ NAG paper, section 4.3.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import time
@@ -22,20 +21,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
+import distributed
 from genotypes import Genotype, load_genotype
-from image_stream import EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
+from image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
 from images import balanced_batch, check_classes, split
+from models.export import check_export, export_network
 from models.network import ImageNetNetwork, count_macs, count_parameters
+from training import (
+    ADABELIEF_DECAY,
+    ADABELIEF_LR,
+    add_step_flags,
+    build_optimizer,
+    check_step_flags,
+    check_sync_bn,
+    train_steps,
+    wrap,
+)
+from training import evaluate as evaluate_network
 from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
-    autocast,
     derive_seed,
     device_name,
     explicit_flags,
@@ -45,9 +52,7 @@ from utils import (
     output_folder,
     parse_resumable,
     prepare,
-    progress_bar,
     save_checkpoint,
-    set_lr,
     set_seed,
     user_input,
     versions,
@@ -56,49 +61,7 @@ from utils import (
 
 AUXILIARY_SIZES = (193, 256)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
-
-
-# --------------------------------------------------------------------------------------------------- processes
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, number of processes, device) of this process; torchrun starts several, else it is alone."""
-    if "WORLD_SIZE" not in os.environ:
-        yield 0, 1, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-    finally:
-        dist.destroy_process_group()
-
-
-def wrap(network: ImageNetNetwork, args: argparse.Namespace) -> nn.Module:
-    """What training calls: the network, with averaged gradients where there are several processes."""
-    forward = network
-    if dist.is_initialized():
-        unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)  # then a whole cell may be unused
-        forward = DistributedDataParallel(network, find_unused_parameters=unread)
-    return torch.compile(forward) if args.compile else forward
-
-
-def shared_folder(args: argparse.Namespace) -> Path:
-    """The output folder that process 0 names: it may be named for the time."""
-    names = [str(output_folder(args))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names)
-    return Path(names[0])
-
-
-def same_buffers(network: nn.Module) -> None:
-    """Give every process the running statistics of process 0, which are those that the checkpoint gets."""
-    if dist.is_initialized():
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
+SGD_LR, SGD_DECAY = 0.1, 3e-5
 
 
 # ---------------------------------------------------------------------------------------- training and evaluation
@@ -116,16 +79,11 @@ def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace
         args.drop_path_keep_prob,
         auxiliary=args.auxiliary_weight > 0,
     )
-    if args.sync_bn and device.type != "cuda":
-        fail("--sync_bn: torch has it for CUDA devices only")
-    if args.sync_bn and dist.is_initialized():
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)
 
 
-def build_optimizer(network: ImageNetNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
-    fused = next(network.parameters()).is_cuda
-    return torch.optim.SGD(network.parameters(), args.lr, momentum=args.momentum, weight_decay=args.l2_reg, fused=fused)
+def optimizer_for(network: ImageNetNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
+    return build_optimizer(args.optimizer, network, args.lr, args.momentum, args.l2_reg, decoupled=True)
 
 
 def train_epoch(network, forward, optimizer, stream: TrainStream, args, epoch: int, device) -> dict[str, float]:
@@ -135,46 +93,14 @@ def train_epoch(network, forward, optimizer, stream: TrainStream, args, epoch: i
     """
     started, waited = time.monotonic(), stream.waited
     set_seed(derive_seed(args.seed, epoch, stream.rank))  # dropout and drop path
-    set_lr(optimizer, args.lr * args.gamma ** (epoch // args.decay_period))
-    steps = len(stream)
+    steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
     progress = torch.arange(epoch * steps + 1, (epoch + 1) * steps + 1, device=device) / (args.epochs * steps)
-    totals = torch.zeros(2, device=device)
-    network.train()
-    bar = progress_bar(total=steps, desc=f"epoch {epoch + 1}")
-    for step, (x, labels) in enumerate(readable(stream, epoch, device)):
-        optimizer.zero_grad()
-        totals += accumulate_gradients(forward, x, labels, progress[step], args, device)
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip)
-        optimizer.step()
-        bar.update()
-    bar.close()
-    same_buffers(network)
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    loss, correct = (totals / (steps * stream.world)).tolist()
+    batches, title = readable(stream, epoch, device), f"epoch {epoch + 1}"
+    values = train_steps(
+        network, forward, optimizer, batches, progress, lambda step: lr, args, device, args.label_smooth, title
+    )
     seconds = time.monotonic() - started
-    values = {"loss": loss, "train_accuracy": correct, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
-    return values | {"data_wait": (stream.waited - waited) / seconds}
-
-
-def accumulate_gradients(forward, x, labels, progress, args: argparse.Namespace, device) -> torch.Tensor:
-    """Gradients of a batch, computed in --accumulate parts. Returns (2,): mean loss and share classified correctly."""
-    totals = torch.zeros(2, device=device)
-    parts = list(zip(x.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True))
-    for i, (images, targets) in enumerate(parts):
-        averaged_later = i + 1 < len(parts) and dist.is_initialized()
-        with forward.no_sync() if averaged_later else contextlib.nullcontext():
-            with autocast(args.amp, device):
-                logits, auxiliary = forward(images, progress)
-                loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smooth)
-                total = loss
-                if auxiliary is not None:
-                    smooth = F.cross_entropy(auxiliary, targets, label_smoothing=args.label_smooth)
-                    total = loss + args.auxiliary_weight * smooth
-            (total / len(parts)).backward()
-        totals += torch.stack([loss.detach(), (logits.argmax(1) == targets).float().mean()]) / len(parts)
-    return totals
+    return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
 
 
 def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:
@@ -183,22 +109,10 @@ def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device)
         yield from stream.epoch(epoch, device)
 
 
-@torch.inference_mode()
 def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
-    """Top-1 and top-5 accuracy in eval mode over the images of all processes. top-5: of min(5, classes) guesses."""
-    network.eval()
-    counts = torch.zeros(3, dtype=torch.long, device=device)
-    for x, labels in readable(stream, 0, device):
-        with autocast(amp, device):
-            logits, _ = network(x)
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    top1, top5, images = counts.tolist()
-    if not images:
-        fail(f"--data: {stream.files.part.path}: not one image can be read")
-    return {"top1": top1 / images, "top5": top5 / images, "images": images}
+    """Top-1 and top-5 accuracy in eval mode over the images of all processes, and how many these are."""
+    with user_input(f"--data: {stream.files.part.path}"):
+        return evaluate_network(network, readable(stream, 0, device), device, amp)
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -222,12 +136,12 @@ def load_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles, ImageFi
     return train, selection, test
 
 
-def streams(args: argparse.Namespace, rank: int, world: int, device: torch.device):
+def streams(args: argparse.Namespace, device: torch.device):
     """A function (class, images, batch size) -> Stream, with what all streams of a run have in common."""
     with user_input("--decoder"):
         decoder = find_jpeg_decoder(args.decoder)
-    common = {"workers": args.workers, "seed": args.seed, "rank": rank, "world": world, "skip_bad": args.skip_bad}
-    common |= {"decode_jpeg": decoder, "pin_memory": device.type == "cuda"}
+    common = {"workers": args.workers, "seed": args.seed, "skip_bad": args.skip_bad, "decode_jpeg": decoder}
+    common |= {"rank": distributed.rank(), "world": distributed.world(), "pin_memory": device.type == "cuda"}
     return lambda kind, files, batch_size: kind(files, args.image_size, batch_size, **common)
 
 
@@ -251,29 +165,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=count, default=250)
     add("--batch_size", type=number(int, 2), default=256, help="of all processes together")
     add("--eval_batch_size", type=count, default=256, help="of one process")
-    add("--accumulate", type=count, default=1, help="parts in which a batch is computed, to save memory")
     add("--layers", type=count, default=4, help="normal cells per stack")
     add("--channels", type=number(int, 2), default=42)
-    add("--lr", type=rate, default=0.1, help="of the first epoch, for the batch of all processes")
+    add("--lr", type=rate, help=f"of the first epoch, for a whole batch (default: {SGD_LR}; AdaBelief {ADABELIEF_LR})")
     add("--gamma", type=share, default=0.97, help="factor of the learning rate ...")
     add("--decay_period", type=count, default=1, help="... after that many epochs")
-    add("--momentum", type=number(float, 0, 1), default=0.9)
-    add("--l2_reg", type=number(float, 0), default=3e-5, help="weight decay")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    decay = ADABELIEF_DECAY["imagenet"]
+    add("--l2_reg", type=number(float, 0), help=f"weight decay (default: {SGD_DECAY}; AdaBelief {decay}, decoupled)")
     add("--label_smooth", type=number(float, 0, 1), default=0.1)
     add("--grad_clip", type=number(float, 0), default=0.0, help="largest norm of the gradient; 0: off")
     add("--keep_prob", type=share, default=1.0, help="of the classifier's dropout")
     add("--drop_path_keep_prob", type=share, default=1.0)
     add("--auxiliary_weight", type=number(float, 0), default=0.4, help="0: no auxiliary head")
-    add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--compile", action="store_true", help="torch.compile the network for training")
-    add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
+    add_step_flags(parser)
     going_on = parser.add_mutually_exclusive_group()
     going_on.add_argument("--resume", help="run folder or checkpoint.pt to go on with")
     going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test accuracy")
+    add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
     may_change = ("data", "workers", "decoder", "eval_batch_size", "compile")
     args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best"))
+    if args.export and not args.evaluate:
+        parser.error("argument --export: needs --evaluate CHECKPOINT")
     if args.evaluate:
+        if args.export:
+            with user_input("--export"):
+                check_export(args.export)
         with user_input("--evaluate"):
             saved = load_checkpoint(args.evaluate, "imagenet", ("args", "network"))["args"]
         kept = {"data", "image_size", "skip_bad", "amp"} - explicit_flags(parser, argv)
@@ -283,16 +201,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what flags do not allow together."""
+    """Refuse what flags do not allow together; settle the defaults that depend on --optimizer."""
+    lr, decay = (SGD_LR, SGD_DECAY) if args.optimizer == "sgd" else (ADABELIEF_LR, ADABELIEF_DECAY["imagenet"])
+    args.lr = lr if args.lr is None else args.lr
+    args.l2_reg = decay if args.l2_reg is None else args.l2_reg
+    check_step_flags(parser, args)
     low, high = AUXILIARY_SIZES
     if args.auxiliary_weight and not low <= args.image_size <= high:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
     if args.select_on_val and args.holdout:
         parser.error("argument --holdout: not with --select_on_val")
-    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % parts or args.batch_size < 2 * parts:
-        parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
-                     f"--accumulate), got {args.batch_size}")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- main
@@ -312,17 +230,24 @@ def network_from_checkpoint(state: dict, device: torch.device) -> ImageNetNetwor
     return network.to(device, memory_format=torch.channels_last)
 
 
-def evaluate(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
-    """Measure the test accuracy of a checkpoint."""
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure the test accuracy of a checkpoint, and export its network if asked for."""
     with user_input("--evaluate"):
         state = load_checkpoint(args.evaluate, "imagenet")
     with user_input("--data"):
         _, test = open_images(args.data)
         check_classes(test, state["classes"])
-    stream = streams(args, rank, world, device)(EvalStream, test, args.eval_batch_size)
-    measured = accuracy(network_from_checkpoint(state, device), stream, device, args.amp)
-    if rank:
+    stream = streams(args, device)(EvalStream, test, args.eval_batch_size)
+    network = network_from_checkpoint(state, device)
+    measured = accuracy(network, stream, device, args.amp)
+    if not distributed.is_main():
         return
+    if args.export:
+        known = {"kind": "imagenet", "arch": state["args"]["arch"], "image_size": args.image_size}
+        known |= {name: state[name] for name in ("genotype", "network_config", "classes")}
+        with user_input("--export"):
+            written = export_network(network, args.export, known | {"mean": MEAN, "std": STD})
+        print(f"wrote {' and '.join(map(str, written))}")
     size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
     result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
     result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": stream.broken}
@@ -346,7 +271,7 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
     network = build_network(genotype, len(train.classes), args, device)
-    optimizer = build_optimizer(network, args)
+    optimizer = optimizer_for(network, args)
     if not state:
         return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}}
     with user_input("--data"):
@@ -359,32 +284,33 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
 
 
 def main(args: argparse.Namespace) -> None:
-    device = prepare(args)
-    with process_group(device) as (rank, world, device):
-        if args.evaluate:
-            evaluate(args, device, rank, world)
-        else:
-            train(args, device, rank, world)
+    device = distributed.start(prepare(args))
+    if args.evaluate:
+        evaluate(args, device)
+    else:
+        train(args, device)
+    distributed.finish()
 
 
-def train(args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """The whole run. Only process 0 writes."""
+    check_sync_bn(args, device)
     images, selection, test = load_data(args)
     network, optimizer, reached = start(args, images, device)
-    make = streams(args, rank, world, device)
+    make = streams(args, device)
     stream = make(TrainStream, images, args.batch_size)
     selecting = make(EvalStream, selection, args.eval_batch_size)
     config = {"num_classes": len(images.classes), "layers": args.layers, "channels": args.channels}
     config |= {"auxiliary": args.auxiliary_weight > 0}
     size = cost(network.genotype, config, args.image_size)
-    folder, log = shared_folder(args), None
-    if not rank:
+    folder, log = Path(distributed.same_everywhere(str(output_folder(args)))), None
+    if distributed.is_main():
         with user_input("--output_dir"):
             log = RunLog(folder, args, device, reached["epoch"] if args.resume else None)
         print(
             f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
-            f"{len(stream)} steps an epoch, {world} processes on {device}: {folder}",
+            f"{len(stream)} steps an epoch, {distributed.world()} processes on {device}: {folder}",
             flush=True,
         )
     forward = wrap(network, args)
@@ -396,7 +322,7 @@ def train(args: argparse.Namespace, device: torch.device, rank: int, world: int)
         improved = selected["top1"] > reached["best"]["top1"]
         best = {"epoch": epoch + 1, **selected} if improved else reached["best"]
         reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"], "best": best}
-        if not rank:
+        if distributed.is_main():
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), **reached}
             state |= {"network_config": config, "genotype": network.genotype.to_dict(), "classes": images.classes}
             state |= {"training_images": len(images), "args": vars(args)}
@@ -410,8 +336,7 @@ def train(args: argparse.Namespace, device: torch.device, rank: int, world: int)
                 f"({values['seconds']:.0f} s, waited for data {values['data_wait']:.0%}, {len(stream.broken)} skipped)",
                 flush=True,
             )
-    if dist.is_initialized():
-        dist.barrier()  # until best.pt is there
+    distributed.barrier()  # until best.pt is there
     finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)
 
 

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 import train_imagenet
+import training
 from genotypes import GENOTYPES
 from image_stream import EvalStream, open_images
+from models.export import load_network
 from models.network import ImageNetNetwork
 from utils import load_checkpoint, save_checkpoint
 
@@ -185,31 +187,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     gradients = []
     for args.accumulate in (1, 4):
         network = tiny_network().double().eval()
-        train_imagenet.accumulate_gradients(network, x.double(), labels, torch.tensor(1.0), args, CPU)
+        training.accumulate_gradients(network, x.double(), labels, torch.tensor(1.0), args, CPU)
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 COMPARISON = """  # run by each of two processes
-import torch, train_imagenet
+import distributed, torch, train_imagenet, training
 from test_train_imagenet import CPU, tiny_network
 
 def gradients(wrap, part, accumulate):
     network = tiny_network().eval()  # a batch norm in train mode would see other images
     args = train_imagenet.parse_args(["--amp", "off", "--accumulate", str(accumulate)])
-    totals = train_imagenet.accumulate_gradients(wrap(network, args), x[part], labels[part], progress, args, CPU)
+    totals = training.accumulate_gradients(wrap(network, args), x[part], labels[part], progress, args, CPU)
     return totals[0], [p.grad for p in network.parameters()]
 
 torch.set_default_dtype(torch.float64)
 progress = torch.tensor(1.0)
 x, labels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 6
 loss, expected = gradients(lambda network, args: network, slice(None), 1)
-with train_imagenet.process_group(CPU) as (rank, world, _):
-    for accumulate in (1, 2):
-        total, averaged = gradients(train_imagenet.wrap, slice(rank, None, world), accumulate)
-        torch.distributed.all_reduce(total)
-        torch.testing.assert_close(total / world, loss)
-        torch.testing.assert_close(averaged, expected)
+distributed.start(CPU)
+for accumulate in (1, 2):
+    total, averaged = gradients(training.wrap, slice(distributed.rank(), None, distributed.world()), accumulate)
+    torch.testing.assert_close(distributed.sum_over_ranks(total) / distributed.world(), loss)
+    torch.testing.assert_close(averaged, expected)
+distributed.finish()
 print("equal", flush=True)
 """
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -327,3 +329,20 @@ def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
     flags = ["--data", other, "--evaluate", run[0] / "best.pt", "--output_dir", tmp_path / "out"]
     assert "class 0 of the images is black, of the checkpoint blue" in refused(capsys, *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_network_has_the_logits_of_the_checkpoint(run, images, tmp_path):
+    folder, _ = run
+    path = tmp_path / "network.safetensors"
+    start("train_imagenet.py", "--evaluate", folder / "best.pt", "--data", images, "--export", path)
+    x = torch.randn(2, 3, 32, 32)
+    expected = train_imagenet.network_from_checkpoint(load_checkpoint(folder / "best.pt", "imagenet"), CPU).eval()(x)
+    torch.testing.assert_close(load_network(path)(x)[0], expected[0])
+
+
+def test_adabelief_has_its_own_learning_rate_and_decay(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if the package were there
+    args = train_imagenet.parse_args(["--optimizer", "adabelief"])
+    assert (args.lr, args.l2_reg) == (1e-3, 1e-2)
+    args = train_imagenet.parse_args(["--optimizer", "adabelief", "--lr", "0.01"])
+    assert args.lr == 0.01
