@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import train_cifar
 from build_nas_dataset import eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
+from models.export import load_network
 from models.network import genotype_cost
 from utils import load_checkpoint, save_checkpoint
 
@@ -134,6 +136,149 @@ def test_the_checkpoint_tells_what_is_needed_to_rebuild_the_network(run):
     assert set(state["genotype"]) == {"normal", "reduction"}
 
 
+# ----------------------------------------------------------------------------------------------- several processes
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+PLAIN = [
+    *TINY,
+    "--schedule_epochs",
+    4,
+    "--holdout",
+    7,
+    "--keep_prob",
+    1,
+    "--drop_path_keep_prob",
+    1,
+    "--arch",
+    "NAG_ENSEMBLE_B",
+]
+
+
+def train(*flags) -> None:
+    train_cifar.main(train_cifar.parse_args(list(map(str, flags))))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two(images, tmp_path_factory) -> tuple[Path, str]:
+    """A finished run of two processes, without dropout and drop path, and what they printed."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return folder, start(
+        *TWO_PROCESSES, "train_cifar.py", *PLAIN, "--data", images, "--epochs", 2, "--output_dir", folder
+    )
+
+
+def test_two_processes_equal_one_that_accumulates(two, images, tmp_path):
+    """The same parts of the same batches: losses and weights to rounding. Running statistics are averaged instead."""
+    folder, output = two
+    train(*PLAIN, "--data", images, "--epochs", 2, "--accumulate", 2, "--output_dir", tmp_path)
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-5)
+    ours, theirs = load_checkpoint(folder, "cifar"), load_checkpoint(tmp_path, "cifar")
+    for name, weights in ours["network"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(weights, theirs["network"][name], rtol=1e-3, atol=1e-5, msg=name)
+    assert "2 processes" in output and output.count("epoch 1/2") == output.count("test error") == 1
+
+
+def test_two_processes_evaluate_every_image_once(two, images):
+    """20 test and 7 held-out images: one process counts the same on the network that two have left."""
+    folder, _ = two
+    args = train_cifar.parse_args([*map(str, PLAIN), "--epochs", "4", "--data", str(images)])
+    _, held_out, test = train_cifar.load_data(args, torch.device("cpu"))
+    network = train_cifar.network_from_checkpoint(load_checkpoint(folder, "cifar"), torch.device("cpu"))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test_accuracy"] == train_cifar.accuracy(network, test, 3, "off")
+    assert result["held_out_accuracy"] == train_cifar.accuracy(network, held_out, 3, "off")
+
+
+def test_one_process_goes_on_with_a_run_of_two(two, images, tmp_path):
+    """In the same parts: three epochs of one process are the two of two processes and one more."""
+    folder = Path(shutil.copytree(two[0], tmp_path / "resumed"))
+    train("--resume", folder, "--epochs", 3, "--accumulate", 2)
+    train(*PLAIN, "--data", images, "--epochs", 3, "--accumulate", 2, "--output_dir", tmp_path / "whole")
+    assert len(losses(folder)) == 3
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_run_with_a_checkpoint_from_before_accumulation_goes_on(run, images, tmp_path):
+    state = load_checkpoint(run[0], "cifar")
+    for name in ("accumulate", "optimizer", "sync_bn", "voting", "export"):
+        del state["args"][name]
+    state["epoch"] = 1  # a second epoch to be trained
+    save_checkpoint(tmp_path / "checkpoint.pt", "cifar", state)
+    train("--resume", tmp_path)
+    state = load_checkpoint(tmp_path, "cifar")
+    assert (state["epoch"], state["args"]["accumulate"], state["args"]["optimizer"]) == (2, 1, "sgd")
+
+
+# --------------------------------------------------------------------------------------------- ensemble and export
+
+
+@pytest.mark.parametrize("voting", ["hard", "soft"])
+def test_an_ensemble_has_the_error_of_its_votes_and_the_sum_of_params(run, two, images, tmp_path, voting):
+    folders = [run[0], two[0], run[0]]
+    train(
+        "--evaluate", *folders, "--voting", voting, "--eval_batch_size", 7, "--output_dir", tmp_path, "--device", "cpu"
+    )
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    logits = []
+    for folder, member in zip(folders, result["members"], strict=True):
+        alone = json.loads((folder / "result.json").read_text())
+        assert (member["test_error"], member["params"]) == (alone["test_error"], alone["params"])
+        state = load_checkpoint(folder, "cifar")
+        args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
+        test = train_cifar.load_data(args, torch.device("cpu"))[2]
+        x = (test.images / 255 - torch.tensor(state["mean"])[:, None, None]) / torch.tensor(state["std"])[:, None, None]
+        network = train_cifar.network_from_checkpoint(state, torch.device("cpu")).eval()
+        with torch.no_grad():
+            logits.append(network(x.float())[0])
+    right = (train_cifar.vote(torch.stack(logits), voting) == test.labels).float().mean().item()
+    assert result["test_accuracy"] == pytest.approx(right)
+    assert result["voting"] == voting
+    assert result["params"] == sum(member["params"] for member in result["members"])
+
+
+def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path, capsys):
+    path = tmp_path / "network.safetensors"
+    train("--evaluate", run[0], "--export", path, "--output_dir", tmp_path, "--device", "cpu")
+    assert str(path) in capsys.readouterr().out
+    known = json.loads(path.with_suffix(".json").read_text())
+    assert known["classes"] == ["dark", "light"]
+    args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
+    test = train_cifar.load_data(args, torch.device("cpu"))[2]
+    test.mean, test.std = known["mean"], known["std"]
+    accuracy = train_cifar.accuracy(load_network(path), test)
+    assert accuracy == json.loads((run[0] / "result.json").read_text())["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--evaluate", "RUN", "RUN", "--export", "x.onnx"], "expected one checkpoint"),
+        (["--evaluate", "RUN", "--export", "x.pth"], ".safetensors, .onnx, .pt2"),
+        (["--export", "x.onnx"], "needs --evaluate"),
+        (["--evaluate", "RUN", "SMALLER"], "--image_size 16"),
+        (["--evaluate", "RUN", "missing.pt"], "no such checkpoint"),
+        (["--evaluate", "RUN", "--voting", "loud"], "--voting"),
+        (["--accumulate", 3], "--batch_size: expected at least 2 for each of 3 equal parts"),
+        (["--accumulate", 8], "--batch_size: expected at least 2 for each of 8 equal parts"),
+        (["--optimizer", "adam"], "--optimizer"),
+        (["--sync_bn"], "CUDA devices only"),
+    ],
+)
+def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, images, tmp_path, flags, expected):
+    state = load_checkpoint(run[0], "cifar")
+    state["args"]["image_size"] = 16
+    save_checkpoint(tmp_path / "smaller.pt", "cifar", state)
+    words = {"RUN": run[0], "SMALLER": tmp_path / "smaller.pt"}
+    flags = [words.get(flag, flag) for flag in flags]
+    assert expected in train_refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -237,6 +382,104 @@ def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tm
     assert losses[0] == losses[1]
 
 
+def eval_archs_results(*flags) -> dict[str, dict]:
+    """What a run in this process found of each candidate, by name."""
+    args = eval_archs.parse_args(list(map(str, flags)))
+    eval_archs.main(args)
+    results = json.loads((Path(args.output_dir) / "results.json").read_text())
+    return {result["name"]: result for result in results}
+
+
+HALVING = ["--halving", "--epochs", 4, "--schedule_epochs", 5, "--eta", 2]
+
+
+@pytest.fixture(scope="module")
+def halved(images, archs, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """A finished run of three candidates in three rounds (3 to 1 epoch, 2 to 2, 1 to 4), and its results."""
+    folder = tmp_path_factory.mktemp("halved")
+    return folder, eval_archs_results(*candidate_flags(images, folder, archs), *HALVING)
+
+
+def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs, tmp_path):
+    """The winner has the very numbers of a training that was not interrupted, after every round."""
+    folder, results = halved
+    done = {name: [r["epochs"] for r in result["training"]["rounds"]] for name, result in results.items()}
+    assert sorted(done.values()) == [[1], [1, 2], [1, 2, 4]]
+    for k in (0, 1):  # who goes on did at least as well as who does not
+        through = [result["training"]["rounds"] for result in results.values() if len(result["training"]["rounds"]) > k]
+        stay = [rounds[k]["held_out_accuracy"] for rounds in through if len(rounds) > k + 1]
+        leave = [rounds[k]["held_out_accuracy"] for rounds in through if len(rounds) == k + 1]
+        assert min(stay) >= max(leave)
+    best = json.loads((folder / "best.json").read_text())
+    assert done[best["name"]] == [1, 2, 4] and best["accuracy"] == results[best["name"]]["accuracy"]
+    assert not list(folder.glob("weights/*"))
+
+    flags = [*candidate_flags(images, tmp_path, archs), "--epochs", 4, "--schedule_epochs", 5]
+    whole = eval_archs_results(*flags)[best["name"]]
+    assert best["held_out_accuracy"] == whole["held_out_accuracy"]
+    assert best["training"]["loss"] == whole["training"]["loss"]
+
+
+def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_path, monkeypatch):
+    """Stopped in the first, the second and the third round, it finds what it finds without a stop."""
+    _, expected = halved
+    train_candidate = eval_archs.train_candidate
+    resumed = [*candidate_flags(images, tmp_path, archs), *HALVING]
+    for allowed in (2, 2, 1):  # candidates until the stop; six trainings in all
+
+        def stopping(*args, left=[allowed]):  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return train_candidate(*args)
+
+        monkeypatch.setattr(eval_archs, "train_candidate", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            eval_archs.main(eval_archs.parse_args(list(map(str, resumed))))
+        resumed = ["--resume", tmp_path]
+    monkeypatch.setattr(eval_archs, "train_candidate", train_candidate)
+    results = eval_archs_results("--resume", tmp_path)
+    for name, result in results.items():
+        assert result["training"]["rounds"] == expected[name]["training"]["rounds"]
+        assert result["training"]["loss"] == expected[name]["training"]["loss"]
+    assert len(results) == 3
+
+
+def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
+    _, expected = halved
+    flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
+    output = start(*TWO_PROCESSES, "-m", "build_nas_dataset.eval_archs", *flags)
+    results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
+    assert {name: result["training"]["rounds"] for name, result in results.items()} == {
+        name: result["training"]["rounds"] for name, result in expected.items()
+    }
+    assert output.count("round 1/3") == output.count("next:") == 1
+    own = [load_checkpoint(tmp_path / name, "candidates")["results"] for name in ("checkpoint.pt", "checkpoint-1.pt")]
+    assert all(own) and {result["name"] for results in own for result in results} == set(NAMES)
+    eval_archs.main(eval_archs.parse_args(["--resume", str(tmp_path)]))  # one process reads the parts of two
+    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "epochs", "expected"),
+    [
+        (27, 27, [(27, 1), (9, 3), (3, 9), (1, 27)]),
+        (50, 50, [(50, 1), (17, 5), (6, 16), (2, 50)]),
+        (4, 50, [(4, 5), (2, 16), (1, 50)]),
+        (1, 50, [(1, 50)]),
+        (50, 2, [(50, 2)]),
+    ],
+)
+def test_rounds_of_halving(candidates, epochs, expected):
+    args = eval_archs.parse_args(["--halving", "--epochs", str(epochs)])
+    assert eval_archs.plan(candidates, args) == expected
+
+
+def test_a_halving_run_keeps_its_candidates(capsys, halved):
+    argv = ["--resume", halved[0], "--num_archs", 2]
+    assert "the candidates that it was started with" in refused(capsys, eval_archs.main, eval_archs.parse_args, argv)
+
+
 def test_a_nas_dataset_is_sampled_evenly_over_its_ranking(tmp_path):
     names = ["NAG_HIGH_ACC", *NAMES]
     records = [Record(i, GENOTYPES[name], (0.9, 0.1, 0.5, 0.3)[i], 1, 1) for i, name in enumerate(names)]
@@ -271,6 +514,7 @@ def test_rank_correlations_compare_brief_training_with_supernet_and_params():
         (["--archs", "missing.json"], "missing.json"),
         (["--holdout", 0], "--holdout"),
         (["--num_archs", -1], "--num_archs"),
+        (["--eta", 1], "--eta"),
         (["--resume", "missing"], "missing"),
     ],
 )
