@@ -90,7 +90,10 @@ def mean_interval(
 
 
 def cell_distributions(genotypes: Iterable[Genotype], space: SearchSpace = NAG_SPACE) -> dict[str, np.ndarray]:
-    """Shares of vertex counts, ops and densities (in tenths) over all cells of pruned genotypes; each sums to 1."""
+    """Shares of vertex counts, ops and densities (in tenths) over all cells of pruned genotypes.
+
+    Each sums to 1, but to 0 where there is nothing to count, such as ops in cells without interior vertices.
+    """
     cells = [cell for genotype in genotypes for cell in genotype.cells]
     ops = [space.ops.index(op) for cell in cells for op in cell.ops if op in space.ops]
     counts = {
@@ -98,9 +101,9 @@ def cell_distributions(genotypes: Iterable[Genotype], space: SearchSpace = NAG_S
         "ops": np.bincount(ops, minlength=len(space.ops)),
         "density": np.bincount([min(int(cell.density * 10), 9) for cell in cells], minlength=10),
     }
-    return {name: values / values.sum() for name, values in counts.items()}
+    return {name: values / max(values.sum(), 1) for name, values in counts.items()}
 
 
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
-    """Total-variation distance of two distributions: half the sum of the differences, 0 to 1."""
-    return float(np.abs(p - q).sum() / 2)
+    """Total-variation distance of two distributions, 0 to 1: what they do not share. 1 when one of them is empty."""
+    return float(1 - np.minimum(p, q).sum())

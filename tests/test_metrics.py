@@ -6,6 +6,7 @@ import torch
 
 from build_nas_dataset.records import class_of
 from build_nas_dataset.sample import random_pool
+from genotypes import CellSpec, Genotype
 from metrics import (
     cell_distributions,
     cell_statistics,
@@ -56,8 +57,10 @@ def test_distributions_agree_with_counting():
     assert all(values.sum() == pytest.approx(1) for values in shares.values())
     statistics = cell_statistics(POOL)
     assert (shares["vertices"] * np.arange(11)).sum() == pytest.approx(statistics["vertices"])
-    assert total_variation(shares["ops"], shares["ops"]) == 0
+    assert total_variation(shares["ops"], shares["ops"]) == pytest.approx(0)
     assert total_variation(np.array([1.0, 0, 0]), np.array([0.25, 0.75, 0])) == 0.75
+    bare = CellSpec([[0, 0, 1], [0, 0, 0], [0, 0, 0]], ["input0", "input1", "output"])
+    assert total_variation(cell_distributions([Genotype(bare, bare)])["ops"], shares["ops"]) == 1  # no ops at all
 
 
 def test_intervals_hold_the_value_and_shrink_with_n():
