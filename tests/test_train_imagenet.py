@@ -66,6 +66,15 @@ def start(*command, launcher: tuple = (), ok: bool = True) -> str:
     return result.stderr
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As `start` gives each process: with another number, sums are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def train(*flags) -> None:
     train_imagenet.main(train_imagenet.parse_args([str(flag) for flag in (*TINY, *flags)]))
 
