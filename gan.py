@@ -15,8 +15,10 @@ their labels. The recipe "robust", the default, trains it by
   --likelihood_weight  the log-likelihood of the NAS dataset's cells given their labels, decision by decision (teacher
                        forcing): generated cells are as varied as the real ones, and like them;
   --control_weight     a policy gradient: of the cells drawn, those that have the labels asked for become likelier.
-                       #params and MACs are counted; accuracy is judged by a predictor that is trained first;
-  --entropy_weight     of a bonus for cells that are unlikely to be drawn, against drawing the same ones again;
+                       #params and MACs are counted; for accuracy, a predictor that is trained first gives the
+                       probability of the class;
+  --kl_weight          of the divergence from the generator that likelihood alone had taught by the end of the warm-up,
+                       against unlike cells, fewer different ones, and cells that please the predictor only;
   --temperature 1      decisions that are drawn with their probabilities, not rounded;
   --chain_cells        a reduction cell that is grown in view of the normal cell;
   --edges_in_turn      edges that are decided one after the other, each in view of those before.
@@ -24,6 +26,7 @@ Each is a flag of its own, on top of either recipe; --adversarial_weight 1 adds 
 """
 
 import argparse
+import copy
 import time
 
 import numpy as np
@@ -34,7 +37,7 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
 from genotypes import NAG_SPACE, Genotype
-from metrics import cell_statistics, generation_metrics, obtained_classes, tau
+from metrics import cell_statistics, generation_metrics, label_probabilities, obtained_classes, tau
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
@@ -68,7 +71,7 @@ OBJECTIVES = {
 ROBUST = {
     "likelihood_weight": 1.0,
     "control_weight": 5.0,
-    "entropy_weight": 0.01,
+    "kl_weight": 0.02,
     "adversarial_weight": 0.0,
     "temperature": 1.0,
     "chain_cells": True,
@@ -85,7 +88,7 @@ ROBUST = {
     "lr_schedule": "cosine",
     "clip_value": 1.0,
     "warmup_epochs": 10,
-    "n_epochs": 110,
+    "n_epochs": 60,
 }
 
 # What of a checkpoint is needed to draw cells.
@@ -139,7 +142,10 @@ class TrainingData:
 
 
 def train_predictor(data: TrainingData, batch_size: int, seed: int) -> tuple[Predictor, list[float]]:
-    """A frozen predictor of the objectives' quantiles, and its Kendall tau on held-out records, for each objective."""
+    """A frozen predictor of the objectives' quantiles, and its Kendall tau on held-out records, for each objective.
+
+    Its error on these is kept in it.
+    """
     device = data.labels.device
     set_seed(derive_seed(seed, 2))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(device)
@@ -160,6 +166,7 @@ def train_predictor(data: TrainingData, batch_size: int, seed: int) -> tuple[Pre
     predictor.requires_grad_(False)
     predicted = predictor(tuple(cells[held_out] for cells in data.cells)).cpu()
     truth = data.quantiles[held_out].cpu()
+    predictor.error.copy_((predicted - truth).square().mean(0).sqrt())
     return predictor, [tau(predicted[:, k], truth[:, k]) for k in range(len(data.num_classes))]
 
 
@@ -171,19 +178,24 @@ def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> t
 
 
 def obedience(cells: tuple[CellBatch, ...], labels: Tensor, objectives: list[dict], predictor: Predictor) -> Tensor:
-    """How many of the K labels asked for each of B generated genotypes has (B,); -1 where it is not valid."""
+    """Expected number of the K labels asked for each of B generated genotypes has (B,); -1 where it is not valid."""
     genotypes = [Genotype(*specs).prune() for specs in zip(*(batch.decode() for batch in cells), strict=True)]
     rewards = torch.full((len(labels),), -1.0)
     valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
     if valid:
-        obtained = obtained_classes([genotypes[i] for i in valid], objectives, predictor)
-        hits = obtained == labels.cpu().numpy()[valid]
-        rewards[valid] = torch.from_numpy(hits.sum(1)).float()
+        asked = labels.cpu().numpy()[valid]  # (valid, K)
+        met = label_probabilities([genotypes[i] for i in valid], asked, objectives, predictor)
+        rewards[valid] = torch.from_numpy(met.sum(1)).float()
     return rewards.to(labels.device)
 
 
-def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingData, args, epoch: int) -> dict:
-    """One pass over the NAS dataset. Returns the means of losses and scores."""
+def train_epoch(
+    generator, reference, discriminator, predictor, optimizers, data: TrainingData, args, epoch: int
+) -> dict[str, float]:
+    """One pass over the NAS dataset. Returns the means of losses and scores.
+
+    reference: the generator at the end of the warm-up; None where --kl_weight is 0.
+    """
     device = data.labels.device
     set_seed(derive_seed(args.seed, epoch))  # dropout
     noise_source = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
@@ -241,7 +253,12 @@ def train_epoch(generator, discriminator, predictor, optimizers, data: TrainingD
                     given_labels, z = torch.cat([real_labels, labels]), torch.cat([z, drawn_z])
                 _, likelihood = generator.follow(z, given_labels, given)  # one pass for both
                 if control:
-                    reward = reward - args.entropy_weight * likelihood[args.batch_size :].detach()
+                    if reference is not None:
+                        with torch.no_grad():
+                            _, before = reference.follow(drawn_z, labels, drawn)
+                        divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
+                        reward = reward - args.kl_weight * divergence
+                        record(divergence=divergence.mean())
                     weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
                 loss = loss - (weight * likelihood).sum() / args.batch_size
                 record(nll=-likelihood[: args.batch_size].mean())
@@ -313,7 +330,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
-    add("--entropy_weight", type=weight, default=0.0, help="of the entropy, in nats, in the policy gradient")
+    add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")
     add("--straight_through", action=switch, default=False, help="show the judges hard decisions, not probabilities")
@@ -343,9 +360,11 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     if parser.parse_args(argv).recipe == "robust":
         parser.set_defaults(**ROBUST)
     may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size")
-    args = parse_resumable(parser, argv, "gan", may_change, ("discriminator", "optimizers", *FOR_SAMPLING))
+    args = parse_resumable(parser, argv, "gan", may_change, ("reference", "discriminator", "optimizers", *FOR_SAMPLING))
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
+    if args.kl_weight and args.control_weight and not args.warmup_epochs:
+        parser.error("argument --kl_weight: expected 0 without --warmup_epochs, which teach the reference")
     if args.n_epochs <= args.warmup_epochs and args.adversarial_weight + args.control_weight and not args.resume:
         parser.error("argument --n_epochs: expected more than the --warmup_epochs, which are of likelihood alone")
     return args
@@ -406,6 +425,7 @@ def main(args: argparse.Namespace) -> None:
         name: torch.optim.Adam(network.parameters(), args.lr, (args.b1, args.b2), fused=device.type == "cuda")
         for name, network in (("generator", generator), ("discriminator", discriminator))
     }
+    reference = copy.deepcopy(generator).requires_grad_(False).eval() if args.kl_weight else None
     start_epoch = 0
     if args.resume:
         with user_input("--resume"):
@@ -414,6 +434,8 @@ def main(args: argparse.Namespace) -> None:
                 raise ValueError(f"{args.nasbench_data} is not the NAS dataset that the run was started with")
         generator.load_state_dict(state["generator"])
         discriminator.load_state_dict(state["discriminator"])
+        if reference is not None:
+            reference.load_state_dict(state["reference"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         start_epoch = state["epoch"]
@@ -426,11 +448,14 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")
-    taus = ", ".join(f"{name} {value:.3f}" for name, value in zip(objectives, predictor_tau, strict=True))
-    print(f"predictor, Kendall tau on held-out records: {taus}")
+    measured = zip(objectives, predictor_tau, predictor.error.tolist(), strict=True)
+    words = ", ".join(f"{name} {value:.3f} (error {error:.3f})" for name, value, error in measured)
+    print(f"predictor, Kendall tau and error of the quantile on held-out records: {words}")
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
         started = time.monotonic()
-        values = train_epoch(generator, discriminator, predictor, optimizers, data, args, epoch - 1)
+        if reference is not None and epoch - 1 == args.warmup_epochs:
+            reference.load_state_dict(generator.state_dict())
+        values = train_epoch(generator, reference, discriminator, predictor, optimizers, data, args, epoch - 1)
         seconds = time.monotonic() - started
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)", flush=True)
@@ -442,6 +467,7 @@ def main(args: argparse.Namespace) -> None:
         state = {
             "generator": generator.state_dict(),
             "generator_config": generator.config,
+            "reference": None if reference is None else reference.state_dict(),
             "discriminator": discriminator.state_dict(),
             "discriminator_config": discriminator.config,
             "predictor": predictor.state_dict(),

@@ -412,13 +412,13 @@ def _write_cache(files: list[Path], key: str, images: torch.Tensor, broken: dict
 # ----------------------------------------------------------------------------------------------- choosing images
 
 
-def check_classes(images: ImageSet, classes: list[str]) -> None:
-    """Raise ValueError when the images are not of the classes that a checkpoint was trained on."""
+def check_classes(images: ImageSet, classes: list[str], path: str | Path) -> None:
+    """Raise ValueError when the images are not of the classes that the checkpoint at `path` was trained on."""
     if len(images.classes) != len(classes):
-        raise ValueError(f"the images have {len(images.classes)} classes, the checkpoint {len(classes)}")
+        raise ValueError(f"the images have {len(images.classes)} classes, {path} was trained on {len(classes)}")
     for i, (ours, theirs) in enumerate(zip(images.classes, classes, strict=True)):
         if ours != theirs:
-            raise ValueError(f"class {i} of the images is {ours}, of the checkpoint {theirs}")
+            raise ValueError(f"class {i} of the images is {ours}, of {path} {theirs}")
 
 
 def split(images: ImageSet, holdout: int, seed: int) -> tuple[ImageSet, ImageSet]:

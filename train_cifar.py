@@ -238,6 +238,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_common_flags(parser)
     may_change = ("data", "cache_dir", "epochs", "eval_every", "save_every", "eval_batch_size", "compile", "accumulate")
     args = parse_resumable(parser, argv, "cifar", may_change)
+    if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
+        parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
         return evaluation_args(parser, argv, args)
     if args.export:
@@ -274,8 +276,8 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
         states = [load_checkpoint(path, "cifar") for path in args.evaluate]
     with user_input("--data"):
         _, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-        for state in states:
-            check_classes(test, state["classes"])
+        for path, state in zip(args.evaluate, states, strict=True):
+            check_classes(test, state["classes"], path)
     networks = [network_from_checkpoint(state, device) for state in states]
     correct = count_correct(networks, states, test, args)
     results = []
@@ -371,7 +373,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     start_epoch, seconds = 0, 0.0
     if state:
         with user_input("--data"):
-            check_classes(images, state["classes"])
+            check_classes(images, state["classes"], args.resume)
             if len(images) != state["training_images"]:
                 raise ValueError(f"{len(images)} training images, the run to resume has {state['training_images']}")
         if state["epoch"] > args.epochs:

@@ -236,7 +236,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         state = load_checkpoint(args.evaluate, "imagenet")
     with user_input("--data"):
         _, test = open_images(args.data)
-        check_classes(test, state["classes"])
+        check_classes(test, state["classes"], args.evaluate)
     stream = streams(args, device)(EvalStream, test, args.eval_batch_size)
     network = network_from_checkpoint(state, device)
     measured = accuracy(network, stream, device, args.amp)
@@ -275,7 +275,7 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
     if not state:
         return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}}
     with user_input("--data"):
-        check_classes(train, state["classes"])
+        check_classes(train, state["classes"], args.resume)
         if len(train) != state["training_images"]:
             raise ValueError(f"{len(train)} training images, the run to resume has {state['training_images']}")
     network.load_state_dict(state["network"])

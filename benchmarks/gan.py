@@ -84,6 +84,7 @@ class Step:
         self.data = gan.TrainingData(repeated(records, len(genotypes)), {"accuracy": 3}, 10, device)
         self.generator, self.discriminator = (n.to(device) for n in gan.build_networks(self.args, (3,)))
         self.predictor = Predictor(1).to(device).requires_grad_(False)
+        self.predictor.error.fill_(0.2)
         self.optimizers = {
             name: torch.optim.Adam(network.parameters(), self.args.lr, fused=device.type == "cuda")
             for name, network in (("generator", self.generator), ("discriminator", self.discriminator))
@@ -93,8 +94,10 @@ class Step:
         retrace(self.generator, self.cells)
 
     def run(self, generator=None, discriminator=None) -> None:
-        networks = generator or self.generator, discriminator or self.discriminator
-        gan.train_epoch(*networks, self.predictor, self.optimizers, self.data, self.args, self.args.warmup_epochs)
+        generator = generator or self.generator
+        reference = generator if self.args.kl_weight else None  # costs as much as a copy of other weights
+        judges = reference, discriminator or self.discriminator, self.predictor
+        gan.train_epoch(generator, *judges, self.optimizers, self.data, self.args, self.args.warmup_epochs)
 
     def run_discriminator(self) -> None:
         """The discriminator's part of a step of the paper's recipe: its own update, and its verdict in the other."""

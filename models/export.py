@@ -5,13 +5,15 @@
     from models.export import load_network
     network = load_network("FILE.safetensors")       # in eval mode: network(images)[0] are logits (B, classes)
 
-Beside each file, FILE.json tells what the weights do not: genotype, layers, channels, image size, normalisation and
-classes. The networks take float images (B, 3, S, S), (pixel / 255 - mean) / std; the auxiliary head is left out.
+Beside each file, its name with .json appended tells what the weights do not: genotype, layers, channels, image size,
+normalisation and classes. The networks take float images (B, 3, S, S), (pixel / 255 - mean) / std; the auxiliary head
+is left out.
 """
 
 import importlib.util
 import io
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -23,17 +25,25 @@ from utils import atomic_file, write_json
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}
-TOLERANCE = 1e-3  # of logits: another runtime sums in another order
+TOLERANCE = 1e-4  # of logits: another runtime sums in another order
 
 
 def check_export(path: str) -> None:
-    """Raise ValueError when a network cannot be exported to that file name, or a package for it is missing."""
+    """Raise ValueError when a network cannot be exported to that file, or a package for it is missing."""
     suffix = Path(path).suffix
     if suffix not in PACKAGES:
         raise ValueError(f"expected a file name that ends in {', '.join(PACKAGES)}, got {path}")
     missing = [name for name in PACKAGES[suffix] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{suffix} needs packages: pip install {' '.join(missing)}")
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is no folder that may be written to")
+
+
+def described_in(path: Path) -> Path:
+    """FILE.safetensors -> FILE.safetensors.json: no file of a run, and no other format's, has that name."""
+    return path.with_name(path.name + ".json")
 
 
 def export_network(network: Network, path: str | Path, known: dict) -> list[Path]:
@@ -57,8 +67,8 @@ def export_network(network: Network, path: str | Path, known: dict) -> list[Path
         raise ValueError(f"{path} is not written: its logits differ by up to {(got - expected).abs().max():.2g}")
     with atomic_file(path, "wb") as file:
         file.write(content)
-    write_json(path.with_suffix(".json"), known)
-    return [path, path.with_suffix(".json")]
+    write_json(described_in(path), known)
+    return [path, described_in(path)]
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> Network:
@@ -72,7 +82,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"expected a .safetensors file, got {path}")
-    beside = path.with_suffix(".json")
+    beside = described_in(path)
     try:
         network = rebuild(json.loads(beside.read_text()), load(path.read_bytes()))
     except SafetensorError as error:

@@ -312,11 +312,15 @@ def genotype_cost(
     width, size = 3 * channels, image_size
     cost = Cost(27 * width + 2 * width, 27 * width * size**2)
     c_prev_prev, c_prev, halve_first = width, width, False
+    costs = {}  # most cells of a stack are alike
     for layer in range(3 * layers + 2):
         reduction = is_reduction(layer, layers)
         channels = channels * 2 if reduction else channels
         spec = pruned.reduction if reduction else pruned.normal
-        cost += cell_cost(spec, c_prev_prev, c_prev, channels, reduction, halve_first, size)
+        shape = (c_prev_prev, c_prev, channels, reduction, halve_first, size)
+        if shape not in costs:
+            costs[shape] = cell_cost(spec, *shape)
+        cost += costs[shape]
         size = (size + 1) // 2 if reduction else size
         c_prev_prev, c_prev, halve_first = c_prev, channels * len(spec.predecessors(spec.num_vertices - 1)), reduction
     return cost.params + (c_prev + 1) * num_classes, cost.macs + c_prev * num_classes

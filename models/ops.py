@@ -42,8 +42,9 @@ class SeparableConv(nn.Module):
             self.norm.append(norm(channels))
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
-        for depthwise, pointwise, norm in zip(self.depthwise, self.pointwise, self.norm, strict=True):
-            x = F.conv2d(F.relu(x), depthwise.weight, None, stride, depthwise.padding, 1, depthwise.groups)
+        for i, (depthwise, pointwise, norm) in enumerate(zip(self.depthwise, self.pointwise, self.norm, strict=True)):
+            x = F.relu(x, inplace=i > 0)  # what the first norm wrote is read here only
+            x = F.conv2d(x, depthwise.weight, None, stride, depthwise.padding, 1, depthwise.groups)
             x = norm(pointwise(x))
             stride = 1
         return x

@@ -43,6 +43,9 @@ class Predictor(nn.Module):
             nn.Linear(width, vertex_size), nn.LeakyReLU(0.2), nn.Linear(vertex_size, num_objectives)
         )
 
+        # Root mean square (K,), on records that it was not trained on.
+        self.register_buffer("error", torch.zeros(num_objectives))
+
     def forward(self, cells: tuple[CellBatch, ...]) -> Tensor:
         """cells: one CellBatch of B cells for each cell of the space, hard or with straight-through gradients."""
         states = [encoder(batch) for encoder, batch in zip(self.encoders.values(), cells, strict=True)]

@@ -47,7 +47,7 @@ class SupernetCell(CellBase):
         """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
         states = self.run(spec, (s0, s1), keep_prob)
         weight = torch.cat([self.final[v] for v in spec.predecessors(spec.num_vertices - 1)], dim=1)
-        return self.final_norm(F.conv2d(F.relu(torch.cat(states, dim=1)), weight))
+        return self.final_norm(F.conv2d(F.relu(torch.cat(states, dim=1), inplace=True), weight))  # cat copies
 
 
 class Supernet(nn.Module):

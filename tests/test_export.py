@@ -39,7 +39,7 @@ def test_a_safetensors_file_is_loaded_back_as_the_same_network(tmp_path, kind, a
     images = torch.randn(5, 3, known["image_size"], known["image_size"])
     assert not loaded.training
     torch.testing.assert_close(loaded(images)[0], network(images)[0])
-    described = json.loads((tmp_path / "n.json").read_text())
+    described = json.loads((tmp_path / "n.safetensors.json").read_text())
     assert described["classes"] == ["a", "b", "c"] and described["mean"] == [0.5] * 3
     assert described["network_config"] == {"num_classes": 3, "layers": 1, "channels": 4, "auxiliary": False}
 
@@ -98,12 +98,12 @@ def test_files_that_do_not_fit_together_are_refused_by_name(tmp_path):
         {"network_config": {"x": 1}},
     ):
         beside.write_text(json.dumps({**described, **change}))
-        with pytest.raises(ValueError, match=r"n\.json does not describe the network of .*n\.safetensors"):
+        with pytest.raises(ValueError, match=r"n\.safetensors\.json does not describe the network of .*n\.safetensors"):
             export.load_network(path)
     beside.write_text(json.dumps(described))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a safetensors file"):
         export.load_network(path)
     beside.unlink()
-    with pytest.raises(OSError, match=r"n\.json"):
+    with pytest.raises(OSError, match=r"n\.safetensors\.json"):
         export.load_network(path)

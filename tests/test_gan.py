@@ -93,8 +93,9 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
     monkeypatch.undo()
     gan.main(gan.parse_args(["--resume", str(tmp_path / "part")]))
     whole, part = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "part"))
-    for name in ("generator", "discriminator", "predictor"):
+    for name in ("generator", "reference", "discriminator", "predictor"):
         assert all(torch.equal(whole[name][key], part[name][key]) for key in whole[name])
+    assert any(not torch.equal(part["reference"][key], part["generator"][key]) for key in part["generator"])
     assert Generator.from_checkpoint(tmp_path / "part" / "generator.pt").sample((1,), 3, seed=0)
 
 
@@ -108,6 +109,7 @@ def test_recipes_set_defaults_and_flags_win():
         ["--objectives", "speed"],
         ["--objectives", "params,params"],
         ["--recipe", "paper", "--warmup_epochs", "2"],
+        ["--warmup_epochs", "0"],  # nothing to diverge from
     ):
         with pytest.raises(SystemExit):
             gan.parse_args(flags)

@@ -262,6 +262,8 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
         (["--evaluate", "RUN", "SMALLER"], "--image_size 16"),
         (["--evaluate", "RUN", "missing.pt"], "no such checkpoint"),
         (["--evaluate", "RUN", "--voting", "loud"], "--voting"),
+        (["--evaluate", "RUN", "--voting", "soft"], "--voting: needs --evaluate with several"),
+        (["--evaluate", "RUN", "--export", "RUN/config.json/x.pt2"], "config.json is no folder"),
         (["--accumulate", 3], "--batch_size: expected at least 2 for each of 3 equal parts"),
         (["--accumulate", 8], "--batch_size: expected at least 2 for each of 8 equal parts"),
         (["--optimizer", "adam"], "--optimizer"),
@@ -272,7 +274,7 @@ def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, image
     state = load_checkpoint(run[0], "cifar")
     state["args"]["image_size"] = 16
     save_checkpoint(tmp_path / "smaller.pt", "cifar", state)
-    words = {"RUN": run[0], "SMALLER": tmp_path / "smaller.pt"}
+    words = {"RUN": run[0], "SMALLER": tmp_path / "smaller.pt", "RUN/config.json/x.pt2": run[0] / "config.json/x.pt2"}
     flags = [words.get(flag, flag) for flag in flags]
     assert expected in train_refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()

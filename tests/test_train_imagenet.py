@@ -336,7 +336,7 @@ def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag)
 def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
     other = make_images(tmp_path / "other", ("black", *CLASSES[1:]))
     flags = ["--data", other, "--evaluate", run[0] / "best.pt", "--output_dir", tmp_path / "out"]
-    assert "class 0 of the images is black, of the checkpoint blue" in refused(capsys, *flags)
+    assert f"class 0 of the images is black, of {run[0] / 'best.pt'} blue" in refused(capsys, *flags)
     assert not (tmp_path / "out").exists()
 
 
