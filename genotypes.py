@@ -225,15 +225,16 @@ def _discrete_colourings(colours: list[int], predecessors: list, successors: lis
         yield colours
         return
     ambiguous = min(c for c in colours if colours.count(c) > 1)
-    tried = set()
+    # Vertices with the same neighbours are exchanged by an automorphism: one order of them is as good as another.
+    groups = {}
     for v in range(size):
-        # Vertices with the same neighbours are exchanged by an automorphism: trying one of them is enough.
-        twins = (tuple(predecessors[v]), tuple(successors[v]))
-        if colours[v] == ambiguous and twins not in tried:
-            tried.add(twins)
-            individualised = [2 * c for c in colours]
-            individualised[v] -= 1
-            yield from _discrete_colourings(_rank(individualised), predecessors, successors)
+        if colours[v] == ambiguous:
+            groups.setdefault((tuple(predecessors[v]), tuple(successors[v])), []).append(v)
+    for twins in groups.values():  # first in turn, before the others of their colour
+        individualised = [size * c for c in colours]
+        for i, v in enumerate(twins):
+            individualised[v] -= len(twins) - i
+        yield from _discrete_colourings(_rank(individualised), predecessors, successors)
 
 
 @dataclass(frozen=True, init=False)
