@@ -18,12 +18,13 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SCRIPTS = ("gan", "generate", "supernet", "train_cifar", "startup")
+SCRIPTS = ("gan", "generate", "supernet", "train_cifar", "image_stream", "startup")
 TITLES = {
     "gan": "GAN: one D + G step",
     "generate": "Generation of cells",
     "supernet": "Supernet: training and scoring",
     "train_cifar": "Stand-alone training",
+    "image_stream": "Images for train_imagenet.py",
     "startup": "Start-up",
 }
 # Column of a device's table -> key of a script's row.

@@ -243,7 +243,7 @@ def test_peak_memory_is_that_of_a_process_for_the_variant():
     assert 100 < float(result.stdout.split()[-1]) < ballast.nbytes / 2**20
 
 
-@pytest.mark.parametrize("script", ["supernet", "train_cifar"])
+@pytest.mark.parametrize("script", ["supernet", "train_cifar", "image_stream"])
 def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path):
     command = [sys.executable, "benchmarks/all.py", "--quick", "--rounds", "2", "--device", "cpu", "--only", script]
     kept = {"gan": {"cuda": json_result("step", "1.5")}, script: {"cuda": json_result("other", "2.5")}}
@@ -251,10 +251,11 @@ def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path)
     subprocess.run([*command, "--output_dir", tmp_path], cwd=ROOT, check=True, capture_output=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["gan"] == kept["gan"] and results[script]["cuda"] == kept[script]["cuda"]
-    rows = results[script]["cpu"]["rows"]
-    assert rows and all(float(row["GFLOP"]) > 0 and float(row["ratio"].split()[0]) > 0 for row in rows)
+    rows, figures = results[script]["cpu"]["rows"], results[script]["cpu"]["figures"]
+    assert all(float(row["GFLOP"]) > 0 and float(row["ratio"].split()[0]) > 0 for row in rows)
+    assert bool(rows) == (script != "image_stream") and figures
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.index("GAN: one D + G step") < text.index(rows[0]["work"])
+    assert all(text.index("GAN: one D + G step") < text.index(figure["what"]) for figure in figures)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["RESULTS.md", "results.json"]
     direct = subprocess.run(
         [sys.executable, f"benchmarks/{script}.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True

@@ -277,7 +277,7 @@ LAYERS = [
     {"gan", "generate_archs", "train_cifar", "train_imagenet", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
     {"benchmarks.common", "benchmarks.plain_gan", "benchmarks.plain_images"},
-    {"benchmarks.gan", "benchmarks.supernet", "benchmarks.startup"},
+    {"benchmarks.gan", "benchmarks.supernet", "benchmarks.image_stream", "benchmarks.startup"},
     {"benchmarks.generate", "benchmarks.train_cifar"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
