@@ -80,6 +80,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1997)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--tf32", action="store_true", help="TF32 in matrix products on CUDA, as in convolutions there")
     group.add_argument("--output_dir", help="folder for everything the run writes (default: runs/<script>-<time>)")
 
 
@@ -151,12 +152,21 @@ def prepare(args: argparse.Namespace) -> torch.device:
     with user_input("--device"):
         device = select_device(args.device)
     if args.output_dir:
-        there = next(path for path in (Path(args.output_dir), *Path(args.output_dir).parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            fail(f"--output_dir: expected a folder that can be written to, got {args.output_dir}")
+        with user_input("--output_dir"):
+            check_writable(args.output_dir)
+    if args.tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     set_seed(args.seed)
     return device
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise ValueError when a folder is not there and cannot be made, or cannot be written to. Makes nothing."""
+    path = Path(folder).absolute()
+    there = next(path for path in (path, *path.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"expected a folder that can be written to, got {folder}")
 
 
 # ----------------------------------------------------------------------------------------------- random numbers

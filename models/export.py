@@ -13,7 +13,6 @@ is left out.
 import importlib.util
 import io
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from genotypes import Genotype
 from models.network import CifarNetwork, ImageNetNetwork, Network
-from utils import atomic_file, write_json
+from utils import atomic_file, check_writable, write_json
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}
@@ -36,9 +35,7 @@ def check_export(path: str) -> None:
     missing = [name for name in PACKAGES[suffix] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{suffix} needs packages: pip install {' '.join(missing)}")
-    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {folder} is no folder that may be written to")
+    check_writable(Path(path).parent)
 
 
 def described_in(path: Path) -> Path:

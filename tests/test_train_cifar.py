@@ -263,7 +263,7 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
         (["--evaluate", "RUN", "missing.pt"], "no such checkpoint"),
         (["--evaluate", "RUN", "--voting", "loud"], "--voting"),
         (["--evaluate", "RUN", "--voting", "soft"], "--voting: needs --evaluate with several"),
-        (["--evaluate", "RUN", "--export", "RUN/config.json/x.pt2"], "config.json is no folder"),
+        (["--evaluate", "RUN", "--export", "RUN/config.json/x.pt2"], "--export: expected a folder"),
         (["--accumulate", 3], "--batch_size: expected at least 2 for each of 3 equal parts"),
         (["--accumulate", 8], "--batch_size: expected at least 2 for each of 8 equal parts"),
         (["--optimizer", "adam"], "--optimizer"),
