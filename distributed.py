@@ -55,6 +55,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
+def processes() -> str:
+    """How many there are, in words."""
+    return "1 process" if world() == 1 else f"{world()} processes"
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0

@@ -392,7 +392,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         print(
             f"{args.arch}: {params / 1e6:.3f} M parameters, {macs / 1e6:.1f} M MACs; {len(images)} training, "
             f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, "
-            f"{distributed.world()} {'process' if distributed.world() == 1 else 'processes'} on {device}: {folder}"
+            f"{distributed.processes()} on {device}: {folder}"
         )
 
     def after_epoch(epoch: int, values: dict) -> None:

@@ -310,7 +310,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(
             f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
-            f"{len(stream)} steps an epoch, {distributed.world()} processes on {device}: {folder}",
+            f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}",
             flush=True,
         )
     forward = wrap(network, args)

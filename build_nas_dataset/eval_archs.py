@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
     if log:
         print(
             f"{len(candidates)} candidates, {done} of them done; {len(images)} training images, ranked on "
-            f"{len(held_out)} held-out ones, {distributed.world()} process(es) on {device}: {folder}"
+            f"{len(held_out)} held-out ones, {distributed.processes()} on {device}: {folder}"
         )
     trained = sum(rounds_done(results, key) for key in results)
     for k, (n, epochs) in enumerate(rounds):
