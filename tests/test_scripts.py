@@ -235,7 +235,7 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
         ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
         ("generate_archs.py --checkpoint GAN --supernet GAN", "expected a supernet weights checkpoint"),
         ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
-        ("gan.py --resume GAN/generator.pt", "it lacks discriminator, optimizers"),
+        ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
         ("gan.py --n_epochs 10", "more than the --warmup_epochs"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),

@@ -244,7 +244,7 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
     path = tmp_path / "network.safetensors"
     train("--evaluate", run[0], "--export", path, "--output_dir", tmp_path, "--device", "cpu")
     assert str(path) in capsys.readouterr().out
-    known = json.loads(path.with_suffix(".json").read_text())
+    known = json.loads((tmp_path / "network.safetensors.json").read_text())
     assert known["classes"] == ["dark", "light"]
     args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
     test = train_cifar.load_data(args, torch.device("cpu"))[2]
