@@ -58,7 +58,10 @@ class Predictor(nn.Module):
         """The predictor of a GAN checkpoint. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("predictor", "predictor_config"))
         predictor = cls(**checkpoint["predictor_config"], space=space)
-        predictor.load_state_dict(checkpoint["predictor"])
+        try:
+            predictor.load_state_dict(checkpoint["predictor"])
+        except RuntimeError as error:  # of an older version
+            raise ValueError(f"{path} holds another predictor than this version's: {error}") from None
         return predictor.requires_grad_(False).to(device)
 
     @torch.no_grad()

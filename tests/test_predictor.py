@@ -59,3 +59,12 @@ def test_a_checkpoint_gives_back_the_predictor(predictor, tmp_path):
     loaded = Predictor.from_checkpoint(tmp_path / "checkpoint.pt")
     assert np.array_equal(loaded.quantiles(POOL), predictor.quantiles(POOL))
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_predictor_of_an_older_version_is_refused_by_name(predictor, tmp_path):
+    weights = predictor.state_dict()
+    del weights["error"]
+    state = {"predictor": weights, "predictor_config": predictor.config}
+    save_checkpoint(tmp_path / "old.pt", "gan", state)
+    with pytest.raises(ValueError, match=r"old\.pt holds another predictor"):
+        Predictor.from_checkpoint(tmp_path / "old.pt")
