@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
+from cuda_graphs import Recorded
 from genotypes import NAG_SPACE, Genotype
 from metrics import cell_statistics, generation_metrics, label_probabilities, obtained_classes, tau
 from models.discriminator import Discriminator
@@ -46,10 +47,13 @@ from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    add_cuda_graphs_flag,
     cosine,
     derive_seed,
     load_checkpoint,
+    load_optimizer,
     number,
+    on_device,
     output_folder,
     parse_resumable,
     prepare,
@@ -101,6 +105,8 @@ FOR_SAMPLING = (
     "objectives",
     "epoch",
 )
+
+Request = tuple[Tensor, Tensor, tuple[Tensor, ...] | None]  # what cells are generated from: z, labels, noise
 
 HELD_OUT = 0.1  # share of the NAS dataset that the predictor is measured on
 PREDICTOR_EPOCHS = 20
@@ -189,81 +195,122 @@ def obedience(cells: tuple[CellBatch, ...], labels: Tensor, objectives: list[dic
     return rewards.to(labels.device)
 
 
-def train_epoch(
-    generator, reference, discriminator, predictor, optimizers, data: TrainingData, args, epoch: int
-) -> dict[str, float]:
-    """One pass over the NAS dataset. Returns the means of losses and scores.
+class Trainer:
+    """The networks of a run, their optimizers, and an epoch of training.
 
-    reference: the generator at the end of the warm-up; None where --kl_weight is 0.
+    reference: the generator as the warm-up left it; None where --kl_weight is 0.
+    The parts of a step that are functions of tensors are recorded on CUDA, where their kernels are small and many.
     """
-    device = data.labels.device
-    set_seed(derive_seed(args.seed, epoch))  # dropout
-    noise_source = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
-    steps = len(data) // args.batch_size  # an incomplete last batch is dropped
-    order = torch.randperm(len(data), generator=noise_source, device=device)[: steps * args.batch_size]
-    judged = epoch >= args.warmup_epochs
-    adversarial, control = judged and args.adversarial_weight > 0, judged and args.control_weight > 0
-    history: dict[str, list[Tensor]] = {}
-    generator.train()
-    discriminator.train()
 
-    def generate(hard: bool, temperature: float) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
-        """Cells with fresh noise and labels: cells, labels, z."""
-        z, noise = generator.draw_noise(args.batch_size, noise_source, temperature)
-        labels = data.random_labels(args.batch_size, noise_source)
-        cells = generator(z, labels, noise)
-        return tuple(batch.straight_through() for batch in cells) if hard else cells, labels, z
+    def __init__(self, generator, reference, discriminator, predictor, optimizers, data: TrainingData, args):
+        self.generator, self.reference, self.discriminator = generator, reference, discriminator
+        self.predictor, self.optimizers, self.data, self.args = predictor, optimizers, data, args
+        recorded = Recorded if data.labels.is_cuda and args.cuda_graphs else lambda function: function
+        self.draw = recorded(self._draw)
+        self.update_discriminator = recorded(self._update_discriminator)
+        # Of the warm-up, and of the epochs after it: other terms, so another graph.
+        self.update_generator = recorded(self._update_generator), recorded(self._update_generator)
 
-    def record(**values: Tensor) -> None:
-        for name, value in values.items():
-            history.setdefault(name, []).append(value.detach())
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the NAS dataset. Returns the means of losses and scores."""
+        args, data = self.args, self.data
+        set_seed(derive_seed(args.seed, epoch))  # dropout
+        source = torch.Generator(data.labels.device).manual_seed(derive_seed(args.seed, epoch, 1))
+        steps = len(data) // args.batch_size  # an incomplete last batch is dropped
+        order = torch.randperm(len(data), generator=source, device=source.device)[: steps * args.batch_size]
+        judged = epoch >= args.warmup_epochs
+        adversarial, control = judged and args.adversarial_weight > 0, judged and args.control_weight > 0
+        history: dict[str, list[Tensor]] = {}
+        self.generator.train()
+        self.discriminator.train()
 
-    for step, index in enumerate(progress_bar(order.split(args.batch_size), desc=f"epoch {epoch + 1}")):
-        done = epoch * steps + step
-        if args.lr_schedule == "cosine":
-            for optimizer in optimizers.values():
-                set_lr(optimizer, cosine(done, args.n_epochs * steps, args.lr))
-        real, real_labels = tuple(cells[index] for cells in data.cells), data.labels[index]
-        if adversarial:
-            with torch.no_grad():
-                fake, labels, _ = generate(args.straight_through, args.temperature)
-            d_loss, real_score, fake_score = discriminator_loss(discriminator, real, real_labels, fake, labels)
-            update(optimizers["discriminator"], d_loss, args.clip_value)
-            record(d_loss=d_loss, real_score=real_score, fake_score=fake_score)
+        def request(temperature: float) -> Request:
+            z, noise = self.generator.draw_noise(args.batch_size, source, temperature)
+            return z, data.random_labels(args.batch_size, source), noise
 
-        if (done + 1) % args.n_critic == 0:
-            loss = torch.zeros((), device=device)
+        def record(values: dict[str, Tensor]) -> None:
+            for name, value in values.items():
+                history.setdefault(name, []).append(value.clone())
+
+        for step, index in enumerate(progress_bar(order.split(args.batch_size), desc=f"epoch {epoch + 1}")):
+            done = epoch * steps + step
+            if args.lr_schedule == "cosine":
+                for optimizer in self.optimizers.values():
+                    set_lr(optimizer, cosine(done, args.n_epochs * steps, args.lr))
+            real = tuple(cells[index] for cells in data.cells), data.labels[index]
             if adversarial:
-                fake, labels, _ = generate(args.straight_through, args.temperature)
-                discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
-                scores = discriminator(fake, labels)
-                discriminator.requires_grad_(True)
-                g_loss = F.mse_loss(scores, torch.ones_like(scores))
-                loss = loss + args.adversarial_weight * g_loss
-                record(g_loss=g_loss)
-            if args.likelihood_weight or control:
-                z, _ = generator.draw_noise(args.batch_size, noise_source, temperature=0)
-                given, given_labels, weight = real, real_labels, torch.full_like(z[:, 0], args.likelihood_weight)
-                if control:  # policy gradient: what was drawn and obeys better than the rest becomes likelier
-                    with torch.no_grad():
-                        drawn, labels, drawn_z = generate(hard=True, temperature=1.0)
-                    reward = obedience(drawn, labels, data.objectives, predictor)
-                    record(reward=reward.mean())
-                    given = tuple(CellBatch.cat(pair) for pair in zip(real, drawn, strict=True))
-                    given_labels, z = torch.cat([real_labels, labels]), torch.cat([z, drawn_z])
-                _, likelihood = generator.follow(z, given_labels, given)  # one pass for both
+                record(self.update_discriminator(real, request(args.temperature)))
+            if (done + 1) % args.n_critic == 0:
+                judged_request = request(args.temperature) if adversarial else None
+                z, controlled = None, None
+                if args.likelihood_weight or control:
+                    z, _ = self.generator.draw_noise(args.batch_size, source, temperature=0)
                 if control:
-                    if reference is not None:
-                        with torch.no_grad():
-                            _, before = reference.follow(drawn_z, labels, drawn)
-                        divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
-                        reward = reward - args.kl_weight * divergence
-                        record(divergence=divergence.mean())
-                    weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
-                loss = loss - (weight * likelihood).sum() / args.batch_size
-                record(nll=-likelihood[: args.batch_size].mean())
-            update(optimizers["generator"], loss, args.clip_value)
-    return {name: torch.stack(values).mean().item() for name, values in history.items()}
+                    asked = request(1.0)
+                    drawn, before = self.draw(*asked)
+                    reward = obedience(drawn, asked[1], data.objectives, self.predictor)
+                    controlled = drawn, asked[1], asked[0], reward, before
+                record(self.update_generator[judged](real, z, judged_request, controlled))
+        return {name: torch.stack(values).mean().item() for name, values in history.items()}
+
+    def _generate(self, z: Tensor, labels: Tensor, noise, hard: bool) -> tuple[CellBatch, ...]:
+        cells = self.generator(z, labels, noise)
+        return tuple(batch.straight_through() for batch in cells) if hard else cells
+
+    @torch.no_grad()
+    def _draw(self, z: Tensor, labels: Tensor, noise) -> tuple[tuple[CellBatch, ...], Tensor | None]:
+        """Cells, and their log-likelihood under the reference (B,)."""
+        drawn = self._generate(z, labels, noise, hard=True)
+        return drawn, None if self.reference is None else self.reference.follow(z, labels, drawn)[1]
+
+    def _update_discriminator(self, real: tuple[tuple[CellBatch, ...], Tensor], request: Request) -> dict[str, Tensor]:
+        with torch.no_grad():
+            fake = self._generate(*request, self.args.straight_through)
+        loss, real_score, fake_score = discriminator_loss(self.discriminator, *real, fake, request[1])
+        update(self.optimizers["discriminator"], loss, self.args.clip_value)
+        return {"d_loss": loss.detach(), "real_score": real_score.detach(), "fake_score": fake_score.detach()}
+
+    def _update_generator(
+        self,
+        real: tuple[tuple[CellBatch, ...], Tensor],
+        z: Tensor | None,
+        judged: Request | None,
+        controlled: tuple[tuple[CellBatch, ...], Tensor, Tensor, Tensor, Tensor | None] | None,
+    ) -> dict[str, Tensor]:
+        """One step on all that the recipe asks for.
+
+        z: that real cells are made likelier for. judged: cells to generate for the discriminator.
+        controlled: cells that were drawn, their labels and z, their rewards and their likelihoods before.
+        """
+        args, values = self.args, {}
+        loss = torch.zeros((), device=self.data.labels.device)
+        if judged is not None:
+            fake = self._generate(*judged, args.straight_through)
+            self.discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
+            scores = self.discriminator(fake, judged[1])
+            self.discriminator.requires_grad_(True)
+            g_loss = F.mse_loss(scores, torch.ones_like(scores))
+            loss = loss + args.adversarial_weight * g_loss
+            values["g_loss"] = g_loss
+        if z is not None:
+            given, given_labels = real
+            weight = torch.full_like(z[:, 0], args.likelihood_weight)
+            if controlled is not None:
+                drawn, labels, drawn_z, reward, before = controlled
+                values["reward"] = reward.mean()
+                given = tuple(CellBatch.cat(pair) for pair in zip(given, drawn, strict=True))
+                given_labels, z = torch.cat([given_labels, labels]), torch.cat([z, drawn_z])
+            _, likelihood = self.generator.follow(z, given_labels, given)  # one pass for both
+            if controlled is not None:  # policy gradient: what obeys better than the rest becomes likelier
+                if before is not None:
+                    divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
+                    reward = reward - args.kl_weight * divergence
+                    values["divergence"] = divergence.mean()
+                weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
+            loss = loss - (weight * likelihood).sum() / args.batch_size
+            values["nll"] = -likelihood[: args.batch_size].mean()
+        update(self.optimizers["generator"], loss, args.clip_value)
+        return {name: value.detach() for name, value in values.items()}
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip_value: float) -> None:
@@ -341,6 +388,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval_every", type=size, default=5, help="epochs between evaluations of generated cells")
     add("--eval_size", type=size, default=300, help="genotypes drawn in an evaluation")
     add("--resume", help="run folder or checkpoint to go on with")
+    add_cuda_graphs_flag(parser)
     add_common_flags(parser)
 
 
@@ -359,7 +407,7 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     parser.set_defaults(**defaults)
     if parser.parse_args(argv).recipe == "robust":
         parser.set_defaults(**ROBUST)
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size")
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "cuda_graphs")
     args = parse_resumable(parser, argv, "gan", may_change, ("reference", "discriminator", "optimizers", *FOR_SAMPLING))
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
@@ -412,6 +460,12 @@ def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...]) -> tu
     return generator, discriminator
 
 
+def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    on_gpu = {"fused": True, "capturable": True} if parameters[0].is_cuda else {}
+    return torch.optim.Adam(parameters, on_device(args.lr, parameters[0].device), (args.b1, args.b2), **on_gpu)
+
+
 def main(args: argparse.Namespace) -> None:
     objectives = {name: getattr(args, OBJECTIVES[name][0]) for name in args.objectives}
     device = prepare(args)
@@ -422,7 +476,7 @@ def main(args: argparse.Namespace) -> None:
 
     generator, discriminator = (network.to(device) for network in build_networks(args, data.num_classes))
     optimizers = {
-        name: torch.optim.Adam(network.parameters(), args.lr, (args.b1, args.b2), fused=device.type == "cuda")
+        name: build_optimizer(network, args)
         for name, network in (("generator", generator), ("discriminator", discriminator))
     }
     reference = copy.deepcopy(generator).requires_grad_(False).eval() if args.kl_weight else None
@@ -437,13 +491,14 @@ def main(args: argparse.Namespace) -> None:
         if reference is not None:
             reference.load_state_dict(state["reference"])
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer(optimizer, state["optimizers"][name])
         start_epoch = state["epoch"]
         predictor = Predictor.from_checkpoint(args.resume, device)
         predictor_tau = state["predictor_tau"]
     else:
         predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
 
+    trainer = Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
@@ -455,7 +510,7 @@ def main(args: argparse.Namespace) -> None:
         started = time.monotonic()
         if reference is not None and epoch - 1 == args.warmup_epochs:
             reference.load_state_dict(generator.state_dict())
-        values = train_epoch(generator, reference, discriminator, predictor, optimizers, data, args, epoch - 1)
+        values = trainer.train_epoch(epoch - 1)
         seconds = time.monotonic() - started
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)", flush=True)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import and_
 from pathlib import Path
 
 
@@ -139,11 +140,11 @@ class CellSpec:
         """
         size, inputs = self.num_vertices, self.space.num_inputs
         reached = [v < inputs for v in range(size)]  # from an input
-        for dst in range(inputs, size):
-            reached[dst] = any(reached[src] for src in self.predecessors(dst))
+        for dst, column in enumerate(zip(*self.matrix, strict=True)):
+            reached[dst] = reached[dst] or any(map(and_, column, reached))
         needed = [v == size - 1 for v in range(size)]  # by the output
         for src in reversed(range(size - 1)):
-            needed[src] = any(needed[dst] for dst in range(src + 1, size) if self.matrix[src][dst])
+            needed[src] = any(map(and_, self.matrix[src], needed))
         if not reached[-1]:
             return None
         keep = [v for v in range(size) if v < inputs or (reached[v] and needed[v])]

@@ -35,6 +35,7 @@ from models.network import CifarNetwork, genotype_cost
 from training import (
     ADABELIEF_DECAY,
     ADABELIEF_LR,
+    Step,
     add_step_flags,
     check_step_flags,
     check_sync_bn,
@@ -42,7 +43,6 @@ from training import (
     own_part,
     train_steps,
     vote,
-    wrap,
 )
 from training import build_optimizer as make_optimizer
 from utils import (
@@ -56,6 +56,7 @@ from utils import (
     explicit_flags,
     fail,
     load_checkpoint,
+    load_optimizer,
     number,
     output_folder,
     parse_resumable,
@@ -104,20 +105,20 @@ def train(
     after_epoch(epochs_done, values): called after each epoch with its mean loss, training accuracy and so on.
     """
     optimizer = optimizer or build_optimizer(network, args)
-    forward = wrap(network, args)
+    step = Step(network, optimizer, args, device)
     values = {}
     for epoch in range(start_epoch, args.epochs):
         started = time.monotonic()
-        values = train_epoch(network, forward, optimizer, images, args, epoch, device)
-        values |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        values = train_epoch(step, images, args, epoch, device)
+        values |= {"lr": float(optimizer.param_groups[0]["lr"]), "seconds": time.monotonic() - started}
         after_epoch(epoch + 1, values)
     return values
 
 
-def train_epoch(network, forward, optimizer, images: ImageSet, args, epoch: int, device) -> dict[str, float]:
+def train_epoch(step: Step, images: ImageSet, args, epoch: int, device) -> dict[str, float]:
     """One epoch over the training images. Returns mean loss and training accuracy.
 
-    forward: the network, or its wrapped form. Every random stream starts anew from the seed and the epoch.
+    Every random stream starts anew from the seed and the epoch.
     """
     set_seed(derive_seed(args.seed, epoch, 0, distributed.rank()))  # dropout and drop path: one stream a process
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
@@ -126,17 +127,12 @@ def train_epoch(network, forward, optimizer, images: ImageSet, args, epoch: int,
     progress = torch.arange(first + 1, first + steps + 1, device=device) / all_steps  # a number would be compiled in
     part = distributed.share(args.batch_size)
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    return train_steps(
-        network,
-        forward,
-        optimizer,
-        ((x[part], labels[part]) for x, labels in batches),
-        progress,
-        lambda step: cosine(first + step, all_steps, args.lr_max, args.lr_min),
-        args,
-        device,
-        title=f"epoch {epoch + 1}",
-    )
+    own_parts = ((x[part], labels[part]) for x, labels in batches)
+
+    def learning_rate(step: int) -> float:
+        return cosine(first + step, all_steps, args.lr_max, args.lr_min)
+
+    return train_steps(step, own_parts, progress, learning_rate, f"epoch {epoch + 1}")
 
 
 def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp: str = "auto") -> float:
@@ -236,7 +232,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--voting", default="hard", choices=["hard", "soft"], help="of several: majority, or mean of logits")
     add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
-    may_change = ("data", "cache_dir", "epochs", "eval_every", "save_every", "eval_batch_size", "compile", "accumulate")
+    may_change = (
+        "data",
+        "cache_dir",
+        "epochs",
+        "eval_every",
+        "save_every",
+        "eval_batch_size",
+        "compile",
+        "cuda_graphs",
+        "accumulate",
+    )
     args = parse_resumable(parser, argv, "cifar", may_change)
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
@@ -379,7 +385,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if state["epoch"] > args.epochs:
             fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         start_epoch, seconds = state["epoch"], state["seconds"]
 
     folder = output_folder(args)

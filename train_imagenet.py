@@ -31,12 +31,12 @@ from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import (
     ADABELIEF_DECAY,
     ADABELIEF_LR,
+    Step,
     add_step_flags,
     build_optimizer,
     check_step_flags,
     check_sync_bn,
     train_steps,
-    wrap,
 )
 from training import evaluate as evaluate_network
 from utils import (
@@ -48,6 +48,7 @@ from utils import (
     explicit_flags,
     fail,
     load_checkpoint,
+    load_optimizer,
     number,
     output_folder,
     parse_resumable,
@@ -86,19 +87,17 @@ def optimizer_for(network: ImageNetNetwork, args: argparse.Namespace) -> torch.o
     return build_optimizer(args.optimizer, network, args.lr, args.momentum, args.l2_reg, decoupled=True)
 
 
-def train_epoch(network, forward, optimizer, stream: TrainStream, args, epoch: int, device) -> dict[str, float]:
+def train_epoch(step: Step, stream: TrainStream, args, epoch: int, device) -> dict[str, float]:
     """One epoch over the training images. Returns mean loss, training accuracy and the share of time without data.
 
-    forward: the network, or its wrapped form. Every random stream starts anew from the seed and the epoch.
+    Every random stream starts anew from the seed and the epoch.
     """
     started, waited = time.monotonic(), stream.waited
     set_seed(derive_seed(args.seed, epoch, stream.rank))  # dropout and drop path
     steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
     progress = torch.arange(epoch * steps + 1, (epoch + 1) * steps + 1, device=device) / (args.epochs * steps)
     batches, title = readable(stream, epoch, device), f"epoch {epoch + 1}"
-    values = train_steps(
-        network, forward, optimizer, batches, progress, lambda step: lr, args, device, args.label_smooth, title
-    )
+    values = train_steps(step, batches, progress, lambda _: lr, title)
     seconds = time.monotonic() - started
     return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
 
@@ -184,7 +183,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test accuracy")
     add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
-    may_change = ("data", "workers", "decoder", "eval_batch_size", "compile")
+    may_change = ("data", "workers", "decoder", "eval_batch_size", "compile", "cuda_graphs")
     args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best"))
     if args.export and not args.evaluate:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
@@ -279,7 +278,7 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
         if len(train) != state["training_images"]:
             raise ValueError(f"{len(train)} training images, the run to resume has {state['training_images']}")
     network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"])
     return network, optimizer, {name: state[name] for name in ("epoch", "seconds", "best")}
 
 
@@ -313,9 +312,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}",
             flush=True,
         )
-    forward = wrap(network, args)
+    step = Step(network, optimizer, args, device, args.label_smooth)
     for epoch in range(reached["epoch"], args.epochs):
-        values = train_epoch(network, forward, optimizer, stream, args, epoch, device)
+        values = train_epoch(step, stream, args, epoch, device)
         if not math.isfinite(values["loss"]):
             fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
         selected = accuracy(network, selecting, device, args.amp)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+from cuda_graphs import Recorded
 from images import ImageSet
 from models.network import Network
-from utils import autocast, fail, number, progress_bar, set_lr
+from utils import add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr
 
 ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
 ADABELIEF_EPSILON = 1e-8
@@ -37,6 +38,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
     add("--amp", default="auto", choices=["auto", "off", "bf16"])
     add("--compile", action="store_true", help="torch.compile the network for training")
+    add_cuda_graphs_flag(parser)
 
 
 def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -63,8 +65,9 @@ def build_optimizer(
     """name: "sgd" or "adabelief". decoupled: of AdaBelief's weight decay. momentum: of SGD."""
     parameters = list(network.parameters())
     if name == "sgd":
-        fused = parameters[0].is_cuda
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        on_gpu = {"fused": True} if parameters[0].is_cuda else {}
+        lr = on_device(lr, parameters[0].device)
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, **on_gpu)
     from pytorch_optimizer import AdaBelief  # imported late: an optional package
 
     return AdaBelief(
@@ -96,37 +99,59 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------- steps
 
 
+class Step:
+    """A step of training: the gradients of a batch, clipped, and the optimizer's update.
+
+    On CUDA it is replayed as a graph, but among several processes and with optimizers that compute on the host.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace,
+        device: torch.device,
+        label_smoothing: float = 0.0,
+    ):
+        self.network, self.optimizer, self.args, self.device = network, optimizer, args, device
+        self.label_smoothing = label_smoothing
+        self.forward = wrap(network, args)
+        on_host = not isinstance(optimizer, torch.optim.SGD) or distributed.world() > 1
+        self.run = Recorded(self._run) if device.type == "cuda" and args.cuda_graphs and not on_host else self._run
+
+    def __call__(self, x: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
+        """See accumulate_gradients."""
+        return self.run(x, labels, progress)
+
+    def _run(self, x: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        totals = accumulate_gradients(self.forward, x, labels, progress, self.args, self.device, self.label_smoothing)
+        if self.args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.args.grad_clip)
+        self.optimizer.step()
+        return totals
+
+
 def train_steps(
-    network: Network,
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: Step,
     batches: Iterable[tuple[Tensor, Tensor]],
     progress: Tensor,
     learning_rate: Callable[[int], float],
-    args: argparse.Namespace,
-    device: torch.device,
-    label_smoothing: float = 0.0,
     title: str = "",
 ) -> dict[str, float]:
     """One epoch. Returns the mean loss and the training accuracy over all processes.
 
-    forward: the network as `wrap` gives it.
     batches: this process's part of each step's batch, (x (B, 3, S, S), labels (B,)).
     progress: (steps,) of the whole run, for drop path.
     learning_rate: of a step within the epoch, from 0.
     """
-    steps = len(progress)
-    totals = torch.zeros(2, device=device)
-    network.train()
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=title)):
-        set_lr(optimizer, learning_rate(step))
-        optimizer.zero_grad()
-        totals += accumulate_gradients(forward, x, labels, progress[step], args, device, label_smoothing)
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), args.grad_clip)
-        optimizer.step()
-    distributed.average_buffers(network)
-    loss, accuracy = (distributed.sum_over_ranks(totals) / (steps * distributed.world())).tolist()
+    totals = torch.zeros(2, device=step.device)
+    step.network.train()
+    for i, (x, labels) in enumerate(progress_bar(batches, total=len(progress), desc=title)):
+        set_lr(step.optimizer, learning_rate(i))
+        totals += step(x, labels, progress[i])
+    distributed.average_buffers(step.network)
+    loss, accuracy = (distributed.sum_over_ranks(totals) / (len(progress) * distributed.world())).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
 
 

@@ -84,6 +84,12 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", help="folder for everything the run writes (default: runs/<script>-<time>)")
 
 
+def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
+    """For scripts whose steps are Recorded."""
+    text = "launch a step's kernels one by one, on CUDA: several times slower, the same numbers"
+    parser.add_argument("--no-cuda_graphs", dest="cuda_graphs", action="store_false", help=text)
+
+
 def parse_resumable(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
@@ -318,9 +324,28 @@ def cosine(step: int, steps: int, high: float, low: float = 0.0) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
 
 
+def on_device(lr: float, device: torch.device) -> float | torch.Tensor:
+    """A learning rate for an optimizer: on CUDA a tensor, so that recorded steps see it change (see Recorded)."""
+    return torch.tensor(lr, device=device) if device.type == "cuda" else lr
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
+    own = [
+        {name: group[name] for name in ("lr", "fused", "foreach", "capturable") if name in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def autocast(amp: str, device: torch.device):

@@ -86,18 +86,19 @@ class Step:
         self.predictor = Predictor(1).to(device).requires_grad_(False)
         self.predictor.error.fill_(0.2)
         self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), self.args.lr, fused=device.type == "cuda")
+            name: gan.build_optimizer(network, self.args)
             for name, network in (("generator", self.generator), ("discriminator", self.discriminator))
         }
         columns = [[genotype[name] for genotype in genotypes] for name in NAG_SPACE.cells]
         self.cells = tuple(CellBatch.encode(column, 10, device=device) for column in columns)
         retrace(self.generator, self.cells)
+        self.run = self.runs_with(self.generator, self.discriminator)
 
-    def run(self, generator=None, discriminator=None) -> None:
-        generator = generator or self.generator
+    def runs_with(self, generator: torch.nn.Module, discriminator: torch.nn.Module) -> Run:
         reference = generator if self.args.kl_weight else None  # costs as much as a copy of other weights
-        judges = reference, discriminator or self.discriminator, self.predictor
-        gan.train_epoch(generator, *judges, self.optimizers, self.data, self.args, self.args.warmup_epochs)
+        networks = generator, reference, discriminator, self.predictor
+        trainer = gan.Trainer(*networks, self.optimizers, self.data, self.args)
+        return lambda: trainer.train_epoch(self.args.warmup_epochs)
 
     def run_discriminator(self) -> None:
         """The discriminator's part of a step of the paper's recipe: its own update, and its verdict in the other."""
@@ -144,16 +145,15 @@ def step_builds(recipe: str, genotypes, records, args, device) -> tuple[Build, d
 
     def plain() -> Run:
         step = Step(recipe, genotypes, records, args, device)
-        networks = PlainGenerator(step.generator), PlainDiscriminator(step.discriminator)
-        return lambda: step.run(*networks)
+        step.args.cuda_graphs = False
+        return step.runs_with(PlainGenerator(step.generator), PlainDiscriminator(step.discriminator))
 
     def float32() -> Run:
         return Step(recipe, genotypes, records, args, device).run
 
     def bf16() -> Run:
         step = Step(recipe, genotypes, records, args, device)
-        networks = Autocast(step.generator, device), Autocast(step.discriminator, device)
-        return lambda: step.run(*networks)
+        return step.runs_with(Autocast(step.generator, device), Autocast(step.discriminator, device))
 
     return plain, {"float32": float32, "bf16": bf16}
 

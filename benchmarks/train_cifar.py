@@ -24,6 +24,7 @@ from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_
 from benchmarks.supernet import random_images
 from genotypes import GENOTYPES
 from images import train_batches
+from training import Step
 
 
 def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:
@@ -53,7 +54,8 @@ def comparison(args: argparse.Namespace, device: torch.device) -> Comparison:
         own = flags_of(args, amp)
         net = network(own)
         optimizer = train_cifar.build_optimizer(net, own)
-        return lambda: train_cifar.train_epoch(net, net, optimizer, images, own, 0, device)
+        step = Step(net, optimizer, own, device)
+        return lambda: train_cifar.train_epoch(step, images, own, 0, device)
 
     builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
     work = f"training step of NAG_HIGH_ACC, {flags.layers} layers, {flags.channels} channels, batch {flags.batch_size}"

@@ -37,6 +37,7 @@ from utils import (
     derive_seed,
     fail,
     load_checkpoint,
+    load_optimizer,
     number,
     output_folder,
     parse_resumable,
@@ -205,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         state = load_checkpoint(args.resume, "supernet")
         supernet.load_state_dict(state["supernet"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scores, epochs_done, seconds = state["scores"], state["epoch"], state["seconds"]
 
     folder = output_folder(args)

@@ -47,6 +47,7 @@ from utils import (
     add_common_flags,
     fail,
     load_checkpoint,
+    load_optimizer,
     number,
     output_folder,
     parse_resumable,
@@ -125,7 +126,7 @@ def train_candidate(
         with user_input("--resume"):
             state = load_checkpoint(weights[0], "candidate", ("network", "optimizer", "epoch"))
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         start_epoch = state["epoch"]
     values = train(network, images, args, device, optimizer, start_epoch)
     measured = accuracy(network, held_out, args.eval_batch_size, args.amp)

@@ -312,17 +312,14 @@ def genotype_cost(
     width, size = 3 * channels, image_size
     cost = Cost(27 * width + 2 * width, 27 * width * size**2)
     c_prev_prev, c_prev, halve_first = width, width, False
-    costs = {}  # most cells of a stack are alike
+    normal, reduced = CellCounts.of(pruned.normal, False), CellCounts.of(pruned.reduction, True)
     for layer in range(3 * layers + 2):
         reduction = is_reduction(layer, layers)
         channels = channels * 2 if reduction else channels
-        spec = pruned.reduction if reduction else pruned.normal
-        shape = (c_prev_prev, c_prev, channels, reduction, halve_first, size)
-        if shape not in costs:
-            costs[shape] = cell_cost(spec, *shape)
-        cost += costs[shape]
+        cell = reduced if reduction else normal
+        cost += cell.cost(c_prev_prev, c_prev, channels, reduction, halve_first, size)
         size = (size + 1) // 2 if reduction else size
-        c_prev_prev, c_prev, halve_first = c_prev, channels * len(spec.predecessors(spec.num_vertices - 1)), reduction
+        c_prev_prev, c_prev, halve_first = c_prev, channels * cell.outputs, reduction
     return cost.params + (c_prev + 1) * num_classes, cost.macs + c_prev * num_classes
 
 
@@ -334,26 +331,47 @@ class Cost(NamedTuple):
         return Cost(self.params + other.params, self.macs + other.macs)
 
 
-def cell_cost(
-    spec: CellSpec, c_prev_prev: int, c_prev: int, channels: int, reduction: bool, halve_first: bool, size: int
-) -> Cost:
-    """Cost of one Cell whose second input has size x size pixels."""
-    half = (size + 1) // 2
+class CellCounts(NamedTuple):
+    """What of a cell decides its cost.
 
-    def pointwise(c_in: int, pixels: int) -> Cost:  # 1x1 convolution and batch norm; also a FactorizedReduce
-        return Cost(c_in * channels + 2 * channels, c_in * channels * pixels)
+    reads: of each cell input, whether anything does. reduces: FactorizedReduce modules, those of strided identities
+    included. convs3, convs5: separable convolutions. outputs: states that the output concatenates.
+    """
 
-    cost = Cost(0, 0)
-    for v, c_in in enumerate((c_prev_prev, c_prev)):
-        if any(spec.matrix[v]) and (c_in != channels or (v == 0 and halve_first)):
-            cost += pointwise(c_in, size**2)
-    for v in range(spec.space.num_inputs, spec.num_vertices):
-        for _ in halved_inputs(spec, v, reduction):
-            cost += pointwise(channels, half**2)
-        if spec.ops[v].startswith("seqconv"):
-            kernel, pixels = int(spec.ops[v][-1]), (half if reduction else size) ** 2
-            depthwise = Cost(kernel**2 * channels, kernel**2 * channels * pixels)
-            cost += depthwise + depthwise + pointwise(channels, pixels) + pointwise(channels, pixels)
-        elif spec.ops[v] == "identity" and vertex_stride(spec, v, reduction) == 2:
-            cost += pointwise(channels, half**2)
-    return cost
+    reads: tuple[bool, ...]
+    reduces: int
+    convs3: int
+    convs5: int
+    outputs: int
+
+    @staticmethod
+    def of(spec: CellSpec, reduction: bool) -> "CellCounts":
+        inputs, reduces = spec.space.num_inputs, 0
+        predecessors = [spec.predecessors(v) for v in range(inputs, spec.num_vertices)]
+        if reduction:  # see vertex_stride and halved_inputs
+            for op, sources in zip(spec.ops[inputs:], predecessors, strict=True):
+                if op != spec.space.output and sources[-1] < inputs:
+                    reduces += op == "identity"
+                else:
+                    reduces += sum(p < inputs for p in sources)
+        return CellCounts(
+            tuple(any(row) for row in spec.matrix[:inputs]),
+            reduces,
+            spec.ops.count("seqconv3x3"),
+            spec.ops.count("seqconv5x5"),
+            len(predecessors[-1]),
+        )
+
+    def cost(self, c_prev_prev: int, c_prev: int, channels: int, reduction: bool, halve_first: bool, size: int) -> Cost:
+        """Of one Cell whose second input has size x size pixels."""
+        pixels = ((size + 1) // 2 if reduction else size) ** 2
+        pointwise = channels**2 + 2 * channels  # 1x1 convolution and batch norm; also a FactorizedReduce
+        depthwise = channels * (9 * self.convs3 + 25 * self.convs5)
+        convs = 2 * (self.convs3 + self.convs5)
+        params = 2 * depthwise + (convs + self.reduces) * pointwise
+        macs = (2 * depthwise + (convs + self.reduces) * channels**2) * pixels
+        for c_in, read, halve in zip((c_prev_prev, c_prev), self.reads, (halve_first, False), strict=True):
+            if read and (c_in != channels or halve):  # the input is brought to C channels
+                params += c_in * channels + 2 * channels
+                macs += c_in * channels * size**2
+        return Cost(params, macs)

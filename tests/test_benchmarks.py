@@ -129,7 +129,7 @@ def test_a_step_with_plain_networks_leaves_the_weights_of_one_with_fast_ones(rec
         for module in (module for network in networks for module in network.modules()):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        step.run(*((PlainGenerator(networks[0]), PlainDiscriminator(networks[1])) if plain else ()))
+        step.runs_with(*((PlainGenerator(networks[0]), PlainDiscriminator(networks[1])) if plain else networks))()
         weights.append([p.detach() for network in networks for p in network.parameters()])
     torch.manual_seed(0)
     untouched = gan.build_networks(step.args, (3,))[0].parameters()

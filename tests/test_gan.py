@@ -79,7 +79,7 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
         "8",
     ]
     flags += ["--n_epochs", "3", "--warmup_epochs", "1", "--adversarial_weight", "1", "--eval_size", "6"]
-    train_epoch = gan.train_epoch
+    train_epoch = gan.Trainer.train_epoch
 
     def stopped(*args):
         if args[-1] == 2:
@@ -87,7 +87,7 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
         return train_epoch(*args)
 
     gan.main(gan.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
-    monkeypatch.setattr(gan, "train_epoch", stopped)
+    monkeypatch.setattr(gan.Trainer, "train_epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         gan.main(gan.parse_args([*flags, "--output_dir", str(tmp_path / "part")]))
     monkeypatch.undo()

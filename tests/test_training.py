@@ -67,7 +67,8 @@ def test_every_step_has_its_own_learning_rate_and_clipped_gradients():
     )
     batches = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(3)]
     args = Namespace(**{**vars(FLAGS), "grad_clip": 1e-3})
-    training.train_steps(network, network, optimizer, batches, torch.ones(3), lambda step: 0.1 * step, args, CPU)
+    step = training.Step(network, optimizer, args, CPU)
+    training.train_steps(step, batches, torch.ones(3), lambda i: 0.1 * i)
     assert [lr for lr, _ in seen] == pytest.approx([0, 0.1, 0.2])
     assert [norm for _, norm in seen] == pytest.approx([1e-3] * 3, rel=1e-3)
 

@@ -1,0 +1,147 @@
+"""What CUDA adds: steps replayed as graphs, that never wait for the host. The numbers are those of step by step."""
+
+import argparse
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import gan
+import training
+from build_nas_dataset.records import Record
+from build_nas_dataset.sample import random_pool
+from cuda_graphs import Recorded, map_tensors, tensors_of
+from genotypes import GENOTYPES
+from models.graph import CellBatch
+from models.network import CifarNetwork, genotype_cost
+from utils import load_optimizer, set_lr, set_seed
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+GAN_FLAGS = {
+    "paper": ["--recipe", "paper", "--temperature", "1"],
+    "robust": ["--objectives", "accuracy,params"],
+    "all": ["--objectives", "accuracy,params", "--adversarial_weight", "1", "--g_dropout", "0.3", "--n_critic", "2"],
+}
+
+
+def test_tensors_are_found_in_tuples_dicts_and_dataclasses():
+    a, b, cells = torch.ones(2), torch.zeros(3), CellBatch.encode([GENOTYPES["NAG_HIGH_ACC"].normal])
+    value = {"a": a, "rest": (None, (cells, b))}
+    assert [id(t) for t in tensors_of(value)] == list(map(id, (a, cells.adj, cells.ops, cells.num_nodes, b)))
+    doubled = map_tensors(lambda tensor: 2 * tensor, value)
+    assert doubled["rest"][0] is None and torch.equal(doubled["rest"][1][0].adj, 2 * cells.adj)
+    assert torch.equal(doubled["a"], 2 * a) and torch.equal(a, torch.ones(2))
+    with pytest.raises(TypeError, match="got list"):
+        tensors_of([a])
+
+
+def test_an_optimizer_keeps_its_own_learning_rate_tensor_when_a_state_is_loaded():
+    def make(lr):
+        layer = nn.Linear(2, 2)
+        return layer, torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
+
+    (layer, other), (_, own) = make(0.1), make(torch.tensor(0.5))
+    layer(torch.ones(1, 2)).sum().backward()
+    other.step()
+    load_optimizer(own, other.state_dict())
+    assert own.param_groups[0]["lr"].item() == 0.5 and len(own.state) == 2
+    set_lr(own, 0.25)
+    assert own.param_groups[0]["lr"].item() == 0.25
+
+
+def trainer(name: str, **changes) -> gan.Trainer:
+    flags = ["--batch_size", "8", "--g_emb_size", "16", "--d_emb_size", "16", "--n_epochs", "3"]
+    args = gan.parse_args([*GAN_FLAGS[name], *flags])
+    args.warmup_epochs = min(args.warmup_epochs, 1)
+    vars(args).update(changes)
+    pool = random_pool(60, seed=3)
+    records = [Record(i, g, 0.1 + i / 100, *genotype_cost(g)) for i, g in enumerate(pool)]
+    data = gan.TrainingData(records, dict.fromkeys(args.objectives, 3), 10, torch.device("cuda"))
+    set_seed(0)
+    generator, discriminator = (network.to("cuda") for network in gan.build_networks(args, data.num_classes))
+    reference, _ = (network.to("cuda") for network in gan.build_networks(args, data.num_classes))
+    predictor, _ = gan.train_predictor(data, 8, 0)
+    networks = {"generator": generator, "discriminator": discriminator}
+    optimizers = {name: gan.build_optimizer(network, args) for name, network in networks.items()}
+    reference = reference.requires_grad_(False).eval() if args.kl_weight else None
+    return gan.Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", GAN_FLAGS)
+def test_a_recorded_gan_step_gives_the_numbers_of_the_step_itself(name):
+    recorded, plain = trainer(name), trainer(name, cuda_graphs=False)
+    for epoch in range(3):
+        ours, theirs = recorded.train_epoch(epoch), plain.train_epoch(epoch)
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert any(isinstance(step, Recorded) and step.graph is not None for step in recorded.update_generator)
+    for network in ("generator", "discriminator"):
+        a, b = getattr(recorded, network), getattr(plain, network)
+        for (key, value), other in zip(a.named_parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@contextmanager
+def no_waiting(allowed: int = 0):
+    """Fails when the host waits for the device more often than `allowed`."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    assert len(waits) <= allowed, waits
+
+
+@needs_cuda
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_an_epoch_of_the_gan_waits_for_the_device_at_its_end_only(cuda_graphs):
+    run = trainer("paper", cuda_graphs=cuda_graphs)
+    run.train_epoch(0)  # the first recorded step allocates
+    with no_waiting(allowed=4):  # the means of four losses and scores
+        run.train_epoch(1)
+
+
+def network_step(cuda_graphs: bool, amp: str) -> training.Step:
+    set_seed(0)
+    network = CifarNetwork(GENOTYPES["NAG_HIGH_ACC"], 10, layers=1, channels=8)
+    network = network.to("cuda", memory_format=torch.channels_last).train()
+    optimizer = training.build_optimizer("sgd", network, 0.1, momentum=0.9, weight_decay=3e-4)
+    flags = {"amp": amp, "accumulate": 2, "auxiliary_weight": 0.4, "grad_clip": 5.0}
+    args = argparse.Namespace(**flags, compile=False, sync_bn=False, cuda_graphs=cuda_graphs)
+    return training.Step(network, optimizer, args, torch.device("cuda"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_recorded_training_step_gives_the_numbers_of_the_step_itself(amp):
+    found = []
+    for cuda_graphs in (True, False):
+        step = network_step(cuda_graphs, amp)
+        source = torch.Generator("cuda").manual_seed(1)
+        x = torch.randn(8, 16, 3, 32, 32, device="cuda", generator=source).to("cuda")
+        labels = torch.randint(10, (8, 16), device="cuda", generator=source)
+        set_seed(2)
+        progress = torch.arange(1, 9, device="cuda") / 8
+        values = [training.train_steps(step, list(zip(x, labels, strict=True)), progress, lambda i: 0.1 / (1 + i))]
+        values.append(training.train_steps(step, list(zip(x, labels, strict=True)), progress, lambda i: 0.05))
+        found.append([v["loss"] for v in values])
+        assert (step.run.graph is not None) if cuda_graphs else not isinstance(step.run, Recorded)
+    assert found[0] == pytest.approx(found[1], rel=2e-2 if amp == "bf16" else 2e-3)
+
+
+@needs_cuda
+def test_training_steps_do_not_wait_for_the_device():
+    step = network_step(True, "bf16")
+    x, labels = torch.randn(16, 3, 32, 32, device="cuda"), torch.arange(16, device="cuda") % 10
+    progress = torch.ones(6, device="cuda")
+    training.train_steps(step, [(x, labels)] * 6, progress, lambda i: 0.1)
+    with no_waiting(allowed=1):  # the loss at the end
+        training.train_steps(step, [(x, labels)] * 6, progress, lambda i: 0.1)
