@@ -224,9 +224,9 @@ class Trainer:
         self.generator.train()
         self.discriminator.train()
 
-        def request(temperature: float) -> Request:
-            z, noise = self.generator.draw_noise(args.batch_size, source, temperature)
-            return z, data.random_labels(args.batch_size, source), noise
+        def request(n: int, temperature: float) -> Request:
+            z, noise = self.generator.draw_noise(n, source, temperature)
+            return z, data.random_labels(n, source), noise
 
         def record(values: dict[str, Tensor]) -> None:
             for name, value in values.items():
@@ -239,14 +239,14 @@ class Trainer:
                     set_lr(optimizer, cosine(done, args.n_epochs * steps, args.lr))
             real = tuple(cells[index] for cells in data.cells), data.labels[index]
             if adversarial:
-                record(self.update_discriminator(real, request(args.temperature)))
+                record(self.update_discriminator(real, request(args.batch_size, args.temperature)))
             if (done + 1) % args.n_critic == 0:
-                judged_request = request(args.temperature) if adversarial else None
+                judged_request = request(args.batch_size, args.temperature) if adversarial else None
                 z, controlled = None, None
                 if args.likelihood_weight or control:
                     z, _ = self.generator.draw_noise(args.batch_size, source, temperature=0)
                 if control:
-                    asked = request(1.0)
+                    asked = request(args.draws or args.batch_size, 1.0)
                     drawn, before = self.draw(*asked)
                     reward = obedience(drawn, asked[1], data.objectives, self.predictor)
                     controlled = drawn, asked[1], asked[0], reward, before
@@ -294,7 +294,7 @@ class Trainer:
             values["g_loss"] = g_loss
         if z is not None:
             given, given_labels = real
-            weight = torch.full_like(z[:, 0], args.likelihood_weight)
+            weight = torch.full_like(z[:, 0], args.likelihood_weight / args.batch_size)
             if controlled is not None:
                 drawn, labels, drawn_z, reward, before = controlled
                 values["reward"] = reward.mean()
@@ -306,8 +306,9 @@ class Trainer:
                     divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
                     reward = reward - args.kl_weight * divergence
                     values["divergence"] = divergence.mean()
-                weight = torch.cat([weight, args.control_weight * (reward - reward.mean())])
-            loss = loss - (weight * likelihood).sum() / args.batch_size
+                advantage = reward - reward.mean()
+                weight = torch.cat([weight, args.control_weight / len(reward) * advantage])
+            loss = loss - (weight * likelihood).sum()
             values["nll"] = -likelihood[: args.batch_size].mean()
         update(self.optimizers["generator"], loss, args.clip_value)
         return {name: value.detach() for name, value in values.items()}
@@ -377,6 +378,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
+    add("--draws", type=number(int, 0), default=0, help="cells a step for the policy gradient (0: --batch_size)")
     add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")

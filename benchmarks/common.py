@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cuda_graphs import WARM_UP
 from utils import ArgumentParser, device_name, keep_freed_memory, number, select_device, settle_amp, user_input
 
 Run = Callable[[], object]
@@ -206,15 +207,17 @@ class Report:
         if not has_bf16(self.device):
             variants.pop("bf16", None)
         runs = {name: build() for name, build in variants.items()}
+        flops = count_flops(runs[next(iter(comparison.fast))])  # the same work in every precision
+        memory = (
+            {name: self._cuda_memory(name, run) for name, run in runs.items()} if self.device.type == "cuda" else {}
+        )
         precisions = {"float32", *variants} & set(PRECISIONS)
         products, product_flops = matmul_runs(self.args, self.device, precisions)
         times = interleave({**runs, **products}, self.args.rounds, self.device)
-        set_memory("fast")
-        flops = count_flops(runs[next(iter(comparison.fast))])  # the same work in every precision
-        if self.device.type == "cpu":
+        if not memory:
             runs = dict.fromkeys(runs)  # the networks are let go: the processes below need room
             default_malloc()
-        memory = {name: self._memory(comparison, name, run) for name, run in runs.items()}
+            memory = {name: self._cpu_memory(comparison, name) for name in runs}
         rates = {name: product_flops / statistics.median(times[f"matmul {name}"]) for name in precisions}
         self.seconds[f"{comparison.work}|plain"] = statistics.median(times["plain"])
         for name in runs:
@@ -239,12 +242,17 @@ class Report:
             self.rows.append(row)
             print("  ".join(f"{k}: {v}" for k, v in row.items() if v), flush=True)
 
-    def _memory(self, comparison: Comparison, variant: str, run: Run | None) -> float:
-        """Peak in GiB: on CUDA of tensors in a run, on the CPU of a process for this alone (Python, torch included)."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+    def _cuda_memory(self, variant: str, run: Run) -> float:
+        """Peak of tensors in a run, in GiB. Then more runs, until the steps of a fast variant are recorded."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        for _ in range(WARM_UP if variant != "plain" else 0):
             run()
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return peak
+
+    def _cpu_memory(self, comparison: Comparison, variant: str) -> float:
+        """Peak of a process for this alone (Python, torch included), in GiB."""
         if self.args.quick:
             return 0.0  # a process for each takes longer than all the rest
         flags = ["--device", "cpu", "--memory_of", f"{comparison.work}|{variant}"]
