@@ -301,12 +301,13 @@ class Trainer:
                 given = tuple(CellBatch.cat(pair) for pair in zip(given, drawn, strict=True))
                 given_labels, z = torch.cat([given_labels, labels]), torch.cat([z, drawn_z])
             _, likelihood = self.generator.follow(z, given_labels, given)  # one pass for both
-            if controlled is not None:  # policy gradient: what obeys better than the rest becomes likelier
+            if controlled is not None:  # policy gradient: what obeys better than others asked for the same is likelier
                 if before is not None:
                     divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
                     reward = reward - args.kl_weight * divergence
                     values["divergence"] = divergence.mean()
-                advantage = reward - reward.mean()
+                same = (labels[:, None] == labels).all(-1).to(reward.dtype)  # (D, D): of the same labels
+                advantage = reward - same @ reward / same.sum(1)
                 weight = torch.cat([weight, args.control_weight / len(reward) * advantage])
             loss = loss - (weight * likelihood).sum()
             values["nll"] = -likelihood[: args.batch_size].mean()

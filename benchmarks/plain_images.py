@@ -22,14 +22,15 @@ class Images(Dataset):
     """An ImageSet image by image; with `train`, each image cropped, flipped and cut out on its own."""
 
     def __init__(self, images: ImageSet, train: bool = False, cutout_size: int = 16):
-        self.images, self.train, self.cutout_size = images, train, cutout_size
+        self.images = images.to("cpu")  # workers are forked, and cannot use CUDA
+        self.train, self.cutout_size = train, cutout_size
         self.mean, self.std = torch.tensor(images.mean)[:, None, None], torch.tensor(images.std)[:, None, None]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        x = (self.images.images[i].cpu().float() / 255 - self.mean) / self.std  # (3, S, S)
+        x = (self.images.images[i].float() / 255 - self.mean) / self.std  # (3, S, S)
         if self.train:
             size, padding = x.shape[-1], x.shape[-1] // 8
             top, left = torch.randint(2 * padding + 1, (2,)).tolist()
@@ -38,7 +39,7 @@ class Images(Dataset):
             if self.cutout_size:
                 y, z = (c - self.cutout_size // 2 for c in torch.randint(size, (2,)).tolist())
                 x[:, max(y, 0) : y + self.cutout_size, max(z, 0) : z + self.cutout_size] = 0
-        return x, self.images.labels[i].cpu()
+        return x, self.images.labels[i]
 
 
 @torch.no_grad()
