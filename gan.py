@@ -37,11 +37,12 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
 from cuda_graphs import Recorded
-from genotypes import NAG_SPACE, Genotype
-from metrics import cell_statistics, generation_metrics, label_probabilities, obtained_classes, tau
+from genotypes import NAG_SPACE
+from metrics import cell_statistics, generation_metrics, obtained_classes, tau
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
+from models.network import batch_cost
 from models.predictor import Predictor
 from utils import (
     ArgumentParser,
@@ -135,6 +136,9 @@ class TrainingData:
             )
         self.labels = torch.tensor(columns, device=device).T.contiguous()  # (N, K)
         self.quantiles = torch.tensor(np.stack(quantiles, 1), dtype=torch.float32, device=device)  # (N, K) in 0..1
+        self.boundaries = {
+            o["name"]: torch.tensor(o["boundaries"], dtype=torch.float64, device=device) for o in self.objectives
+        }
         self.num_classes = tuple(objectives.values())
 
     def __len__(self) -> int:
@@ -183,16 +187,32 @@ def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> t
     return loss, real_scores.mean(), fake_scores.mean()
 
 
-def obedience(cells: tuple[CellBatch, ...], labels: Tensor, objectives: list[dict], predictor: Predictor) -> Tensor:
-    """Expected number of the K labels asked for each of B generated genotypes has (B,); -1 where it is not valid."""
-    genotypes = [Genotype(*specs).prune() for specs in zip(*(batch.decode() for batch in cells), strict=True)]
-    rewards = torch.full((len(labels),), -1.0)
-    valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
-    if valid:
-        asked = labels.cpu().numpy()[valid]  # (valid, K)
-        met = label_probabilities([genotypes[i] for i in valid], asked, objectives, predictor)
-        rewards[valid] = torch.from_numpy(met.sum(1)).float()
-    return rewards.to(labels.device)
+def obedience(
+    cells: tuple[CellBatch, ...], labels: Tensor, boundaries: dict[str, Tensor], predictor: Predictor
+) -> Tensor:
+    """Expected number of the K labels asked for that each of B hard genotypes has (B,); -1 where it is not valid.
+
+    boundaries: of the classes of each objective, (C - 1,) float64.
+    #params and MACs are counted. For accuracy, it is the probability that the true quantile is in the class, when the
+    predictor's errors are normal, and as large as on records that it was not trained on.
+    """
+    pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
+    cost, quantiles = batch_cost(*pruned), predictor(pruned)
+    met = torch.zeros_like(quantiles[:, 0])
+    for k, (name, bounds) in enumerate(boundaries.items()):
+        classes, label = len(bounds) + 1, labels[:, k]
+        if name == "accuracy":
+            low, high = ((label + i) / classes for i in (0, 1))  # of the class; the outer ones have no end
+            below = torch.where(label > 0, normal_cdf(low, quantiles[:, k], predictor.error[k]), 0)
+            up_to = torch.where(label < classes - 1, normal_cdf(high, quantiles[:, k], predictor.error[k]), 1)
+            met = met + up_to - below
+        else:
+            met = met + (torch.bucketize(getattr(cost, name).double(), bounds, right=True) == label)
+    return torch.where(torch.stack(valid).all(0), met, -1.0)
+
+
+def normal_cdf(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return torch.special.ndtr((x - mean) / std)
 
 
 class Trainer:
@@ -247,9 +267,7 @@ class Trainer:
                     z, _ = self.generator.draw_noise(args.batch_size, source, temperature=0)
                 if control:
                     asked = request(args.draws or args.batch_size, 1.0)
-                    drawn, before = self.draw(*asked)
-                    reward = obedience(drawn, asked[1], data.objectives, self.predictor)
-                    controlled = drawn, asked[1], asked[0], reward, before
+                    controlled = (asked[0], asked[1], *self.draw(*asked))
                 record(self.update_generator[judged](real, z, judged_request, controlled))
         return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
@@ -258,10 +276,11 @@ class Trainer:
         return tuple(batch.straight_through() for batch in cells) if hard else cells
 
     @torch.no_grad()
-    def _draw(self, z: Tensor, labels: Tensor, noise) -> tuple[tuple[CellBatch, ...], Tensor | None]:
-        """Cells, and their log-likelihood under the reference (B,)."""
+    def _draw(self, z: Tensor, labels: Tensor, noise) -> tuple[tuple[CellBatch, ...], Tensor, Tensor | None]:
+        """Cells, their rewards (B,) and their log-likelihoods under the reference (B,)."""
         drawn = self._generate(z, labels, noise, hard=True)
-        return drawn, None if self.reference is None else self.reference.follow(z, labels, drawn)[1]
+        reward = obedience(drawn, labels, self.data.boundaries, self.predictor)
+        return drawn, reward, None if self.reference is None else self.reference.follow(z, labels, drawn)[1]
 
     def _update_discriminator(self, real: tuple[tuple[CellBatch, ...], Tensor], request: Request) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -275,12 +294,12 @@ class Trainer:
         real: tuple[tuple[CellBatch, ...], Tensor],
         z: Tensor | None,
         judged: Request | None,
-        controlled: tuple[tuple[CellBatch, ...], Tensor, Tensor, Tensor, Tensor | None] | None,
+        controlled: tuple[Tensor, Tensor, tuple[CellBatch, ...], Tensor, Tensor | None] | None,
     ) -> dict[str, Tensor]:
         """One step on all that the recipe asks for.
 
         z: that real cells are made likelier for. judged: cells to generate for the discriminator.
-        controlled: cells that were drawn, their labels and z, their rewards and their likelihoods before.
+        controlled: z and labels of cells that were drawn, and what _draw returned.
         """
         args, values = self.args, {}
         loss = torch.zeros((), device=self.data.labels.device)
@@ -296,7 +315,7 @@ class Trainer:
             given, given_labels = real
             weight = torch.full_like(z[:, 0], args.likelihood_weight / args.batch_size)
             if controlled is not None:
-                drawn, labels, drawn_z, reward, before = controlled
+                drawn_z, labels, drawn, reward, before = controlled
                 values["reward"] = reward.mean()
                 given = tuple(CellBatch.cat(pair) for pair in zip(given, drawn, strict=True))
                 given_labels, z = torch.cat([given_labels, labels]), torch.cat([z, drawn_z])

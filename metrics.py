@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.stats import kendalltau, norm
+from scipy.stats import kendalltau
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.network import genotype_cost
@@ -59,48 +59,17 @@ def obtained_classes(genotypes: list[Genotype], objectives: list[dict], predicto
     Of #params and MACs by exact counts; of accuracy by the predictor, whose quantile is cut into equal parts.
     objectives: as in a GAN checkpoint.
     """
-    measured = _measure(genotypes, objectives, predictor)
-    return np.stack([np.searchsorted(cuts, values, side="right") for values, cuts in measured], axis=1)
-
-
-def label_probabilities(
-    genotypes: list[Genotype], labels: np.ndarray, objectives: list[dict], predictor: Predictor
-) -> np.ndarray:
-    """How likely pruned genotypes have each of the labels (n, K) asked for, (n, K).
-
-    0 or 1 for #params and MACs, which are counted. For accuracy, the probability that the true quantile is in the
-    class, when the predictor's errors are normal and as large as on records that it was not trained on.
-    """
-    columns = []
-    for k, (values, cuts) in enumerate(_measure(genotypes, objectives, predictor)):
-        edges = np.concatenate([[-np.inf], cuts, [np.inf]])
-        low, high = edges[labels[:, k]], edges[labels[:, k] + 1]
-        if objectives[k]["name"] == "accuracy":
-            error = predictor.error[k].item()
-            columns.append(norm.cdf(high, values, error) - norm.cdf(low, values, error))
-        else:
-            columns.append((low <= values) & (values < high))
-    return np.stack(columns, axis=1).astype(float)
-
-
-def _measure(
-    genotypes: list[Genotype], objectives: list[dict], predictor: Predictor
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each objective the values (n,) of pruned genotypes, and the boundaries (C - 1,) of its classes.
-
-    A value on a boundary belongs to the class above.
-    """
     costs = np.array([genotype_cost(genotype) for genotype in genotypes])
     predicted = predictor.quantiles(genotypes)
-    measured = []
+    columns = []
     for k, objective in enumerate(objectives):
         if objective["name"] == "accuracy":
             num_classes = len(objective["boundaries"]) + 1
-            measured.append((predicted[:, k], np.arange(1, num_classes) / num_classes))
+            values, cuts = predicted[:, k], np.arange(1, num_classes) / num_classes
         else:
-            column = ("params", "macs").index(objective["name"])
-            measured.append((costs[:, column], np.array(objective["boundaries"])))
-    return measured
+            values, cuts = costs[:, ("params", "macs").index(objective["name"])], objective["boundaries"]
+        columns.append(np.searchsorted(cuts, values, side="right"))  # a value on a boundary belongs to the class above
+    return np.stack(columns, axis=1)
 
 
 def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -> np.ndarray:

@@ -62,6 +62,23 @@ class CellBatch:
             cells.append(CellSpec([row[:v] for row in matrix[:v]], [space.tokens[i] for i in ids[:v]], space))
         return cells
 
+    def prune(self, space: SearchSpace = NAG_SPACE) -> tuple["CellBatch", Tensor]:
+        """CellSpec.prune for hard cells: without the vertices on no path from an input to the output; and (B,) bool,
+        whether there is one.
+
+        Vertices keep their places, and those that fall out leave rows and columns of zeros there.
+        """
+        vertices = torch.arange(self.adj.shape[1], device=self.adj.device)
+        is_input = (vertices < space.num_inputs).expand(len(self), -1)  # (B, V)
+        is_output = self.ops[..., space.token_id[space.output]] > 0
+        reached, needed = is_input, is_output
+        for _ in range(space.num_inputs, len(vertices)):  # one edge farther each time
+            reached = reached | ((reached[:, None].to(self.adj.dtype) @ self.adj).squeeze(1) > 0)
+            needed = needed | ((self.adj @ needed[:, :, None].to(self.adj.dtype)).squeeze(2) > 0)
+        keep = (is_input | is_output | (reached & needed)).to(self.adj.dtype)
+        pruned = CellBatch(self.adj * keep[:, :, None] * keep[:, None], self.ops * keep[:, :, None], self.num_nodes)
+        return pruned, (reached & is_output).any(1)
+
     @torch.no_grad()
     def margin(self) -> Tensor:
         """How far each cell's closest decision is from its other side, in logits: (B,), infinite where all are sure."""

@@ -45,24 +45,41 @@ def test_the_likelihoods_of_all_cells_sum_to_one(edges_in_turn):
     assert values.exp().max() < 0.9  # not all on one cell
 
 
+def boundaries(**values):
+    return {name: torch.tensor(bounds, dtype=torch.float64) for name, bounds in values.items()}
+
+
 def test_obedience_counts_the_labels_that_were_met():
     pool = random_pool(30, seed=5)
     params = sorted(genotype_cost(genotype)[0] for genotype in pool)
     macs = sorted(genotype_cost(genotype)[1] for genotype in pool)
-    objectives = [
-        {"name": "params", "boundaries": [params[10], params[20]]},
-        {"name": "macs", "boundaries": [macs[15]]},
-    ]
+    bounds = boundaries(params=[params[10], params[20]], macs=[macs[15]])  # values on a boundary among them
     cells = [CellBatch.encode([genotype[name] for genotype in pool]) for name in ("normal", "reduction")]
     truth = torch.tensor([[(p >= params[10]) + (p >= params[20]), m >= macs[15]] for p, m in map(genotype_cost, pool)])
     predictor = Predictor(2, vertex_size=8)
-    assert gan.obedience(cells, truth, objectives, predictor).tolist() == [2.0] * 30
+    assert gan.obedience(cells, truth, bounds, predictor).tolist() == [2.0] * 30
     wrong = truth.clone()
     wrong[:10, 1] = 1 - wrong[:10, 1]
     wrong[5:10, 0] = (wrong[5:10, 0] + 1) % 3
-    assert gan.obedience(cells, wrong, objectives, predictor).tolist() == [1.0] * 5 + [0.0] * 5 + [2.0] * 20
+    assert gan.obedience(cells, wrong, bounds, predictor).tolist() == [1.0] * 5 + [0.0] * 5 + [2.0] * 20
     cells[0].adj[3] = 0  # no path to the output
-    assert gan.obedience(cells, truth, objectives, predictor).tolist() == [2.0] * 3 + [-1.0] + [2.0] * 26
+    assert gan.obedience(cells, truth, bounds, predictor).tolist() == [2.0] * 3 + [-1.0] + [2.0] * 26
+
+
+def test_obedience_to_an_accuracy_label_is_its_probability_given_the_predictors_error():
+    pool = random_pool(40, seed=7)
+    cells = [CellBatch.encode([genotype[name] for genotype in pool]) for name in ("normal", "reduction")]
+    torch.manual_seed(0)
+    predictor = Predictor(1, vertex_size=8)
+    predictor.error.fill_(0.2)
+    bounds = boundaries(accuracy=[0.3, 0.4])
+    every = [torch.full((len(pool), 1), label) for label in range(3)]
+    low, middle, high = (gan.obedience(cells, labels, bounds, predictor) for labels in every)
+    torch.testing.assert_close(low + middle + high, torch.ones(len(pool)))
+    for i, quantile in enumerate(predictor.quantiles(pool)[:3, 0]):
+        true = quantile + 0.2 * torch.randn(200_000)
+        assert low[i].item() == pytest.approx((true < 1 / 3).double().mean().item(), abs=0.01)
+        assert high[i].item() == pytest.approx((true >= 2 / 3).double().mean().item(), abs=0.01)
 
 
 def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, monkeypatch):

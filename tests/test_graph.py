@@ -29,6 +29,21 @@ def test_decoding_inverts_encoding(space):
     assert soft.decode(space) == cells
 
 
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+def test_pruning_a_batch_is_pruning_its_cells(space):
+    rng = random.Random(1)
+    cells = [random_cell(rng, space) for _ in range(400)]
+    pruned, valid = CellBatch.encode(cells).prune(space)
+    assert valid.tolist() == [cell.is_valid for cell in cells] and 0 < valid.sum() < 400
+    assert any(cell.prune() not in (None, cell) for cell in cells)
+    for i in valid.nonzero().flatten().tolist():
+        kept = pruned.ops[i].any(-1).nonzero().flatten()  # close the gaps
+        expected = CellBatch.encode([cells[i].prune()], max_vertices=len(kept))
+        assert torch.equal(pruned.ops[i, kept], expected.ops[0])
+        assert torch.equal(pruned.adj[i][kept][:, kept], expected.adj[0])
+        assert pruned.adj[i].sum() == expected.adj.sum()
+
+
 def test_tensors_hold_edges_tokens_and_zeros_beyond_the_cell():
     cell = GENOTYPES["NAG_FEW_PARAMS"].normal  # 5 vertices
     batch = CellBatch.encode([cell, cell], dtype=torch.float64)

@@ -12,7 +12,6 @@ from metrics import (
     cell_statistics,
     confusion,
     generation_metrics,
-    label_probabilities,
     mean_interval,
     obtained_classes,
     tau,
@@ -47,25 +46,6 @@ def test_classes_are_those_of_the_boundaries():
         assert row[0] == class_of(counts[0], objectives[0]["boundaries"])
         assert row[1] == class_of(counts[1], objectives[1]["boundaries"])
         assert row[2] == min(max(int(np.floor(quantiles[2] * 4)), 0), 3)
-
-
-def test_probabilities_of_labels_are_those_of_the_predictors_errors():
-    params = sorted(genotype_cost(genotype)[0] for genotype in POOL)
-    objectives = [{"name": "accuracy", "boundaries": [0.3, 0.4]}, {"name": "params", "boundaries": [params[20]]}]
-    torch.manual_seed(0)
-    predictor = Predictor(2, vertex_size=8)
-    predictor.error.copy_(torch.tensor([0.2, 7.0]))  # #params are counted, whatever the predictor's error
-    every = [np.full((len(POOL), 2), (label, label % 2)) for label in range(3)]
-    low, middle, high = (label_probabilities(POOL, labels, objectives, predictor) for labels in every)
-    np.testing.assert_allclose(low[:, 0] + middle[:, 0] + high[:, 0], 1)
-    rng = np.random.default_rng(0)
-    for i, quantile in enumerate(predictor.quantiles(POOL)[:3, 0]):
-        true = quantile + 0.2 * rng.standard_normal(100_000)
-        assert low[i, 0] == pytest.approx((true < 1 / 3).mean(), abs=0.01)
-        assert high[i, 0] == pytest.approx((true >= 2 / 3).mean(), abs=0.01)
-    large = [genotype_cost(genotype)[0] >= params[20] for genotype in POOL]
-    assert middle[:, 1].tolist() == large
-    assert low[:, 1].tolist() == [not big for big in large]
 
 
 def test_confusion_has_the_class_asked_for_in_the_row():

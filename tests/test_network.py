@@ -9,8 +9,17 @@ import torch
 
 from build_nas_dataset.sample import random_pool
 from build_nas_dataset.scoring import score
-from genotypes import GENOTYPES, CellSpec, Genotype
-from models.network import CifarNetwork, ImageNetNetwork, count_macs, count_parameters, drop_path_keep, genotype_cost
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
+from models.graph import CellBatch
+from models.network import (
+    CifarNetwork,
+    ImageNetNetwork,
+    batch_cost,
+    count_macs,
+    count_parameters,
+    drop_path_keep,
+    genotype_cost,
+)
 from models.supernet import Supernet
 
 DATA = Path(__file__).parent / "data"
@@ -80,6 +89,22 @@ def test_closed_form_cost_equals_counted_cost(classes, layers, channels, size):
             network = CifarNetwork(genotype, classes, layers, channels, auxiliary=False)
         counted = count_parameters(network), count_macs(network, size)
         assert genotype_cost(genotype, classes, layers, channels, size) == counted
+
+
+def test_cost_of_a_batch_is_that_of_its_genotypes():
+    def cells_with_loose_vertices(cells):
+        batch = CellBatch.encode(cells)
+        return CellBatch(batch.adj * (torch.rand(batch.adj.shape) > 0.3), batch.ops, batch.num_nodes)
+
+    torch.manual_seed(0)
+    pool = random_pool(300, seed=4)
+    cells = [cells_with_loose_vertices([genotype[name] for genotype in pool]) for name in NAG_SPACE.cells]
+    genotypes = [Genotype(*specs) for specs in zip(*(batch.decode() for batch in cells), strict=True)]
+    cost = batch_cost(*(batch.prune()[0] for batch in cells))
+    assert sum(genotype.is_valid for genotype in genotypes) > 200
+    for i, genotype in enumerate(genotypes):
+        if genotype.is_valid:
+            assert (cost.params[i], cost.macs[i]) == genotype_cost(genotype)
 
 
 def test_published_parameter_counts():
