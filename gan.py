@@ -182,7 +182,9 @@ def train_predictor(data: TrainingData, batch_size: int, seed: int) -> tuple[Pre
 
 def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> tuple[Tensor, Tensor, Tensor]:
     """Least squares, 1 for real and 0 for generated, mean of both. Returns loss, mean scores of real and generated."""
-    real_scores, fake_scores = discriminator(real, real_labels), discriminator(fake, fake_labels)
+    both = tuple(CellBatch.cat(pair) for pair in zip(real, fake, strict=True))  # one pass: a score sees one genotype
+    scores = discriminator(both, torch.cat([real_labels, fake_labels]))
+    real_scores, fake_scores = scores.split([len(real_labels), len(fake_labels)])
     loss = (real_scores.sub(1).square().mean() + fake_scores.square().mean()) / 2
     return loss, real_scores.mean(), fake_scores.mean()
 
