@@ -14,9 +14,9 @@ The recipe "paper" trains the generator against the discriminator alone: invalid
 their labels. The recipe "robust", the default, trains it by
   --likelihood_weight  the log-likelihood of the NAS dataset's cells given their labels, decision by decision (teacher
                        forcing): generated cells are as varied as the real ones, and like them;
-  --control_weight     a policy gradient: of the cells drawn, those that have the labels asked for become likelier.
-                       #params and MACs are counted; for accuracy, a predictor that is trained first gives the
-                       probability of the class;
+  --control_weight     a policy gradient: of the --draws cells drawn in a step, those that have the labels asked for
+                       become likelier. #params and MACs are counted; for accuracy, a predictor that is trained first
+                       gives the probability of the class;
   --kl_weight          of the divergence from the generator that likelihood alone had taught by the end of the warm-up,
                        against unlike cells, fewer different ones, and cells that please the predictor only;
   --temperature 1      decisions that are drawn with their probabilities, not rounded;
@@ -322,13 +322,12 @@ class Trainer:
                 given = tuple(CellBatch.cat(pair) for pair in zip(given, drawn, strict=True))
                 given_labels, z = torch.cat([given_labels, labels]), torch.cat([z, drawn_z])
             _, likelihood = self.generator.follow(z, given_labels, given)  # one pass for both
-            if controlled is not None:  # policy gradient: what obeys better than others asked for the same is likelier
+            if controlled is not None:  # policy gradient: what obeys better than the rest becomes likelier
                 if before is not None:
                     divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
                     reward = reward - args.kl_weight * divergence
                     values["divergence"] = divergence.mean()
-                same = (labels[:, None] == labels).all(-1).to(reward.dtype)  # (D, D): of the same labels
-                advantage = reward - same @ reward / same.sum(1)
+                advantage = reward - reward.mean()
                 weight = torch.cat([weight, args.control_weight / len(reward) * advantage])
             loss = loss - (weight * likelihood).sum()
             values["nll"] = -likelihood[: args.batch_size].mean()
