@@ -75,8 +75,9 @@ OBJECTIVES = {
 
 ROBUST = {
     "likelihood_weight": 1.0,
-    "control_weight": 5.0,
-    "kl_weight": 0.02,
+    "control_weight": 15.0,
+    "kl_weight": 0.05,
+    "draws": 256,
     "adversarial_weight": 0.0,
     "temperature": 1.0,
     "chain_cells": True,
