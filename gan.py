@@ -560,8 +560,10 @@ def main(args: argparse.Namespace) -> None:
         log.log(epoch, **values, seconds=seconds)  # first: RunLog drops lines of epochs that are done again
         save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
-    passed_on = {"nasbench_data": args.nasbench_data}
-    save_checkpoint(folder / "generator.pt", "gan", {**{name: state[name] for name in FOR_SAMPLING}, "args": passed_on})
+    for_sampling = {name: state[name] for name in FOR_SAMPLING} | {"args": {"nasbench_data": args.nasbench_data}}
+    for name in ("generator", "predictor"):  # for machines without CUDA, whatever they are read with
+        for_sampling[name] = {key: tensor.cpu() for key, tensor in state[name].items()}
+    save_checkpoint(folder / "generator.pt", "gan", for_sampling)
     script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
     print(f"next: python {script} --checkpoint {folder / 'generator.pt'}")
