@@ -42,11 +42,12 @@ FORCE = 6.0  # logits; those of an untrained generator are below 1
 
 
 def retrace(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
-    """Make `generator.draw_noise` return noise with which growth retraces `cells`, one of them a sample."""
+    """Make `generator.draw_noise` return noise with which growth retraces `cells`, in turn where more are asked for."""
 
     def draw_noise(n: int, source: torch.Generator, temperature: float | None = None):
         z = torch.randn(n, generator.config["latent_dim"], generator=source, device=source.device)
-        return z, tuple(forcing_noise(batch[:n]) for batch in cells)
+        rows = torch.arange(n, device=source.device) % len(cells[0])
+        return z, tuple(forcing_noise(batch[rows]) for batch in cells)
 
     generator.draw_noise = draw_noise
 
