@@ -1,5 +1,6 @@
 """CUDA graphs: a training step as one launch in the place of the thousands that its small kernels need."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 
@@ -15,7 +16,7 @@ class Recorded:
     function(*inputs) -> outputs; both are tensors, None, and tuples, dicts and dataclasses of these.
     Every call has to do the same work on inputs of the same shapes, and what the function uses besides (weights, the
     state of an optimizer) has to stay where it is. It may change that, and draw from torch's default generator. The
-    numbers are those of the function itself. Outputs are overwritten by the next call.
+    numbers are those of the function itself, up to the order of sums. Outputs are overwritten by the next call.
     """
 
     def __init__(self, function: Callable):
@@ -32,12 +33,15 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.graph is None:
+            gc.collect()  # the graphs of networks that are done with, if any
             self.inputs = map_tensors(torch.clone, inputs)
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: another thread may pin memory meanwhile
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         for own, new in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
+            if own.shape != new.shape:
+                raise ValueError(f"recorded with an input of shape {tuple(own.shape)}, got {tuple(new.shape)}")
             own.copy_(new)
         self.graph.replay()
         return self.outputs

@@ -200,7 +200,8 @@ def obedience(
     predictor's errors are normal, and as large as on records that it was not trained on.
     """
     pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
-    cost, quantiles = batch_cost(*pruned), predictor(pruned)
+    quantiles = predictor(pruned)
+    cost = batch_cost(*pruned) if boundaries.keys() - {"accuracy"} else None
     met = torch.zeros_like(quantiles[:, 0])
     for k, (name, bounds) in enumerate(boundaries.items()):
         classes, label = len(bounds) + 1, labels[:, k]

@@ -116,8 +116,8 @@ class Step:
         self.network, self.optimizer, self.args, self.device = network, optimizer, args, device
         self.label_smoothing = label_smoothing
         self.forward = wrap(network, args)
-        on_host = not isinstance(optimizer, torch.optim.SGD) or distributed.world() > 1
-        self.run = Recorded(self._run) if device.type == "cuda" and args.cuda_graphs and not on_host else self._run
+        recordable = isinstance(optimizer, torch.optim.SGD) and distributed.world() == 1
+        self.run = Recorded(self._run) if device.type == "cuda" and args.cuda_graphs and recordable else self._run
 
     def __call__(self, x: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
         """See accumulate_gradients."""

@@ -107,6 +107,8 @@ def parse_resumable(
         return args
     with user_input("--resume"):
         saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
+    if older := vars(args).keys() - saved.keys() - {*may_change}:
+        parser.error(f"argument --resume: {args.resume} is of an older version, without --{', --'.join(sorted(older))}")
     explicit = explicit_flags(parser, argv) - {"resume"}
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):
@@ -160,8 +162,10 @@ def prepare(args: argparse.Namespace) -> torch.device:
     if args.output_dir:
         with user_input("--output_dir"):
             check_writable(args.output_dir)
-    if args.tf32 and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # of streams and graphs, which are the current device's
+        if args.tf32:
+            torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     set_seed(args.seed)
     return device
@@ -339,13 +343,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
-    own = [
-        {name: group[name] for name in ("lr", "fused", "foreach", "capturable") if name in group}
-        for group in optimizer.param_groups
+    groups = [
+        saved | {name: own[name] for name in ("lr", "fused", "foreach", "capturable") if name in own}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def autocast(amp: str, device: torch.device):

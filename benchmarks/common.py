@@ -65,6 +65,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
 def begin(args: argparse.Namespace) -> torch.device:
     with user_input("--device"):
         device = select_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     torch.manual_seed(0)
     keep_freed_memory()
     return device
@@ -112,6 +114,10 @@ def interleave(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[
     Neither is a run of what follows the plain variant: that one returns its memory to the kernel, and the next would
     pay for getting it back, which it does not in a series of its own.
     """
+    if device.type == "cuda":  # until the steps are recorded
+        for name, run in runs.items():
+            for _ in range(WARM_UP if name != "plain" else 0):
+                run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     previous = None
     for count in range(rounds + 1):
@@ -208,9 +214,7 @@ class Report:
             variants.pop("bf16", None)
         runs = {name: build() for name, build in variants.items()}
         flops = count_flops(runs[next(iter(comparison.fast))])  # the same work in every precision
-        memory = (
-            {name: self._cuda_memory(name, run) for name, run in runs.items()} if self.device.type == "cuda" else {}
-        )
+        memory = {name: self._cuda_memory(run) for name, run in runs.items()} if self.device.type == "cuda" else {}
         precisions = {"float32", *variants} & set(PRECISIONS)
         products, product_flops = matmul_runs(self.args, self.device, precisions)
         times = interleave({**runs, **products}, self.args.rounds, self.device)
@@ -242,14 +246,11 @@ class Report:
             self.rows.append(row)
             print("  ".join(f"{k}: {v}" for k, v in row.items() if v), flush=True)
 
-    def _cuda_memory(self, variant: str, run: Run) -> float:
-        """Peak of tensors in a run, in GiB. Then more runs, until the steps of a fast variant are recorded."""
+    def _cuda_memory(self, run: Run) -> float:
+        """Peak of tensors in a run, in GiB; of a step that is not replayed yet."""
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
-        for _ in range(WARM_UP if variant != "plain" else 0):
-            run()
-        return peak
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
 
     def _cpu_memory(self, comparison: Comparison, variant: str) -> float:
         """Peak of a process for this alone (Python, torch included), in GiB."""

@@ -240,7 +240,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eta", type=number(int, 2), default=3, help="of --halving: one in eta goes on (default: %(default)s)")
     add("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
-    args = parse_resumable(parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs"))
+    args = parse_resumable(
+        parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs", "cuda_graphs")
+    )
     check_training_flags(parser, args)
     if not args.holdout:
         parser.error("argument --holdout: expected at least 1 image to rank the candidates on")

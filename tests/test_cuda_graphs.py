@@ -38,9 +38,12 @@ def test_tensors_are_found_in_tuples_dicts_and_dataclasses():
         tensors_of([a])
 
 
-def test_an_optimizer_keeps_its_own_learning_rate_tensor_when_a_state_is_loaded():
+@pytest.mark.parametrize("adam", [False, True])
+def test_an_optimizer_keeps_its_own_learning_rate_tensor_when_a_state_is_loaded(adam):
     def make(lr):
         layer = nn.Linear(2, 2)
+        if adam:
+            return layer, torch.optim.Adam(layer.parameters(), lr, fused=isinstance(lr, torch.Tensor))
         return layer, torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
 
     (layer, other), (_, own) = make(0.1), make(torch.tensor(0.5))
@@ -48,8 +51,21 @@ def test_an_optimizer_keeps_its_own_learning_rate_tensor_when_a_state_is_loaded(
     other.step()
     load_optimizer(own, other.state_dict())
     assert own.param_groups[0]["lr"].item() == 0.5 and len(own.state) == 2
+    assert not adam or own.param_groups[0]["fused"]
     set_lr(own, 0.25)
-    assert own.param_groups[0]["lr"].item() == 0.25
+    assert own.param_groups[0]["lr"].item() == 0.25 and other.param_groups[0]["lr"] == 0.1
+
+
+def test_an_optimizer_takes_its_place_on_another_device_with_a_loaded_state():
+    """Its step counts too, which torch leaves on the CPU unless the settings say that they are needed elsewhere."""
+    layer = nn.Linear(2, 2)
+    other = torch.optim.Adam(layer.parameters(), 0.1)
+    layer(torch.ones(1, 2)).sum().backward()
+    other.step()
+    elsewhere = nn.Linear(2, 2, device="meta")
+    own = torch.optim.Adam(elsewhere.parameters(), torch.tensor(0.5), capturable=True)
+    load_optimizer(own, other.state_dict())
+    assert all(state["step"].is_meta for state in own.state.values())
 
 
 def trainer(name: str, **changes) -> gan.Trainer:
