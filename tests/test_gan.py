@@ -95,7 +95,8 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
         "--d_emb_size",
         "8",
     ]
-    flags += ["--n_epochs", "3", "--warmup_epochs", "1", "--adversarial_weight", "1", "--eval_size", "6", "--draws", "6"]
+    flags += ["--n_epochs", "3", "--warmup_epochs", "1", "--adversarial_weight", "1", "--eval_size", "6"]
+    flags += ["--draws", "6"]
     train_epoch = gan.Trainer.train_epoch
 
     def stopped(*args):
