@@ -433,7 +433,8 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     if parser.parse_args(argv).recipe == "robust":
         parser.set_defaults(**ROBUST)
     may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "cuda_graphs")
-    args = parse_resumable(parser, argv, "gan", may_change, ("reference", "discriminator", "optimizers", *FOR_SAMPLING))
+    keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
+    args = parse_resumable(parser, argv, "gan", may_change, keys, before={"draws": 0})
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
     if args.kl_weight and args.control_weight and not args.warmup_epochs:

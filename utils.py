@@ -96,19 +96,20 @@ def parse_resumable(
     kind: str,
     may_change: tuple[str, ...] = (),
     keys: tuple[str, ...] = (),
+    before: dict | None = None,
 ) -> argparse.Namespace:
     """Parse the flags of a training script; with --resume RUN, those of that run's checkpoint.
 
     Flags given beside --resume must agree with the run, but for --device and those in `may_change`.
     keys: what the checkpoint has to hold.
+    before: of flags that runs of older versions lack, the values that these went by, where the defaults are others.
     """
     args = parser.parse_args(argv)
     if not args.resume:
         return args
     with user_input("--resume"):
         saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
-    if older := vars(args).keys() - saved.keys() - {*may_change}:
-        parser.error(f"argument --resume: {args.resume} is of an older version, without --{', --'.join(sorted(older))}")
+    saved = {**(before or {}), **saved}
     explicit = explicit_flags(parser, argv) - {"resume"}
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):

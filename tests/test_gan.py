@@ -13,6 +13,7 @@ from models.generator import Generator
 from models.graph import CellBatch
 from models.network import genotype_cost
 from models.predictor import Predictor
+from utils import save_checkpoint
 
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=4)
 
@@ -131,3 +132,12 @@ def test_recipes_set_defaults_and_flags_win():
     ):
         with pytest.raises(SystemExit):
             gan.parse_args(flags)
+
+
+def test_a_run_from_before_draws_goes_on_with_as_many_as_its_batch(tmp_path):
+    saved = vars(gan.parse_args(["--n_epochs", "12", "--control_weight", "5"])).copy()
+    del saved["draws"]
+    state = dict.fromkeys(("reference", "discriminator", "optimizers", *gan.FOR_SAMPLING))
+    save_checkpoint(tmp_path / "checkpoint.pt", "gan", {**state, "args": saved})
+    args = gan.parse_args(["--resume", str(tmp_path)])
+    assert (args.draws, args.control_weight, gan.ROBUST["draws"]) == (0, 5, 256)
