@@ -86,7 +86,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
     """For scripts whose steps are Recorded."""
-    text = "launch a step's kernels one by one, on CUDA: several times slower, the same numbers"
+    text = "launch a step's kernels one by one, on CUDA: several times slower, the same numbers up to rounding"
     parser.add_argument("--no-cuda_graphs", dest="cuda_graphs", action="store_false", help=text)
 
 
@@ -163,10 +163,10 @@ def prepare(args: argparse.Namespace) -> torch.device:
     if args.output_dir:
         with user_input("--output_dir"):
             check_writable(args.output_dir)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # of streams and graphs, which are the current device's
-        if args.tf32:
-            torch.set_float32_matmul_precision("high")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are the current device's
+    if args.tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     set_seed(args.seed)
     return device

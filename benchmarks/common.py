@@ -65,8 +65,8 @@ def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
 def begin(args: argparse.Namespace) -> torch.device:
     with user_input("--device"):
         device = select_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     keep_freed_memory()
     return device
