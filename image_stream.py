@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
 
 from images import Part, list_parts, normalize, reader, refuse_broken, short_reason
 from utils import derive_seed
@@ -216,6 +217,8 @@ class Stream:
                 return
             if batch.broken and not self.skip_bad:
                 refuse_broken(self.files.part, batch.broken)
+            for name in batch.broken.keys() - self.broken.keys():
+                tqdm.write(f"skipped {self.files.part.path}: {self.files.part.prefix}{name} ({batch.broken[name]})")
             self.broken |= batch.broken
             yield batch
 

@@ -37,6 +37,7 @@ from training import (
     ADABELIEF_LR,
     Step,
     add_step_flags,
+    check_network_flags,
     check_step_flags,
     check_sync_bn,
     evaluate,
@@ -261,9 +262,14 @@ def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, arg
             parser.error("argument --export: expected one checkpoint in --evaluate")
         with user_input("--export"):
             check_export(args.export)
-    kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - explicit_flags(parser, argv)
+    given = explicit_flags(parser, argv)
+    kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - given
     with user_input("--evaluate"):
-        saved = [load_checkpoint(path, "cifar", ("args", "network"))["args"] for path in args.evaluate]
+        states = [load_checkpoint(path, "cifar", ("args", "genotype", "network")) for path in args.evaluate]
+    for path, state in zip(args.evaluate, states, strict=True):
+        check_network_flags(args, given, state, path)
+    saved = [state["args"] for state in states]
+    with user_input("--evaluate"):
         for path, other in zip(args.evaluate, saved, strict=True):
             for name in sorted(kept & {"dataset", "image_size"}):
                 if other[name] != saved[0][name]:

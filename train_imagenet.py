@@ -34,6 +34,7 @@ from training import (
     Step,
     add_step_flags,
     build_optimizer,
+    check_network_flags,
     check_step_flags,
     check_sync_bn,
     train_steps,
@@ -192,8 +193,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             with user_input("--export"):
                 check_export(args.export)
         with user_input("--evaluate"):
-            saved = load_checkpoint(args.evaluate, "imagenet", ("args", "network"))["args"]
-        kept = {"data", "image_size", "skip_bad", "amp"} - explicit_flags(parser, argv)
+            state = load_checkpoint(args.evaluate, "imagenet", ("args", "genotype", "network"))
+        given, saved = explicit_flags(parser, argv), state["args"]
+        check_network_flags(args, given, state, args.evaluate)
+        kept = {"data", "image_size", "skip_bad", "amp"} - given
         return argparse.Namespace(**{**vars(args), **{name: saved[name] for name in kept}})
     check_flags(parser, args)
     return args

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from cuda_graphs import Recorded
+from genotypes import Genotype, load_genotype
 from images import ImageSet
 from models.network import Network
-from utils import add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr
+from utils import add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr, user_input
 
 ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
 ADABELIEF_EPSILON = 1e-8
@@ -49,6 +50,20 @@ def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.batch_size % parts or args.batch_size < 2 * parts:
         parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
                      f"--accumulate), got {args.batch_size}")  # fmt: skip
+
+
+def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, path: str) -> None:
+    """Refuse to evaluate another network than the one asked for. given: names of the flags on the command line.
+
+    Ends the script when --arch, --layers or --channels are not those of `state`, the checkpoint in `path`.
+    """
+    if "arch" in given:
+        with user_input("--arch"):
+            if load_genotype(args.arch) != Genotype.from_dict(state["genotype"]):
+                raise ValueError(f"{args.arch} is another genotype than that of {path}, {state['args']['arch']}")
+    for name in given & {"layers", "channels"}:
+        if getattr(args, name) != state["args"][name]:
+            fail(f"--{name}: {path} was trained with {state['args'][name]}, got {getattr(args, name)}")
 
 
 def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:

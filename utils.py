@@ -248,7 +248,7 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if state["kind"] != kind:
-        raise ValueError(f"{path} is a {state['kind']} checkpoint, expected a {kind} checkpoint")
+        raise ValueError(f"{path} is a checkpoint of kind {state['kind']}, expected kind {kind}")
     if state.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} has format version {state.get('version')}, this code reads {CHECKPOINT_VERSION}")
     if missing := [key for key in keys if key not in state]:

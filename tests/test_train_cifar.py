@@ -261,6 +261,8 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
         (["--export", "x.onnx"], "needs --evaluate"),
         (["--evaluate", "RUN", "SMALLER"], "--image_size 16"),
         (["--evaluate", "RUN", "missing.pt"], "no such checkpoint"),
+        (["--evaluate", "RUN", "--arch", "NAG_HIGH_ACC"], "--arch: NAG_HIGH_ACC is another genotype than that of"),
+        (["--evaluate", "RUN", "--layers", 3], "--layers: "),
         (["--evaluate", "RUN", "--voting", "loud"], "--voting"),
         (["--evaluate", "RUN", "--voting", "soft"], "--voting: needs --evaluate with several"),
         (["--evaluate", "RUN", "--export", "RUN/config.json/x.pt2"], "--export: expected a folder"),
@@ -320,7 +322,7 @@ def test_bad_input_is_one_line_for_the_user(tmp_path):
 def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag):
     save_checkpoint(tmp_path / "gan.pt", "gan", {})
     before = sorted(tmp_path.rglob("*"))
-    assert "expected a cifar checkpoint" in train_refused(capsys, "--data", images, flag, tmp_path / "gan.pt")
+    assert "expected kind cifar" in train_refused(capsys, "--data", images, flag, tmp_path / "gan.pt")
     assert sorted(tmp_path.rglob("*")) == before
 
 

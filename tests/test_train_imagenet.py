@@ -292,9 +292,12 @@ def test_top_5_of_fewer_classes_is_of_all_of_them(tmp_path):
         (["--gamma", 1.5], "--gamma"),
         (["--sync_bn"], "CUDA devices only"),
         (["--resume", "missing"], "no such checkpoint"),
+        (["--evaluate", "RUN", "--arch", "NAG_HIGH_ACC"], "--arch: NAG_HIGH_ACC is another genotype than that of"),
+        (["--evaluate", "RUN", "--channels", 8], "--channels: "),
     ],
 )
-def test_bad_flags_are_refused_by_name_and_nothing_is_written(capsys, images, tmp_path, flags, expected):
+def test_bad_flags_are_refused_by_name_and_nothing_is_written(capsys, run, images, tmp_path, flags, expected):
+    flags = [run[0] if flag == "RUN" else flag for flag in flags]
     line = refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
     assert expected in line
     assert not (tmp_path / "out").exists()
@@ -315,7 +318,7 @@ def test_bad_input_is_one_line_for_the_user(images, tmp_path):
     line = start("train_imagenet.py", *flags, "--workers", 1, ok=False)
     assert "cannot read image red/3.jpg" in line and "--skip_bad" in line
     output = start("train_imagenet.py", *flags, "--epochs", 1, "--skip_bad")
-    assert "1 skipped" in output
+    assert "1 skipped" in output and "red/3.jpg" in output
 
 
 def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
@@ -329,7 +332,7 @@ def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag):
     save_checkpoint(tmp_path / "cifar.pt", "cifar", {})
-    assert "is a cifar checkpoint" in refused(capsys, "--data", images, flag, tmp_path / "cifar.pt")
+    assert "is a checkpoint of kind cifar" in refused(capsys, "--data", images, flag, tmp_path / "cifar.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["cifar.pt"]
 
 
