@@ -18,14 +18,14 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.conv0 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
-        self.conv1 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
+        self.conv0 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
         self.norm = norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = F.pad(x, (-1, 1, -1, 1))  # drop the first row and column, append zeros
-        halves = [self.conv0(x[:, :, ::2, ::2]), self.conv1(shifted[:, :, ::2, ::2])]
-        return self.norm(torch.cat(halves, dim=1))
+        # Strides of the convolutions, not slices of x: the gradient of a slice comes in contiguous layout.
+        return self.norm(torch.cat([self.conv0(x), self.conv1(shifted)], dim=1))
 
 
 class SeparableConv(nn.Module):

@@ -20,6 +20,7 @@ from models.network import (
     drop_path_keep,
     genotype_cost,
 )
+from models.ops import FactorizedReduce
 from models.supernet import Supernet
 
 DATA = Path(__file__).parent / "data"
@@ -172,3 +173,11 @@ def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():
         values, bounds = [cost[k] for cost in costs], [cost[k] for cost in extremes]
         assert min(bounds) <= min(values) and max(values) <= max(bounds)
         assert min(values) < 2 * min(bounds)  # and the bounds are not far off
+
+
+@pytest.mark.parametrize("size", [6, 5])
+def test_halving_the_resolution_keeps_the_layout_of_gradients(size):
+    module = FactorizedReduce(4, 6).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.autograd.grad(module(x).square().sum(), x)[0]
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

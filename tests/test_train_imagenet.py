@@ -346,7 +346,8 @@ def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
 def test_an_exported_network_has_the_logits_of_the_checkpoint(run, images, tmp_path):
     folder, _ = run
     path = tmp_path / "network.safetensors"
-    start("train_imagenet.py", "--evaluate", folder / "best.pt", "--data", images, "--export", path)
+    flags = ["--data", images, "--export", path, "--output_dir", tmp_path / "out"]
+    start("train_imagenet.py", "--evaluate", folder / "best.pt", *flags)
     x = torch.randn(2, 3, 32, 32)
     expected = train_imagenet.network_from_checkpoint(load_checkpoint(folder / "best.pt", "imagenet"), CPU).eval()(x)
     torch.testing.assert_close(load_network(path)(x)[0], expected[0])
