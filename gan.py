@@ -200,9 +200,9 @@ def obedience(
     predictor's errors are normal, and as large as on records that it was not trained on.
     """
     pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
-    quantiles = predictor(pruned)
+    quantiles = predictor(pruned) if "accuracy" in boundaries else None
     cost = batch_cost(*pruned) if boundaries.keys() - {"accuracy"} else None
-    met = torch.zeros_like(quantiles[:, 0])
+    met = torch.zeros(len(labels), device=labels.device)
     for k, (name, bounds) in enumerate(boundaries.items()):
         classes, label = len(bounds) + 1, labels[:, k]
         if name == "accuracy":
