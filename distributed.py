@@ -102,6 +102,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Within it, process 0 goes ahead while the others wait: for work that leaves files behind."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def same_everywhere(text: str) -> str:
     """What process 0 has: for names that hold the time."""
     texts = [text]

@@ -143,7 +143,7 @@ def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
     """(training, held-out, test) images; the held-out part is empty without --holdout. Ends the script on bad input."""
-    with user_input("--data"):
+    with user_input("--data"), distributed.first_process_first():  # it downloads and decodes, the others find the files
         images, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
     with user_input("--holdout"):
         images, held_out = split(images, args.holdout, args.seed)
@@ -202,13 +202,16 @@ def add_training_flags(
     add_step_flags(parser)
 
 
-def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what flags do not allow together; settle the defaults that depend on other flags."""
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
+    """Refuse what flags do not allow together; settle the defaults that depend on other flags.
+
+    processes: that share a batch.
+    """
     args.schedule_epochs = args.schedule_epochs or args.epochs
     lr, decay = (SGD_LR, SGD_DECAY) if args.optimizer == "sgd" else (ADABELIEF_LR, ADABELIEF_DECAY["cifar"])
     args.lr_max = lr if args.lr_max is None else args.lr_max
     args.l2_reg = decay if args.l2_reg is None else args.l2_reg
-    check_step_flags(parser, args)
+    check_step_flags(parser, args, processes)
     low, high = AUXILIARY_SIZES
     if args.auxiliary_weight and not low <= args.image_size <= high:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
@@ -251,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return evaluation_args(parser, argv, args)
     if args.export:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args)
+    check_training_flags(parser, args, distributed.planned_world())
     return args
 
 
@@ -286,7 +289,7 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     """Measure the test error of a checkpoint, or of several and of their vote."""
     with user_input("--evaluate"):
         states = [load_checkpoint(path, "cifar") for path in args.evaluate]
-    with user_input("--data"):
+    with user_input("--data"), distributed.first_process_first():
         _, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
         for path, state in zip(args.evaluate, states, strict=True):
             check_classes(test, state["classes"], path)
@@ -420,6 +423,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if log is None:
             return
         print(f"{line} ({values['seconds']:.0f} s)", flush=True)
+        log.log(epoch, **values)
         if epoch % args.save_every == 0 or last:
             state = {
                 "network": network.state_dict(),
@@ -440,7 +444,6 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 "args": vars(args),
             }
             save_checkpoint(folder / "checkpoint.pt", "cifar", state)
-        log.log(epoch, **values)
 
     train(network, images, args, device, optimizer, start_epoch, after_epoch)
     test_accuracy = accuracy(network, test, args.eval_batch_size, args.amp)

@@ -105,7 +105,7 @@ def train_epoch(step: Step, stream: TrainStream, args, epoch: int, device) -> di
 
 def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:
     """The batches of a stream; an image that cannot be read ends the script by its name."""
-    with user_input("--data"):
+    with user_input("--data", everywhere=True):  # each process reads other images
         yield from stream.epoch(epoch, device)
 
 
@@ -207,7 +207,7 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     lr, decay = (SGD_LR, SGD_DECAY) if args.optimizer == "sgd" else (ADABELIEF_LR, ADABELIEF_DECAY["imagenet"])
     args.lr = lr if args.lr is None else args.lr
     args.l2_reg = decay if args.l2_reg is None else args.l2_reg
-    check_step_flags(parser, args)
+    check_step_flags(parser, args, distributed.planned_world())
     low, high = AUXILIARY_SIZES
     if args.auxiliary_weight and not low <= args.image_size <= high:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
@@ -328,10 +328,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), **reached}
             state |= {"network_config": config, "genotype": network.genotype.to_dict(), "classes": images.classes}
             state |= {"training_images": len(images), "args": vars(args)}
+            log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
             if improved:
                 save_checkpoint(folder / "best.pt", "imagenet", state)
             save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
-            log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
             print(
                 f"epoch {epoch + 1}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
                 f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} "

@@ -42,11 +42,11 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add_cuda_graphs_flag(parser)
 
 
-def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what flags, processes and installed packages do not allow together."""
+def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
+    """Refuse what flags, processes and installed packages do not allow together. processes: that share a batch."""
     if args.optimizer == "adabelief" and importlib.util.find_spec("pytorch_optimizer") is None:
         parser.error("argument --optimizer: adabelief comes from a package: pip install pytorch-optimizer")
-    parts = args.accumulate * distributed.planned_world()
+    parts = args.accumulate * processes
     if args.batch_size % parts or args.batch_size < 2 * parts:
         parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
                      f"--accumulate), got {args.batch_size}")  # fmt: skip
@@ -59,7 +59,8 @@ def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, 
     """
     if "arch" in given:
         with user_input("--arch"):
-            if load_genotype(args.arch) != Genotype.from_dict(state["genotype"]):
+            asked, saved = load_genotype(args.arch), Genotype.from_dict(state["genotype"])
+            if asked.canonical() != saved.canonical():
                 raise ValueError(f"{args.arch} is another genotype than that of {path}, {state['args']['arch']}")
     for name in given & {"layers", "channels"}:
         if getattr(args, name) != state["args"][name]:

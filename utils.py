@@ -25,24 +25,31 @@ CHECKPOINT_VERSION = 1
 
 
 @contextlib.contextmanager
-def user_input(flag: str) -> Iterator[None]:
-    """Turn a ValueError or OSError about something the user gave into one line on stderr and exit status 2."""
+def user_input(flag: str, everywhere: bool = False) -> Iterator[None]:
+    """Turn a ValueError or OSError about something the user gave into one line on stderr and exit status 2.
+
+    everywhere: as in `fail`.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(f"{flag}: {error}")
+        fail(f"{flag}: {error}", everywhere)
 
 
-def fail(message: str):
+def fail(message: str, everywhere: bool = False):
     """End the script with one line on stderr and exit status 2, as argparse does.
 
-    Of several processes under torchrun, which all read the same input, the first one speaks.
+    everywhere: of several processes under torchrun, each says what it met; else, as all read the same, the first only.
     """
-    script = Path(sys.argv[0])
-    name = script.parent.name if script.name == "__main__.py" else script.name
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{script_path().name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def script_path() -> Path:
+    """The script that runs; of a package started by python -m, its folder."""
+    script = Path(sys.argv[0])
+    return script.parent if script.name == "__main__.py" else script
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -100,7 +107,8 @@ def parse_resumable(
 ) -> argparse.Namespace:
     """Parse the flags of a training script; with --resume RUN, those of that run's checkpoint.
 
-    Flags given beside --resume must agree with the run, but for --device and those in `may_change`.
+    Flags given beside --resume must agree with the run, but for --device and those in `may_change`; --output_dir must
+    be its folder.
     keys: what the checkpoint has to hold.
     before: of flags that runs of older versions lack, the values that these went by, where the defaults are others.
     """
@@ -110,13 +118,16 @@ def parse_resumable(
     with user_input("--resume"):
         saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
     saved = {**(before or {}), **saved}
+    folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
     explicit = explicit_flags(parser, argv) - {"resume"}
+    if "output_dir" in explicit and Path(args.output_dir).resolve() == folder.resolve():
+        explicit.remove("output_dir")
+    saved["output_dir"] = str(folder)
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):
             parser.error(f"argument --{name}: the run to resume has {saved.get(name)}, and a resumed run keeps it")
     kept = {name: getattr(args, name) for name in explicit & {"device", *may_change}}
-    folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    return argparse.Namespace(**{**vars(args), **saved, **kept, "output_dir": str(folder), "resume": args.resume})
+    return argparse.Namespace(**{**vars(args), **saved, **kept, "resume": args.resume})
 
 
 def explicit_flags(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> set[str]:
@@ -274,14 +285,15 @@ def device_name(device: torch.device) -> str:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """Where a run writes: --output_dir, or runs/<script>-<time>. Made when the first file is written."""
-    name = f"{Path(sys.argv[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{script_path().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(args.output_dir) if args.output_dir else Path("runs") / name
 
 
 class RunLog:
     """The record of one run: config.json at the start, metrics.jsonl and TensorBoard events as it goes.
 
-    step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped.
+    step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
+    that none is missing, a step is logged before the checkpoint that has it is saved.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device, step: int | None = None):
@@ -290,9 +302,9 @@ class RunLog:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if step is not None and self.path.exists() else []
+        kept = [] if step is None else [line for line in whole_lines(self.path) if line["step"] <= step]
         with atomic_file(self.path) as file:
-            file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+            file.writelines(json.dumps(line) + "\n" for line in kept)
         write_json(
             folder / "config.json",
             {
@@ -314,6 +326,18 @@ class RunLog:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, without a last one that a kill has cut off; [] when there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    objects = []
+    for line in lines:
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return objects
 
 
 # ---------------------------------------------------------------------------------------------------- training

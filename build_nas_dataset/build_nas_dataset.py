@@ -1,7 +1,7 @@
 """Build a NAS dataset: train a supernet over a pool of random genotypes, then score every genotype with it.
 
     python -m build_nas_dataset --dataset cifar10 --data data                 # as published; a GPU is wanted
-    python -m build_nas_dataset --dataset folder --data DIR --image_size 16 \
+    python -m build_nas_dataset --dataset folder --data DIR --image_size 16 --auxiliary_weight 0 \
         --layers 1 --channels 16 --epochs 30 --scorings 2                     # 2 CPU cores, about an hour
     python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
 
@@ -233,8 +233,8 @@ def main(args: argparse.Namespace) -> None:
             values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
             seconds["training"] += time.monotonic() - started
             epochs_done = epoch + 1
-            save()
             log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
+            save()
             line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
             print(f"epoch {epochs_done}/{args.epochs}: {line}", flush=True)
         scoring = epoch - (args.epochs - args.scorings)

@@ -40,7 +40,6 @@ from train_cifar import (
     load_data,
     train,
 )
-from training import check_sync_bn
 from utils import (
     ArgumentParser,
     RunLog,
@@ -123,7 +122,7 @@ def train_candidate(
     network = build_network(genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     if weights[0]:
-        with user_input("--resume"):
+        with user_input("--resume", everywhere=True):  # each process has candidates of its own
             state = load_checkpoint(weights[0], "candidate", ("network", "optimizer", "epoch"))
         network.load_state_dict(state["network"])
         load_optimizer(optimizer, state["optimizer"])
@@ -198,36 +197,39 @@ def by_accuracy(results: list[dict]) -> list[dict]:
 
 
 def print_table(ranked: list[dict], most: int = 20) -> None:
-    print(f"\n  rank  held-out   #params       MACs  {'supernet' if has_accuracy(ranked[0]) else ''}")
+    supernet = "supernet" if any(supernet_accuracy(result) is not None for result in ranked) else ""
+    print(f"\n  rank  epochs  held-out   #params       MACs  {supernet}")
     for rank, result in enumerate(ranked[:most]):
-        training = result["training"]
-        supernet = f"{result['accuracy']:.4f}" if has_accuracy(result) else ""
+        training, accuracy = result["training"], supernet_accuracy(result)
+        supernet = "" if accuracy is None else f"{accuracy:.4f}"
         print(
-            f"  {rank:4d}  {result['held_out_accuracy']:8.4f} {training['params'] / 1e6:8.3f}M"
+            f"  {rank:4d}  {training['epochs']:6d}  {result['held_out_accuracy']:8.4f} {training['params'] / 1e6:8.3f}M"
             f" {training['macs'] / 1e6:9.1f}M  {supernet}"
         )
     if len(ranked) > most:
         print(f"  ... {len(ranked) - most} more in the file")
 
 
-def has_accuracy(result: dict) -> bool:
-    """Whether the file that the genotype came from knows its accuracy by the supernet."""
-    return isinstance(result.get("accuracy"), (int, float))
+def supernet_accuracy(result: dict) -> float | None:
+    """What the file that the genotype came from, a NAS dataset or one of generate_archs.py, knows of it."""
+    known = result.get("supernet_accuracy", result.get("accuracy"))
+    return known if isinstance(known, (int, float)) else None
 
 
 def rank_correlations(results: list[dict]) -> dict[str, dict]:
-    """Kendall's tau between brief training and the supernet's accuracy, and beside it with #params alone."""
-    results = [result for result in results if has_accuracy(result)]
-    brief = [result["held_out_accuracy"] for result in results]
+    """Kendall's tau between brief training and the supernet's accuracy, where it is known, and with #params alone."""
     columns = {
-        "supernet accuracy": [result["accuracy"] for result in results],
+        "supernet accuracy": [supernet_accuracy(result) for result in results],
         "#params": [result["training"]["params"] for result in results],
     }
-    return {
-        name: {"tau": tau(brief, values), "interval": tau_interval(brief, values), "n": len(results)}
-        for name, values in columns.items()
-        if len(results) > 2 and len(set(brief)) > 1 and len(set(values)) > 1  # else there is no tau
-    }
+    correlations = {}
+    for name, column in columns.items():
+        known = [i for i, value in enumerate(column) if value is not None]
+        brief, values = [results[i]["held_out_accuracy"] for i in known], [column[i] for i in known]
+        if len(known) > 2 and len(set(brief)) > 1 and len(set(values)) > 1:  # else there is no tau
+            interval = tau_interval(brief, values)
+            correlations[name] = {"tau": tau(brief, values), "interval": interval, "n": len(known)}
+    return correlations
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -243,7 +245,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_resumable(
         parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs", "cuda_graphs")
     )
-    check_training_flags(parser, args)
+    check_training_flags(parser, args, processes=1)
+    if args.sync_bn:
+        parser.error("argument --sync_bn: not here, where each candidate is trained by one process")
+    if args.halving and args.epochs < args.eta:
+        parser.error(f"argument --epochs: expected at least --eta ({args.eta}) with --halving")
     if not args.holdout:
         parser.error("argument --holdout: expected at least 1 image to rank the candidates on")
     return args
@@ -251,17 +257,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(prepare(args))
-    check_sync_bn(args, device)
     with user_input("--archs"):
         candidates = {key_of(found[0]): found for found in read_candidates(args.archs, args.num_archs)}
     folder = Path(distributed.same_everywhere(str(output_folder(args))))
+    if not args.resume and any(folder.glob("checkpoint*.pt")):
+        fail(f"--output_dir: {folder} holds the candidates of another run; --resume {folder} goes on with that one")
     results = resumed_results(folder, candidates, args) if args.resume else {}
     own_file = part_file(folder, distributed.rank())
     own = read_parts(folder, own_file.name) if args.resume else {}
     images, held_out, _ = load_data(args, device)
     distributed.barrier()  # until all have read what is there
     log = start_log(folder, args, device, results) if distributed.is_main() else None
-    distributed.barrier()  # until results of another run are gone
     done, keys, rounds = len(candidates.keys() & results.keys()), list(candidates), plan(len(candidates), args)
     if log:
         print(
@@ -284,13 +290,14 @@ def main(args: argparse.Namespace) -> None:
                 before = results.get(key)
                 result = train_candidate(*candidates[key], images, held_out, flags, device, before, weights)
             own[key] = result
+            if log:
+                trained += 1
+                measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
+                log.log(trained, **measured, epochs=epochs, seconds=result["training"]["seconds"])
             state = {"results": list(own.values()), "candidates": len(candidates), "args": vars(args)}
             save_checkpoint(own_file, "candidates", state)
             if log:
-                trained += 1
                 write_json(folder / "results.json", by_accuracy(list({**results, **own}.values())))
-                measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
-                log.log(trained, **measured, epochs=epochs, seconds=result["training"]["seconds"])
                 print(
                     f"candidate {n - len(todo) + i}/{n}: held-out accuracy {result['held_out_accuracy']:.4f}, "
                     f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
@@ -322,12 +329,8 @@ def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) ->
 
 
 def start_log(folder: Path, args: argparse.Namespace, device: torch.device, results: dict[str, dict]) -> RunLog:
-    """The run's log; of a run that used the folder before, nothing stays."""
     with user_input("--output_dir"):
-        log = RunLog(folder, args, device, sum(rounds_done(results, key) for key in results) if args.resume else None)
-        for path in () if args.resume else (*folder.glob("checkpoint*.pt"), *folder.glob("weights/*.pt")):
-            path.unlink()
-    return log
+        return RunLog(folder, args, device, sum(rounds_done(results, key) for key in results) if args.resume else None)
 
 
 def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
@@ -337,7 +340,8 @@ def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
     correlations = rank_correlations(longest)
     write_json(folder / "results.json", ranked)
     write_json(folder / "best.json", ranked[0])
-    log.log(step, **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
+    if correlations:  # a step of their own: not kept, but written again, when a finished run is resumed
+        log.log(step + 1, **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
     log.close()
     print_table(ranked)
     for name, value in correlations.items():

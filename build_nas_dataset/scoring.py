@@ -48,7 +48,7 @@ def num_scorings(held_out: ImageSet, settings: argparse.Namespace) -> int:
 
 
 def label_checksum(images: ImageSet) -> int:
-    """Of the labels in their order: tells another dataset, or the same in another order."""
+    """Of the labels in their order: tells most other datasets, but not those of as many images in the same folders."""
     return zlib.crc32(images.labels.to("cpu", torch.int64).numpy().tobytes())
 
 
@@ -62,6 +62,8 @@ def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, arg
 
 class SupernetScorer:
     """Accuracies by a supernet, on held-out images that it was not asked about for the NAS dataset.
+
+    Where it was asked about all of them, it says so, and takes those of the last scoring again.
 
     path: a file supernet.pt. data, cache_dir: the images that it was trained on, as in load_images.
     Raises ValueError or OSError when one of them is not there or does not fit.
@@ -77,7 +79,8 @@ class SupernetScorer:
             raise ValueError(f"the images of {data} are not those that {path} was trained on, or in another order")
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))
         if not scorings:
-            raise ValueError(f"{path} has been asked about all of its {settings.holdout} held-out images already")
+            print(f"{path}: the NAS dataset took all held-out images, so those of its last scoring are used again")
+            scorings = [settings.scorings - 1]
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
         self.amp = settings.score_amp
 

@@ -18,14 +18,16 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = nn.BatchNorm2d):
         super().__init__()
-        self.conv0 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.conv1 = nn.Conv2d(c_in, c_out - c_out // 2, 1, stride=2, bias=False)
+        self.conv0 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
+        self.conv1 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
         self.norm = norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         shifted = F.pad(x, (-1, 1, -1, 1))  # drop the first row and column, append zeros
-        # Strides of the convolutions, not slices of x: the gradient of a slice comes in contiguous layout.
-        return self.norm(torch.cat([self.conv0(x), self.conv1(shifted)], dim=1))
+        # Every second pixel by a pooling of one: the gradient of a slice would come in contiguous layout, and a
+        # convolution of stride 2 crashes on CPUs in its backward pass at fewer than 8 channels (oneDNN, torch 2.14).
+        halves = [conv(F.avg_pool2d(y, 1, 2)) for conv, y in ((self.conv0, x), (self.conv1, shifted))]
+        return self.norm(torch.cat(halves, dim=1))
 
 
 class SeparableConv(nn.Module):

@@ -352,15 +352,21 @@ def archs(tmp_path_factory) -> Path:
     return path
 
 
-def test_candidates_are_ranked_and_finished_ones_are_skipped(images, archs, tmp_path):
+def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, archs, tmp_path):
     folder = tmp_path / "run"
     flags = [*candidate_flags(images, folder, archs), "--num_archs", 2]
     start("-m", "build_nas_dataset.eval_archs", *flags)
     first = {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
     assert set(first) == set(NAMES[:2])
 
+    line = refused(capsys, eval_archs.main, eval_archs.parse_args, flags)  # not trained again for want of --resume
+    assert f"--resume {folder} goes on with that one" in line
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 3, "held_out_acc')  # a kill while it was written
     output = start("-m", "build_nas_dataset.eval_archs", "--resume", folder, "--num_archs", 0)
     assert "3 candidates, 2 of them done" in output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]  # the last one is the taus
     results = json.loads((folder / "results.json").read_text())
     accuracies = [result["held_out_accuracy"] for result in results]
     assert accuracies == sorted(accuracies, reverse=True)
@@ -470,7 +476,7 @@ def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
         (50, 50, [(50, 1), (17, 5), (6, 16), (2, 50)]),
         (4, 50, [(4, 5), (2, 16), (1, 50)]),
         (1, 50, [(1, 50)]),
-        (50, 2, [(50, 2)]),
+        (50, 3, [(50, 1), (17, 3)]),
     ],
 )
 def test_rounds_of_halving(candidates, epochs, expected):
@@ -506,9 +512,12 @@ def test_rank_correlations_compare_brief_training_with_supernet_and_params():
     ]
     correlations = eval_archs.rank_correlations(results)
     assert correlations["supernet accuracy"]["tau"] == 1
+    assert correlations["supernet accuracy"]["n"] == 3
     assert correlations["#params"]["tau"] == -1
-    assert correlations["#params"]["n"] == 3
+    assert correlations["#params"]["n"] == 4
     assert eval_archs.rank_correlations(results[2:]) == {}
+    generated = [{"held_out_accuracy": x, "supernet_accuracy": -x, "training": {"params": 1}} for x in (0.1, 0.2, 0.3)]
+    assert eval_archs.rank_correlations(generated)["supernet accuracy"]["tau"] == -1
 
 
 @pytest.mark.parametrize(
@@ -518,6 +527,8 @@ def test_rank_correlations_compare_brief_training_with_supernet_and_params():
         (["--holdout", 0], "--holdout"),
         (["--num_archs", -1], "--num_archs"),
         (["--eta", 1], "--eta"),
+        (["--halving", "--epochs", 2], "--epochs: expected at least --eta (3)"),
+        (["--sync_bn"], "--sync_bn: not here"),
         (["--resume", "missing"], "missing"),
     ],
 )
