@@ -117,12 +117,11 @@ def parse_resumable(
         return args
     with user_input("--resume"):
         saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
-    saved = {**(before or {}), **saved}
     folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    saved = {**(before or {}), **saved, "output_dir": str(folder)}
+    if args.output_dir and Path(args.output_dir).resolve() == folder.resolve():
+        args.output_dir = str(folder)
     explicit = explicit_flags(parser, argv) - {"resume"}
-    if "output_dir" in explicit and Path(args.output_dir).resolve() == folder.resolve():
-        explicit.remove("output_dir")
-    saved["output_dir"] = str(folder)
     for name in sorted(explicit - {"device", *may_change}):
         if saved.get(name) != getattr(args, name):
             parser.error(f"argument --{name}: the run to resume has {saved.get(name)}, and a resumed run keeps it")

@@ -67,3 +67,12 @@ def test_bad_input_is_told_once(monkeypatch, capsys, rank, lines):
         utils.fail("something")
     assert error.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize(("rank", "everywhere", "speaks"), [(0, False, True), (1, False, False), (1, True, True)])
+def test_bad_input_is_said_once_or_by_each_process_that_met_it(monkeypatch, capsys, rank, everywhere, speaks):
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as error, utils.user_input("--data", everywhere):
+        raise ValueError("cannot read a.jpg")
+    assert error.value.code == 2
+    assert ("--data: cannot read a.jpg" in capsys.readouterr().err) == speaks
