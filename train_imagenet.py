@@ -339,7 +339,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 flush=True,
             )
     distributed.barrier()  # until best.pt is there
-    finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)
+    skipped = {"train": stream.broken, "selection": selecting.broken}
+    result = reached | size | {"skipped": skipped}
+    finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, result)
 
 
 def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog | None, result: dict) -> None:
@@ -354,7 +356,8 @@ def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog 
     if log is None:
         return
     result |= {"arch": args.arch, "genotype": network.genotype.to_dict(), "seed": args.seed}
-    result |= {"skipped": stream.broken, "versions": versions(), "device": device_name(device)}
+    result["skipped"]["test"] = stream.broken
+    result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
     print(

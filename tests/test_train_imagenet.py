@@ -319,6 +319,8 @@ def test_bad_input_is_one_line_for_the_user(images, tmp_path):
     assert "cannot read image red/3.jpg" in line and "--skip_bad" in line
     output = start("train_imagenet.py", *flags, "--epochs", 1, "--skip_bad")
     assert "1 skipped" in output and "red/3.jpg" in output
+    skipped = json.loads((tmp_path / "out" / "result.json").read_text())["skipped"]
+    assert list(skipped["train"]) == ["red/3.jpg"] and not skipped["test"]
 
 
 def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
