@@ -35,7 +35,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
-from build_nas_dataset.records import Record, class_boundaries, class_of, read_records
+from build_nas_dataset.records import Record, class_of, objectives_of, read_records
 from cuda_graphs import Recorded
 from genotypes import NAG_SPACE
 from metrics import cell_statistics, generation_metrics, obtained_classes, tau
@@ -51,9 +51,11 @@ from utils import (
     add_cuda_graphs_flag,
     cosine,
     derive_seed,
+    fail,
     load_checkpoint,
     load_optimizer,
     number,
+    of_this_version,
     on_device,
     output_folder,
     parse_resumable,
@@ -117,7 +119,7 @@ PREDICTOR_EPOCHS = 20
 class TrainingData:
     """The NAS dataset as tensors on the device: one CellBatch per cell of the space, and of each objective the labels.
 
-    objectives: what later stages need of each objective, plain data that travels with the checkpoint.
+    objectives: as in build_nas_dataset.records.objectives_of. Raises ValueError when a class holds no record.
     """
 
     def __init__(self, records: list[Record], objectives: dict[str, int], max_vertices: int, device: torch.device):
@@ -126,15 +128,11 @@ class TrainingData:
             CellBatch.encode([genotype[name] for genotype in genotypes], max_vertices).to(device)
             for name in NAG_SPACE.cells
         )
-        self.objectives, columns, quantiles = [], [], []
-        for name, num_classes in objectives.items():
-            values = [getattr(record, name) for record in records]
-            boundaries = class_boundaries(values, num_classes)
-            columns.append([class_of(value, boundaries) for value in values])
+        self.objectives, columns, quantiles = objectives_of(records, objectives), [], []
+        for objective in self.objectives:
+            values = [getattr(record, objective["name"]) for record in records]
+            columns.append([class_of(value, objective["boundaries"]) for value in values])
             quantiles.append((rankdata(values) - 0.5) / len(values))
-            self.objectives.append(
-                {"name": name, "boundaries": boundaries, "minimum": min(values), "maximum": max(values)}
-            )
         self.labels = torch.tensor(columns, device=device).T.contiguous()  # (N, K)
         self.quantiles = torch.tensor(np.stack(quantiles, 1), dtype=torch.float32, device=device)  # (N, K) in 0..1
         self.boundaries = {
@@ -352,20 +350,17 @@ def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known)
     accuracy by the predictor. An invalid genotype has no class.
     """
     combinations = list(np.ndindex(*data.num_classes))
-    drawn, valid, asked = [], [], []
+    drawn, asked = [], []
     for i, labels in enumerate(combinations):
-        genotypes = generator.sample(labels, -(-n // len(combinations)), derive_seed(seed, i))
-        drawn += genotypes
-        valid += [genotype for genotype in genotypes if genotype is not None]
-        asked += [labels] * (len(valid) - len(asked))
-    values = generation_metrics(drawn, known) | cell_statistics(valid)
+        drawn += generator.sample(labels, -(-n // len(combinations)), derive_seed(seed, i))
+        asked += [labels] * (len(drawn) - len(asked))
+    valid = [(genotype, labels) for genotype, labels in zip(drawn, asked, strict=True) if genotype is not None]
+    values = generation_metrics(drawn, known)
     if valid:
-        obtained = obtained_classes(valid, data.objectives, predictor)
-        hits = obtained == np.array(asked)  # (valid, K)
-        shares = hits.sum(0) / len(drawn)
-        values |= {f"obeys_{o['name']}": share.item() for o, share in zip(data.objectives, shares, strict=True)}
-    samples = zip(valid, asked, strict=True)
-    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in samples]
+        values |= cell_statistics(genotype for genotype, _ in valid)
+    shares = (obtained_classes(drawn, data.objectives, predictor) == np.array(asked)).mean(0)
+    values |= {f"obeys_{o['name']}": share.item() for o, share in zip(data.objectives, shares, strict=True)}
+    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in valid]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -404,7 +399,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=number(int, 0), default=0, help="cells a step for the policy gradient (0: --batch_size)")
     add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
-    add("--temperature", type=weight, default=0.0, help="0: the likelier decision; 1: drawn with its probability")
+    add(
+        "--temperature",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="0: the likelier decision; 1: drawn with its probability",
+    )
     add("--straight_through", action=switch, default=False, help="show the judges hard decisions, not probabilities")
     add("--chain_cells", action=switch, default=False, help="grow the reduction cell in view of the normal cell")
     add("--edges_in_turn", action=switch, default=False, help="decide every edge in view of those decided before it")
@@ -440,7 +440,11 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     if args.kl_weight and args.control_weight and not args.warmup_epochs:
         parser.error("argument --kl_weight: expected 0 without --warmup_epochs, which teach the reference")
     if args.n_epochs <= args.warmup_epochs and args.adversarial_weight + args.control_weight and not args.resume:
-        parser.error("argument --n_epochs: expected more than the --warmup_epochs, which are of likelihood alone")
+        parser.error(
+            f"argument --n_epochs: expected more than the {args.warmup_epochs} --warmup_epochs of likelihood alone"
+        )
+    if args.n_critic > 1 and not args.adversarial_weight:
+        parser.error("argument --n_critic: expected 1 without --adversarial_weight, where no discriminator is trained")
     return args
 
 
@@ -496,7 +500,10 @@ def main(args: argparse.Namespace) -> None:
     objectives = {name: getattr(args, OBJECTIVES[name][0]) for name in args.objectives}
     device = prepare(args)
     records = read_training_data(args, objectives)
-    data = TrainingData(records, objectives, args.max_step, device)
+    with user_input("--nasbench_data"):
+        data = TrainingData(records, objectives, args.max_step, device)
+    if args.n_critic > (steps := args.n_epochs * (len(data) // args.batch_size)):
+        fail(f"--n_critic: expected at most the {steps} steps of the run, after which the generator has its first")
     known = {record.genotype.canonical() for record in records}
     real = cell_statistics(record.genotype for record in records)
 
@@ -512,10 +519,13 @@ def main(args: argparse.Namespace) -> None:
             state = load_checkpoint(args.resume, "gan")
             if state["objectives"] != data.objectives:
                 raise ValueError(f"{args.nasbench_data} is not the NAS dataset that the run was started with")
-        generator.load_state_dict(state["generator"])
-        discriminator.load_state_dict(state["discriminator"])
-        if reference is not None:
-            reference.load_state_dict(state["reference"])
+            if args.n_epochs < state["epoch"]:
+                raise ValueError(f"the run has done {state['epoch']} epochs already, more than --n_epochs")
+            with of_this_version(args.resume):
+                generator.load_state_dict(state["generator"])
+                discriminator.load_state_dict(state["discriminator"])
+                if reference is not None:
+                    reference.load_state_dict(state["reference"])
         for name, optimizer in optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name])
         start_epoch = state["epoch"]
@@ -550,7 +560,6 @@ def main(args: argparse.Namespace) -> None:
             "generator_config": generator.config,
             "reference": None if reference is None else reference.state_dict(),
             "discriminator": discriminator.state_dict(),
-            "discriminator_config": discriminator.config,
             "predictor": predictor.state_dict(),
             "predictor_config": predictor.config,
             "predictor_tau": predictor_tau,

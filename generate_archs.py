@@ -9,9 +9,9 @@
     python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
-Writes genotypes.json: every distinct valid genotype with its class, how often it was drawn, exact #params and MACs,
+Writes genotypes.json: the distinct valid genotypes with their class, how often each was drawn, exact #params and MACs,
 and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects.
-With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it.
+With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it; these are kept.
 --evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from build_nas_dataset.records import Record, class_of, read_records
+from build_nas_dataset.records import Record, class_of, objectives_of, read_records
 from build_nas_dataset.sample import RandomCells
-from build_nas_dataset.scoring import SupernetScorer
+from build_nas_dataset.scoring import SupernetScorer, load_supernet
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from metrics import (
     cell_distributions,
@@ -164,6 +164,17 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
         return read_records(path)
 
 
+def check_nas_dataset(records: list[Record], objectives: list[dict]) -> None:
+    """Raise ValueError when records are not those that a GAN with these objectives was trained on."""
+
+    def numbers(those: list[dict]) -> list[float]:
+        return [x for one in those for x in (one["minimum"], *one["boundaries"], one["maximum"])]
+
+    found = objectives_of(records, {o["name"]: len(o["boundaries"]) + 1 for o in objectives})
+    if not np.allclose(numbers(found), numbers(objectives), rtol=1e-9, atol=0):  # quantiles of any numpy
+        raise ValueError("not the NAS dataset that the GAN was trained on")
+
+
 def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
     """Genotypes as drawn, None where invalid: --num_archs, or as many as it takes to meet the limits."""
     seed = derive_seed(args.seed, *labels)
@@ -227,13 +238,14 @@ def describe(labels: tuple[int, ...], objectives: list[dict]) -> str:
 
 
 def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list, found: int, limits) -> None:
-    """found: how many distinct genotypes there were before --top."""
+    """entries: those that are written, of `found` distinct genotypes within the limits."""
     quality = generation_metrics(genotypes, known or ())
     invalid = genotypes.count(None)
     if known is None:
         del quality["novelty"]
     numbers = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
     within = f"{found} distinct within the limits" if limits.given else f"{found} distinct"
+    within += f", {len(entries)} kept" if len(entries) < found else ""
     print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
     if entries:
         print("  index   #params       MACs  vertices  drawn  new  predicted quantile")
@@ -269,22 +281,23 @@ def evaluate(
     quality = generation_metrics(flat, known)
     result = {"drawn": len(flat), **quality, "new": quality["validity"] * quality["uniqueness"] * quality["novelty"]}
     valid = np.array([genotype is not None for genotype in flat])
-    genotypes, hits = [genotype for genotype in flat if genotype is not None], np.zeros_like(asked, dtype=bool)
+    genotypes = [genotype for genotype in flat if genotype is not None]
     if not genotypes:
         return result
-    obtained = obtained_classes(genotypes, objectives, predictor)
+    obtained = obtained_classes(flat, objectives, predictor)  # (n, K)
     for k, objective in enumerate(objectives):
         entry = result[objective["name"]] = {"by": "predictor" if objective["name"] == "accuracy" else "exact count"}
         if objective["name"] == "accuracy" and scorer is not None:
             accuracies = scorer(genotypes)
-            obtained[:, k] = scorer.classes(accuracies)
+            obtained[valid, k] = scorer.classes(accuracies)
             entry |= {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
             entry["mean"] = [float(accuracies[asked[valid, k] == c].mean()) for c in np.unique(asked[:, k])]
-        hits[valid, k] = obtained[:, k] == asked[valid, k]
-        entry["obeys"], entry["interval"] = float(hits[:, k].mean()), mean_interval(hits[:, k])
+        hits = obtained[:, k] == asked[:, k]
+        entry["obeys"], entry["interval"] = float(hits.mean()), mean_interval(hits)
         classes = len(objective["boundaries"]) + 1
-        entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[:, k], classes).tolist()
-    result["all"] = {"obeys": float(hits.all(1).mean()), "interval": mean_interval(hits.all(1))}
+        entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[valid, k], classes).tolist()
+    hits = (obtained == asked).all(1)
+    result["all"] = {"obeys": float(hits.mean()), "interval": mean_interval(hits)}
     real_labels = np.array(
         [[class_of(getattr(record, o["name"]), o["boundaries"]) for o in objectives] for record in records]
     )
@@ -345,16 +358,20 @@ def parse_args(
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--perf_label", type=number(int, 0), help="accuracy class, 0 = lowest (default: every class)")
     target.add_argument("--target_acc", type=number(float, 0, 1), help="accuracy on the NAS dataset's scale")
-    target.add_argument("--target_quantile", type=number(float, 0, 1), help="0.9: like the best tenth of the dataset")
+    target.add_argument("--target_quantile", type=number(float, 0, 1), help="asks for the class that holds it")
     add("--params_label", type=number(int, 0), help="#params class, 0 = fewest (default: every class)")
     add("--macs_label", type=number(int, 0), help="MACs class, 0 = fewest (default: every class)")
     for name in ("params", "macs"):
         add(f"--min_{name}", type=count, help="hard limit on the exact count, e.g. 600K, 3.0M, 1.2G")
         add(f"--max_{name}", type=count, help="hard limit on the exact count")
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
-    add("--top", type=number(int, 1), help="keep that many of each class: the first in the ranking by accuracy")
+    add("--top", type=number(int, 1), help="keep that many of each class: those of the highest accuracy expected")
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
-    add("--temperature", type=number(float, 0), help="of the decisions (default: the GAN's); lower: likelier cells")
+    add(
+        "--temperature",
+        type=number(float, 0, 1000),
+        help="of the decisions (default: the GAN's); lower: likelier cells",
+    )
     add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--data", default="data", help="folder of the images that --supernet was trained on")
@@ -365,7 +382,10 @@ def parse_args(
     add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.evaluate and any((args.min_params, args.max_params, args.min_macs, args.max_macs)):
+    limited = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
+    if limited and args.max_draws < args.num_archs:
+        parser.error(f"argument --max_draws: expected at least the {args.num_archs} of --num_archs")
+    if args.evaluate and limited:
         parser.error("argument --evaluate: expected without limits, since it is about all cells that are drawn")
     return args
 
@@ -381,12 +401,17 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if single != (len(objectives) == 1):
         script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
         fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
+    if args.top and not args.supernet and "accuracy" not in [o["name"] for o in objectives]:
+        fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
     baseline = RandomCells(source.config["max_vertices"])
     source = baseline if args.random else source
     combinations, limits = wanted_labels(args, objectives), Limits(args)
     records = read_nas_dataset(args, checkpoint)
-    if args.evaluate and records is None:
-        fail("--nasbench_data: --evaluate wants the NAS dataset that the GAN was trained on")
+    if args.evaluate:
+        with user_input("--nasbench_data"):
+            if records is None:
+                raise ValueError("--evaluate wants the NAS dataset that the GAN was trained on")
+            check_nas_dataset(records, objectives)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
@@ -394,19 +419,23 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     scorer = None
     if args.supernet:
         with user_input("--supernet"):
-            scorer = SupernetScorer(args.supernet, args.data, args.cache_dir, device)
+            supernet, settings = load_supernet(args.supernet, device)
+        with user_input("--data"):
+            scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
     results, best, drawn = [], None, {}
     for labels in combinations:
         drawn[labels] = genotypes = draw(source, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
-        entries = entries[: args.num_archs]  # the last batch drawn may have brought more
         found = len(entries)
+        entries = entries[: args.num_archs]  # the last batch drawn may have brought more
         rank(entries, predictor, objectives, scorer)
         entries = entries[: args.top]
         for entry in entries:
-            entry["index"] = len(results)
+            entry |= {"index": len(results), "random": args.random}
             results.append(entry)
-        print_class(describe(labels, objectives), genotypes, known, entries, found, limits)
+        title = describe(labels, objectives)
+        title = f"random cells in the place of {title}" if args.random else title
+        print_class(title, genotypes, known, entries, found, limits)
         if limits.given and found < args.num_archs:
             print(f"  only {found} of the {args.num_archs} that were asked for; --max_draws {args.max_draws}")
         best = entries[0]["index"] if entries else best

@@ -346,7 +346,7 @@ def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tup
     """
     try:
         data = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     entries = data if isinstance(data, list) else [data]
     genotypes = []

@@ -53,23 +53,27 @@ def tau_interval(
     return float(low), float(high)
 
 
-def obtained_classes(genotypes: list[Genotype], objectives: list[dict], predictor: Predictor) -> np.ndarray:
-    """The classes that pruned genotypes are in, one for each objective (n, K).
+def obtained_classes(genotypes: list[Genotype | None], objectives: list[dict], predictor: Predictor) -> np.ndarray:
+    """The classes that pruned genotypes are in, one for each objective (n, K); -1 for None, an invalid one.
 
     Of #params and MACs by exact counts; of accuracy by the predictor, whose quantile is cut into equal parts.
     objectives: as in a GAN checkpoint.
     """
+    obtained = np.full((len(genotypes), len(objectives)), -1)
+    valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
+    if not valid:
+        return obtained
+    genotypes = [genotypes[i] for i in valid]
     costs = np.array([genotype_cost(genotype) for genotype in genotypes])
     predicted = predictor.quantiles(genotypes)
-    columns = []
     for k, objective in enumerate(objectives):
         if objective["name"] == "accuracy":
             num_classes = len(objective["boundaries"]) + 1
             values, cuts = predicted[:, k], np.arange(1, num_classes) / num_classes
         else:
             values, cuts = costs[:, ("params", "macs").index(objective["name"])], objective["boundaries"]
-        columns.append(np.searchsorted(cuts, values, side="right"))  # a value on a boundary belongs to the class above
-    return np.stack(columns, axis=1)
+        obtained[valid, k] = np.searchsorted(cuts, values, side="right")  # on a boundary: the class above
+    return obtained
 
 
 def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -> np.ndarray:

@@ -266,6 +266,15 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     return state
 
 
+@contextlib.contextmanager
+def of_this_version(path: str | Path) -> Iterator[None]:
+    """Within it, networks are built and filled from a checkpoint. Raises ValueError when they have other parts now."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is of another version of these networks ({error})") from None
+
+
 def versions() -> dict:
     return {
         "python": platform.python_version(),
@@ -293,11 +302,14 @@ class RunLog:
 
     step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
     that none is missing, a step is logged before the checkpoint that has it is saved.
+    None: a new run. Ends the script when the folder holds one already.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device, step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
 
+        if step is None and any(folder.glob("checkpoint*.pt")):
+            fail(f"--output_dir: {folder} holds another run; --resume {folder} goes on with that one")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"

@@ -260,8 +260,6 @@ def main(args: argparse.Namespace) -> None:
     with user_input("--archs"):
         candidates = {key_of(found[0]): found for found in read_candidates(args.archs, args.num_archs)}
     folder = Path(distributed.same_everywhere(str(output_folder(args))))
-    if not args.resume and any(folder.glob("checkpoint*.pt")):
-        fail(f"--output_dir: {folder} holds the candidates of another run; --resume {folder} goes on with that one")
     results = resumed_results(folder, candidates, args) if args.resume else {}
     own_file = part_file(folder, distributed.rank())
     own = read_parts(folder, own_file.name) if args.resume else {}

@@ -161,6 +161,22 @@ def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
     return np.quantile(np.asarray(values, float), np.arange(1, num_classes) / num_classes).tolist()
 
 
+def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[dict]:
+    """What later stages need to know of each objective: plain data that travels with a GAN's checkpoint.
+
+    num_classes: "accuracy", "params" or "macs" -> into how many classes it is cut.
+    Raises ValueError when a class holds no record.
+    """
+    objectives = []
+    for name, classes in num_classes.items():
+        values = [getattr(record, name) for record in records]
+        boundaries = class_boundaries(values, classes)
+        if len({class_of(value, boundaries) for value in values}) < classes:
+            raise ValueError(f"too few different values of {name} for {classes} classes")
+        objectives.append({"name": name, "boundaries": boundaries, "minimum": min(values), "maximum": max(values)})
+    return objectives
+
+
 def class_of(value: float, boundaries: Sequence[float]) -> int:
     """Class 0 (lowest) to len(boundaries) (highest); a value on a boundary belongs to the class above."""
     return bisect_right(boundaries, value)

@@ -11,7 +11,7 @@ from build_nas_dataset.records import Record, class_boundaries, class_of
 from genotypes import Genotype
 from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from models.supernet import Supernet
-from utils import autocast, load_checkpoint, progress_bar
+from utils import autocast, load_checkpoint, of_this_version, progress_bar
 
 
 @torch.inference_mode()
@@ -55,8 +55,9 @@ def label_checksum(images: ImageSet) -> int:
 def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, argparse.Namespace]:
     """The supernet of a file supernet.pt, in eval mode, and the flags of its run. Raises ValueError for other files."""
     state = load_checkpoint(path, "supernet weights", ("supernet", "supernet_config", "settings"))
-    supernet = Supernet(**state["supernet_config"])
-    supernet.load_state_dict(state["supernet"])
+    with of_this_version(path):
+        supernet = Supernet(**state["supernet_config"])
+        supernet.load_state_dict(state["supernet"])
     return supernet.to(device, memory_format=torch.channels_last).eval(), argparse.Namespace(**state["settings"])
 
 
@@ -65,21 +66,21 @@ class SupernetScorer:
 
     Where it was asked about all of them, it says so, and takes those of the last scoring again.
 
-    path: a file supernet.pt. data, cache_dir: the images that it was trained on, as in load_images.
-    Raises ValueError or OSError when one of them is not there or does not fit.
+    supernet, settings: from load_supernet. data, cache_dir: the images that it was trained on, as in load_images.
+    Raises ValueError or OSError when these are not there or are others.
     """
 
     NUM_REAL = 900  # real cells that classes are cut by
 
-    def __init__(self, path: str | Path, data: str, cache_dir: str | None, device: torch.device):
-        self.supernet, settings = load_supernet(path, device)
+    def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
+        self.supernet, device = supernet, next(supernet.parameters()).device
         images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
         _, held_out = split(images, settings.holdout, settings.seed)
         if label_checksum(held_out) != settings.held_out_checksum:  # else training images would count as held out
-            raise ValueError(f"the images of {data} are not those that {path} was trained on, or in another order")
+            raise ValueError(f"the images of {data} are not those of the supernet's training, or in another order")
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))
         if not scorings:
-            print(f"{path}: the NAS dataset took all held-out images, so those of its last scoring are used again")
+            print("supernet: the NAS dataset took all held-out images, so those of its last scoring are used again")
             scorings = [settings.scorings - 1]
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
         self.amp = settings.score_amp

@@ -57,17 +57,6 @@ class Discriminator(nn.Module):
         space: SearchSpace = NAG_SPACE,
     ):
         super().__init__()
-        self.config = {
-            "vertex_size": vertex_size,
-            "graph_size": graph_size,
-            "num_layers": num_layers,
-            "mlp_layers": mlp_layers,
-            "gcn_dropout": gcn_dropout,
-            "mlp_dropout": mlp_dropout,
-            "aggregation": aggregation,
-            "num_classes": tuple(num_classes),
-            "label_sizes": tuple(label_sizes),
-        }
         self.space = space
         self.encoders = nn.ModuleDict(
             {

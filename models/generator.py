@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch, GraphState, LabelEmbedding
-from utils import load_checkpoint
+from utils import load_checkpoint, of_this_version
 
 # Logits. The largest difference between float32 and float64 measured on 512 genotypes is 2.4e-6 with the shipped
 # generators, 1e-6 with untrained ones of default size and 1e-4 with one whose weights are quadrupled. Of the shipped
@@ -345,8 +345,9 @@ class Generator(nn.Module):
     ) -> "Generator":
         """The generator of a GAN checkpoint, in eval mode. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("generator", "generator_config"))
-        generator = cls(**checkpoint["generator_config"], space=space)
-        generator.load_state_dict(checkpoint["generator"])
+        with of_this_version(path):
+            generator = cls(**checkpoint["generator_config"], space=space)
+            generator.load_state_dict(checkpoint["generator"])
         return generator.to(device).eval()
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ class CellBatch:
 
     def prune(self, space: SearchSpace = NAG_SPACE) -> tuple["CellBatch", Tensor]:
         """CellSpec.prune for hard cells: without the vertices on no path from an input to the output; and (B,) bool,
-        whether there is one.
+        whether there is one, of no more edges than the space allows.
 
         Vertices keep their places, and those that fall out leave rows and columns of zeros there.
         """
@@ -77,7 +77,8 @@ class CellBatch:
             needed = needed | ((self.adj @ needed[:, :, None].to(self.adj.dtype)).squeeze(2) > 0)
         keep = (is_input | is_output | (reached & needed)).to(self.adj.dtype)
         pruned = CellBatch(self.adj * keep[:, :, None] * keep[:, None], self.ops * keep[:, :, None], self.num_nodes)
-        return pruned, (reached & is_output).any(1)
+        valid = (reached & is_output).any(1)
+        return pruned, valid if space.max_edges is None else valid & (pruned.adj.sum((1, 2)) <= space.max_edges)
 
     @torch.no_grad()
     def margin(self) -> Tensor:

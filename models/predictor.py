@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch
-from utils import load_checkpoint
+from utils import load_checkpoint, of_this_version
 
 
 class DirectedEncoder(nn.Module):
@@ -57,11 +57,9 @@ class Predictor(nn.Module):
     ) -> "Predictor":
         """The predictor of a GAN checkpoint. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("predictor", "predictor_config"))
-        predictor = cls(**checkpoint["predictor_config"], space=space)
-        try:
+        with of_this_version(path):
+            predictor = cls(**checkpoint["predictor_config"], space=space)
             predictor.load_state_dict(checkpoint["predictor"])
-        except RuntimeError as error:  # of an older version
-            raise ValueError(f"{path} holds another predictor than this version's: {error}") from None
         return predictor.requires_grad_(False).to(device)
 
     @torch.no_grad()

@@ -233,7 +233,7 @@ def test_no_place_for_a_cache_is_not_fatal(data, tmp_path, monkeypatch, capsys):
 # --------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(data: Path, cache: Path, *names: str, **options) -> None:
+def assert_refused(data: Path, cache: Path, *names: str, **options) -> None:
     """Loading ends in one line that holds all the names."""
     with pytest.raises(ValueError) as caught:
         load_images("folder", data, 8, cache, **options)
@@ -249,42 +249,42 @@ def test_an_unknown_dataset_is_refused(data):
 
 
 def test_a_missing_folder_is_refused(tmp_path, cache):
-    refused(tmp_path / "nowhere", cache, "nowhere", "not a folder")
+    assert_refused(tmp_path / "nowhere", cache, "nowhere", "not a folder")
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_missing_part_is_refused(data, cache, part):
     (data / part).rename(data / "other")
-    refused(data, cache, str(data), f"holds no {part}")
+    assert_refused(data, cache, str(data), f"holds no {part}")
 
 
 def test_a_part_without_classes_is_refused(data, cache):
     (data / "train").rename(data / "old")
     (data / "train").mkdir()
-    refused(data, cache, "train", "expected two or more class folders")
+    assert_refused(data, cache, "train", "expected two or more class folders")
 
 
 def test_a_part_with_one_class_is_refused(data, cache):
     (data / "deep" / "train").mkdir(parents=True)
     (data / "train").rename(data / "deep" / "train" / "train")
     (data / "test").rename(data / "deep" / "test")
-    refused(data / "deep", cache, "train", "expected two or more class folders")
+    assert_refused(data / "deep", cache, "train", "expected two or more class folders")
 
 
 def test_an_image_outside_of_a_class_is_refused(data, cache):
     (data / "train" / "cat" / "0.png").rename(data / "train" / "stray.png")
-    refused(data, cache, "train", "stray.png", "CLASS/")
+    assert_refused(data, cache, "train", "stray.png", "CLASS/")
 
 
 def test_an_empty_class_is_refused(data, cache):
     for part in ("train", "test"):
         (data / part / "empty").mkdir()
-    refused(data, cache, "train", "empty", "no image")
+    assert_refused(data, cache, "train", "empty", "no image")
 
 
 def test_differing_classes_are_named(data, cache):
     (data / "train" / "dog").rename(data / "train" / "wolf")
-    refused(data, cache, "wolf", "dog", "same classes")
+    assert_refused(data, cache, "wolf", "dog", "same classes")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
@@ -295,7 +295,7 @@ def test_a_broken_image_is_named(data, cache, content, zipped):
     if zipped:
         make_zip(data / "train")
         (data / "train").rename(data / "old")
-    refused(data, cache, "train", "cat/2.png", "cannot read image")
+    assert_refused(data, cache, "train", "cat/2.png", "cannot read image")
 
 
 def test_a_broken_image_is_left_out_when_wanted(data, cache, capsys, decodes):
@@ -308,13 +308,13 @@ def test_a_broken_image_is_left_out_when_wanted(data, cache, capsys, decodes):
         out = capsys.readouterr().out
         assert "1 of 12" in out and "cat/2.png" in out and out.count("\n") == 1
     assert decodes == ["train", "test", "train"]
-    refused(data, cache, "cat/2.png")  # the cache does not hide it
+    assert_refused(data, cache, "cat/2.png")  # the cache does not hide it
 
 
 def test_a_class_of_broken_images_only_is_refused(data, cache):
     for file in (data / "train" / "cat").iterdir():
         file.write_bytes(b"not an image")
-    refused(data, cache, "train", "cat", "no readable image", skip_bad=True)
+    assert_refused(data, cache, "train", "cat", "no readable image", skip_bad=True)
 
 
 def test_a_broken_member_of_a_zip_is_named(data, cache):
@@ -323,13 +323,13 @@ def test_a_broken_member_of_a_zip_is_named(data, cache):
     content = bytearray(path.read_bytes())
     content[200] ^= 255  # in the first member: its checksum fails
     path.write_bytes(content)
-    refused(data, cache, "train.zip", "cannot read image")
+    assert_refused(data, cache, "train.zip", "cannot read image")
 
 
 def test_a_file_that_is_no_zip_is_refused(data, cache):
     (data / "train").rename(data / "old")
     (data / "train.zip").write_bytes(b"not a zip")
-    refused(data, cache, "train.zip", "not a readable zip")
+    assert_refused(data, cache, "train.zip", "not a readable zip")
 
 
 @pytest.mark.parametrize("name", ["x.png", "../cat/x.png", "cat/../../x.png", "/tmp/x.png", "cat/x.txt"])
@@ -338,7 +338,7 @@ def test_a_zip_of_another_structure_is_refused(data, cache, name):
     with zipfile.ZipFile(data / "train.zip", "w") as archive:
         archive.writestr(name, b"content")
     before = sorted(data.parent.rglob("*"))
-    refused(data, cache, "train.zip")
+    assert_refused(data, cache, "train.zip")
     assert sorted(data.parent.rglob("*")) == before  # nothing was written, inside or outside
 
 

@@ -66,5 +66,5 @@ def test_a_predictor_of_an_older_version_is_refused_by_name(predictor, tmp_path)
     del weights["error"]
     state = {"predictor": weights, "predictor_config": predictor.config}
     save_checkpoint(tmp_path / "old.pt", "gan", state)
-    with pytest.raises(ValueError, match=r"old\.pt holds another predictor"):
+    with pytest.raises(ValueError, match=r"old\.pt is of another version"):
         Predictor.from_checkpoint(tmp_path / "old.pt")
