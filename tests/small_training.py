@@ -1,0 +1,44 @@
+"""What the tests of train_cifar.py and build_nas_dataset/eval_archs.py share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
+TINY = ["--dataset", "folder", "--layers", 1, "--channels", 4, "--batch_size", 8, "--device", "cpu", "--amp", "off"]
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def make_images(folder: Path, classes: dict[str, int]) -> Path:
+    """24 training and 10 test images a class; a class has noise of its own brightness."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 24), ("test", 10)):
+        for name, brightness in classes.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.normal(brightness, 60, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def start(*command) -> str:
+    """Standard output of a script that must succeed."""
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(capsys, main, parse_args, argv: list) -> str:
+    """The last line on stderr of a script that must end with status 2."""
+    with pytest.raises(SystemExit) as error:
+        main(parse_args(list(map(str, argv))))
+    stderr = capsys.readouterr().err
+    assert error.value.code == 2
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]

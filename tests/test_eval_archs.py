@@ -1,0 +1,216 @@
+"""build_nas_dataset/eval_archs.py, started as a user would, on a tiny folder of images."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_training import NAMES, TINY, TWO_PROCESSES, make_images, refused, start
+
+from build_nas_dataset import eval_archs
+from build_nas_dataset.records import Record, write_records
+from genotypes import GENOTYPES, load_genotype, read_genotypes
+from utils import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images") / "two", {"dark": 60, "light": 180})
+
+
+def candidate_flags(images: Path, output_dir: Path, archs: Path) -> list:
+    flags = ["--data", images, "--epochs", 1, "--holdout", 16, "--archs", archs, "--output_dir", output_dir]
+    return [*TINY, *flags]
+
+
+@pytest.fixture(scope="module")
+def archs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("archs") / "genotypes.json"
+    entries = [{**GENOTYPES[name].to_dict(), "name": name, "accuracy": 0.3 + i / 10} for i, name in enumerate(NAMES)]
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, archs, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*candidate_flags(images, folder, archs), "--num_archs", 2]
+    start("-m", "build_nas_dataset.eval_archs", *flags)
+    first = {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
+    assert set(first) == set(NAMES[:2])
+
+    line = refused(capsys, eval_archs.main, eval_archs.parse_args, flags)  # not trained again for want of --resume
+    assert f"--resume {folder} goes on with that one" in line
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 3, "held_out_acc')  # a kill while it was written
+    output = start("-m", "build_nas_dataset.eval_archs", "--resume", folder, "--num_archs", 0)
+    assert "3 candidates, 2 of them done" in output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]  # the last one is the taus
+    results = json.loads((folder / "results.json").read_text())
+    accuracies = [result["held_out_accuracy"] for result in results]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert {result["name"] for result in results} == set(NAMES)
+    for result in results:  # the finished ones as they were, to the second of their training
+        assert first.get(result["name"], result) == result
+    best = json.loads((folder / "best.json").read_text())
+    assert best == results[0]
+    assert load_genotype(str(folder / "best.json")) == GENOTYPES[best["name"]]
+    assert [genotype for genotype, _ in read_genotypes(folder / "results.json")]
+
+
+def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tmp_path):
+    alone = tmp_path / "alone.json"
+    alone.write_text(json.dumps(json.loads(archs.read_text())[1]))
+    losses = []
+    for name, path in (("all", archs), ("alone", alone)):
+        argv = list(map(str, candidate_flags(images, tmp_path / name, path)))
+        eval_archs.main(eval_archs.parse_args(argv))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        losses.append(next(result["training"]["loss"] for result in results if result["name"] == NAMES[1]))
+    assert losses[0] == losses[1]
+
+
+def eval_archs_results(*flags) -> dict[str, dict]:
+    """What a run in this process found of each candidate, by name."""
+    args = eval_archs.parse_args(list(map(str, flags)))
+    eval_archs.main(args)
+    results = json.loads((Path(args.output_dir) / "results.json").read_text())
+    return {result["name"]: result for result in results}
+
+
+HALVING = ["--halving", "--epochs", 4, "--schedule_epochs", 5, "--eta", 2]
+
+
+@pytest.fixture(scope="module")
+def halved(images, archs, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    """A finished run of three candidates in three rounds (3 to 1 epoch, 2 to 2, 1 to 4), and its results."""
+    folder = tmp_path_factory.mktemp("halved")
+    return folder, eval_archs_results(*candidate_flags(images, folder, archs), *HALVING)
+
+
+def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs, tmp_path):
+    """The winner has the very numbers of a training that was not interrupted, after every round."""
+    folder, results = halved
+    done = {name: [r["epochs"] for r in result["training"]["rounds"]] for name, result in results.items()}
+    assert sorted(done.values()) == [[1], [1, 2], [1, 2, 4]]
+    for k in (0, 1):  # who goes on did at least as well as who does not
+        through = [result["training"]["rounds"] for result in results.values() if len(result["training"]["rounds"]) > k]
+        stay = [rounds[k]["held_out_accuracy"] for rounds in through if len(rounds) > k + 1]
+        leave = [rounds[k]["held_out_accuracy"] for rounds in through if len(rounds) == k + 1]
+        assert min(stay) >= max(leave)
+    best = json.loads((folder / "best.json").read_text())
+    assert done[best["name"]] == [1, 2, 4] and best["accuracy"] == results[best["name"]]["accuracy"]
+    assert not list(folder.glob("weights/*"))
+
+    flags = [*candidate_flags(images, tmp_path, archs), "--epochs", 4, "--schedule_epochs", 5]
+    whole = eval_archs_results(*flags)[best["name"]]
+    assert best["held_out_accuracy"] == whole["held_out_accuracy"]
+    assert best["training"]["loss"] == whole["training"]["loss"]
+
+
+def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_path, monkeypatch):
+    """Stopped in the first, the second and the third round, it finds what it finds without a stop."""
+    _, expected = halved
+    train_candidate = eval_archs.train_candidate
+    resumed = [*candidate_flags(images, tmp_path, archs), *HALVING]
+    for allowed in (2, 2, 1):  # candidates until the stop; six trainings in all
+
+        def stopping(*args, left=[allowed]):  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return train_candidate(*args)
+
+        monkeypatch.setattr(eval_archs, "train_candidate", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            eval_archs.main(eval_archs.parse_args(list(map(str, resumed))))
+        resumed = ["--resume", tmp_path]
+    monkeypatch.setattr(eval_archs, "train_candidate", train_candidate)
+    results = eval_archs_results("--resume", tmp_path)
+    for name, result in results.items():
+        assert result["training"]["rounds"] == expected[name]["training"]["rounds"]
+        assert result["training"]["loss"] == expected[name]["training"]["loss"]
+    assert len(results) == 3
+
+
+def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
+    _, expected = halved
+    flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
+    output = start(*TWO_PROCESSES, "-m", "build_nas_dataset.eval_archs", *flags)
+    results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
+    assert {name: result["training"]["rounds"] for name, result in results.items()} == {
+        name: result["training"]["rounds"] for name, result in expected.items()
+    }
+    assert output.count("round 1/3") == output.count("next:") == 1
+    own = [load_checkpoint(tmp_path / name, "candidates")["results"] for name in ("checkpoint.pt", "checkpoint-1.pt")]
+    assert all(own) and {result["name"] for results in own for result in results} == set(NAMES)
+    eval_archs.main(eval_archs.parse_args(["--resume", str(tmp_path)]))  # one process reads the parts of two
+    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "epochs", "expected"),
+    [
+        (27, 27, [(27, 1), (9, 3), (3, 9), (1, 27)]),
+        (50, 50, [(50, 1), (17, 5), (6, 16), (2, 50)]),
+        (4, 50, [(4, 5), (2, 16), (1, 50)]),
+        (1, 50, [(1, 50)]),
+        (50, 3, [(50, 1), (17, 3)]),
+    ],
+)
+def test_rounds_of_halving(candidates, epochs, expected):
+    args = eval_archs.parse_args(["--halving", "--epochs", str(epochs)])
+    assert eval_archs.plan(candidates, args) == expected
+
+
+def test_a_halving_run_keeps_its_candidates(capsys, halved):
+    argv = ["--resume", halved[0], "--num_archs", 2]
+    assert "the candidates that it was started with" in refused(capsys, eval_archs.main, eval_archs.parse_args, argv)
+
+
+def test_a_nas_dataset_is_sampled_evenly_over_its_ranking(tmp_path):
+    names = ["NAG_HIGH_ACC", *NAMES]
+    records = [Record(i, GENOTYPES[name], (0.9, 0.1, 0.5, 0.3)[i], 1, 1) for i, name in enumerate(names)]
+    write_records(tmp_path / "nasdata.jsonl", records, {})
+    picked = [known["accuracy"] for _, known in eval_archs.read_candidates(str(tmp_path / "nasdata.jsonl"), 2)]
+    assert picked == [0.1, 0.9]
+    assert len(eval_archs.read_candidates(str(tmp_path / "nasdata.jsonl"), 0)) == 4
+
+
+def test_isomorphic_candidates_are_trained_once(tmp_path):
+    entries = [GENOTYPES["NAG_ENSEMBLE_B"].to_dict(), GENOTYPES["NAG_ENSEMBLE_B"].canonical().to_dict()]
+    (tmp_path / "twice.json").write_text(json.dumps(entries))
+    assert len(eval_archs.read_candidates(str(tmp_path / "twice.json"), 0)) == 1
+
+
+def test_rank_correlations_compare_brief_training_with_supernet_and_params():
+    rows = [(0.1, 0.2, 30), (0.2, 0.3, 20), (0.3, 0.4, 10), (0.4, None, 5)]
+    results = [
+        {"held_out_accuracy": brief, "training": {"params": params}} | ({"accuracy": supernet} if supernet else {})
+        for brief, supernet, params in rows
+    ]
+    correlations = eval_archs.rank_correlations(results)
+    assert correlations["supernet accuracy"]["tau"] == 1
+    assert correlations["supernet accuracy"]["n"] == 3
+    assert correlations["#params"]["tau"] == -1
+    assert correlations["#params"]["n"] == 4
+    assert eval_archs.rank_correlations(results[2:]) == {}
+    generated = [{"held_out_accuracy": x, "supernet_accuracy": -x, "training": {"params": 1}} for x in (0.1, 0.2, 0.3)]
+    assert eval_archs.rank_correlations(generated)["supernet accuracy"]["tau"] == -1
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--archs", "missing.json"], "missing.json"),
+        (["--holdout", 0], "--holdout"),
+        (["--num_archs", -1], "--num_archs"),
+        (["--eta", 1], "--eta"),
+        (["--halving", "--epochs", 2], "--epochs: expected at least --eta (3)"),
+        (["--sync_bn"], "--sync_bn: not here"),
+        (["--resume", "missing"], "missing"),
+    ],
+)
+def test_eval_archs_refuses_bad_input(capsys, images, archs, tmp_path, flags, expected):
+    argv = [*candidate_flags(images, tmp_path / "out", archs), *flags]
+    assert expected in refused(capsys, eval_archs.main, eval_archs.parse_args, argv)
+    assert not (tmp_path / "out").exists()
