@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import and_
+from itertools import chain
+from operator import and_, itemgetter
 from pathlib import Path
 
 
@@ -89,11 +90,12 @@ class CellSpec:
 
     def __post_init__(self):
         try:
-            matrix = tuple(tuple(int(x) for x in row) if all(x in (0, 1) for x in row) else None for row in self.matrix)
-        except (TypeError, ValueError):
+            rows = tuple(map(tuple, self.matrix))
+            matrix = tuple(tuple(map(int, row)) for row in rows)
+        except (TypeError, ValueError, OverflowError):
             raise ValueError("matrix must be a nested list of 0 and 1") from None
         ops, space, size = tuple(self.ops), self.space, len(matrix)
-        if any(row is None for row in matrix):
+        if matrix != rows or not {0, 1}.issuperset(chain(*matrix)):
             raise ValueError("matrix may hold only 0 and 1")
         if any(len(row) != size for row in matrix):
             raise ValueError(
@@ -101,9 +103,9 @@ class CellSpec:
             )
         if not space.min_vertices <= size <= space.max_vertices:
             raise ValueError(f"a cell has {space.min_vertices} to {space.max_vertices} vertices, got {size}")
-        if any(matrix[src][dst] for src in range(size) for dst in range(src + 1)):
+        if any(1 in row[: src + 1] for src, row in enumerate(matrix)):
             raise ValueError("matrix must be strictly upper triangular (edges run from lower to higher vertices)")
-        if any(matrix[src][dst] for dst in range(space.num_inputs) for src in range(dst)):
+        if any(1 in row[: space.num_inputs] for row in matrix):
             raise ValueError("matrix has an edge between two inputs")
         if len(ops) != size:
             raise ValueError(f"ops must name each of the {size} vertices, got {len(ops)} labels")
@@ -169,23 +171,21 @@ class CellSpec:
         if cell is None:
             return None
         size = cell.num_vertices
-        predecessors = [cell.predecessors(v) for v in range(size)]
-        successors = [[dst for dst in range(src + 1, size) if cell.matrix[src][dst]] for src in range(size)]
-        depth = [0] * size
-        for v in range(size):
-            depth[v] = max((depth[p] + 1 for p in predecessors[v]), default=0)
+        depth, neighbours = [0] * size, [[] for _ in range(size)]
+        for src, row in enumerate(cell.matrix):
+            for dst, edge in enumerate(row):
+                if edge:
+                    depth[dst] = max(depth[dst], depth[src] + 1)
+                    neighbours[src].append(dst)
+                    neighbours[dst].append(src)
         token_id = self.space.token_id
         colours = _rank([(depth[v], token_id[op]) for v, op in enumerate(cell.ops)])
-        order = min(
-            (_order(c) for c in _discrete_colourings(colours, predecessors, successors)),
-            key=lambda order: [cell.matrix[src][dst] for src in order for dst in order],
-        )
-        return cell._take(order)
+        orders = map(_order, _discrete_colourings(colours, neighbours))
+        return cell._take(min(orders, key=lambda order: _induced(cell.matrix, order)))
 
     def _take(self, vertices: Sequence[int]) -> "CellSpec":
         """The cell induced by `vertices`, in that order."""
-        matrix = [[self.matrix[src][dst] for dst in vertices] for src in vertices]
-        return CellSpec(matrix, [self.ops[v] for v in vertices], self.space)
+        return CellSpec(_induced(self.matrix, vertices), [self.ops[v] for v in vertices], self.space)
 
     def to_dict(self) -> dict:
         return {"matrix": [list(row) for row in self.matrix], "ops": list(self.ops)}
@@ -200,9 +200,15 @@ class CellSpec:
         return CellSpec(data["matrix"], data["ops"], space)
 
 
+def _induced(matrix: tuple[tuple[int, ...], ...], vertices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The adjacency matrix of two or more vertices, in that order."""
+    take = itemgetter(*vertices)
+    return tuple(map(take, take(matrix)))
+
+
 def _rank(keys: list) -> list[int]:
-    """Replace each key by its position among the sorted distinct keys."""
-    position = {key: i for i, key in enumerate(sorted(set(keys)))}
+    """Replace each key by the number of smaller ones."""
+    position = dict(zip(sorted(keys, reverse=True), reversed(range(len(keys))), strict=True))
     return [position[key] for key in keys]
 
 
@@ -210,18 +216,21 @@ def _order(colours: list[int]) -> list[int]:
     return sorted(range(len(colours)), key=colours.__getitem__)
 
 
-def _discrete_colourings(colours: list[int], predecessors: list, successors: list) -> Iterable[list[int]]:
-    """All ways to refine `colours` until every vertex has its own, up to exchanging twins."""
+def _discrete_colourings(colours: list[int], neighbours: list[list[int]]) -> Iterable[list[int]]:
+    """All ways to refine `colours` until every vertex has its own, up to exchanging twins.
+
+    Edges run from lower to higher colours, so that neighbours need not be told apart as predecessors and successors.
+    """
     size, count = len(colours), len(set(colours))
+    bits = size.bit_length()
     while count < size:
-        neighbours = [
-            (tuple(sorted([colours[p] for p in predecessors[v]])), tuple(sorted([colours[s] for s in successors[v]])))
-            for v in range(size)
-        ]
-        colours = _rank(list(zip(colours, neighbours, strict=True)))
-        before, count = count, len(set(colours))
+        # A number with, from the top, the vertex's own colour and how many neighbours it has of every colour.
+        unit = [1 << bits * c for c in colours]
+        keys = [(c << bits * size) + sum([unit[n] for n in near]) for c, near in zip(colours, neighbours, strict=True)]
+        before, count = count, len(set(keys))
         if count == before:
             break
+        colours = _rank(keys)
     if count == size:
         yield colours
         return
@@ -230,12 +239,12 @@ def _discrete_colourings(colours: list[int], predecessors: list, successors: lis
     groups = {}
     for v in range(size):
         if colours[v] == ambiguous:
-            groups.setdefault((tuple(predecessors[v]), tuple(successors[v])), []).append(v)
+            groups.setdefault(tuple(neighbours[v]), []).append(v)
     for twins in groups.values():  # first in turn, before the others of their colour
-        individualised = [size * c for c in colours]
+        individualised = [c + len(twins) * (c == ambiguous) for c in colours]
         for i, v in enumerate(twins):
-            individualised[v] -= len(twins) - i
-        yield from _discrete_colourings(_rank(individualised), predecessors, successors)
+            individualised[v] = ambiguous + i
+        yield from _discrete_colourings(individualised, neighbours)
 
 
 @dataclass(frozen=True, init=False)
