@@ -40,7 +40,7 @@ from cuda_graphs import Recorded
 from genotypes import NAG_SPACE
 from metrics import cell_statistics, generation_metrics, obtained_classes, tau
 from models.discriminator import Discriminator
-from models.generator import Generator
+from models.generator import Generator, forcing_noise
 from models.graph import CellBatch
 from models.network import batch_cost
 from models.predictor import Predictor
@@ -228,7 +228,6 @@ class Trainer:
         self.generator, self.reference, self.discriminator = generator, reference, discriminator
         self.predictor, self.optimizers, self.data, self.args = predictor, optimizers, data, args
         recorded = Recorded if data.labels.is_cuda and args.cuda_graphs else lambda function: function
-        self.draw = recorded(self._draw)
         self.update_discriminator = recorded(self._update_discriminator)
         # Of the warm-up, and of the epochs after it: other terms, so another graph.
         self.update_generator = recorded(self._update_generator), recorded(self._update_generator)
@@ -268,21 +267,13 @@ class Trainer:
                 if args.likelihood_weight or control:
                     z, _ = self.generator.draw_noise(args.batch_size, source, temperature=0)
                 if control:
-                    asked = request(args.draws or args.batch_size, 1.0)
-                    controlled = (asked[0], asked[1], *self.draw(*asked))
+                    controlled = request(args.draws or args.batch_size, 1.0)
                 record(self.update_generator[judged](real, z, judged_request, controlled))
         return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
     def _generate(self, z: Tensor, labels: Tensor, noise, hard: bool) -> tuple[CellBatch, ...]:
         cells = self.generator(z, labels, noise)
         return tuple(batch.straight_through() for batch in cells) if hard else cells
-
-    @torch.no_grad()
-    def _draw(self, z: Tensor, labels: Tensor, noise) -> tuple[tuple[CellBatch, ...], Tensor, Tensor | None]:
-        """Cells, their rewards (B,) and their log-likelihoods under the reference (B,)."""
-        drawn = self._generate(z, labels, noise, hard=True)
-        reward = obedience(drawn, labels, self.data.boundaries, self.predictor)
-        return drawn, reward, None if self.reference is None else self.reference.follow(z, labels, drawn)[1]
 
     def _update_discriminator(self, real: tuple[tuple[CellBatch, ...], Tensor], request: Request) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -296,12 +287,12 @@ class Trainer:
         real: tuple[tuple[CellBatch, ...], Tensor],
         z: Tensor | None,
         judged: Request | None,
-        controlled: tuple[Tensor, Tensor, tuple[CellBatch, ...], Tensor, Tensor | None] | None,
+        controlled: Request | None,
     ) -> dict[str, Tensor]:
         """One step on all that the recipe asks for.
 
         z: that real cells are made likelier for. judged: cells to generate for the discriminator.
-        controlled: z and labels of cells that were drawn, and what _draw returned.
+        controlled: cells to draw for the policy gradient.
         """
         args, values = self.args, {}
         loss = torch.zeros((), device=self.data.labels.device)
@@ -314,23 +305,26 @@ class Trainer:
             loss = loss + args.adversarial_weight * g_loss
             values["g_loss"] = g_loss
         if z is not None:
-            given, given_labels = real
-            weight = torch.full_like(z[:, 0], args.likelihood_weight / args.batch_size)
-            if controlled is not None:
-                drawn_z, labels, drawn, reward, before = controlled
-                values["reward"] = reward.mean()
-                given = tuple(CellBatch.cat(pair) for pair in zip(given, drawn, strict=True))
-                given_labels, z = torch.cat([given_labels, labels]), torch.cat([z, drawn_z])
-            _, likelihood = self.generator.follow(z, given_labels, given)  # one pass for both
+            size, labels, noise = args.batch_size, real[1], forcing_noise(real[0])
+            weight = torch.full_like(z[:, 0], args.likelihood_weight / size)
+            if controlled is not None:  # one pass for both
+                drawn_z, asked, drawn_noise = controlled
+                z, labels = torch.cat([z, drawn_z]), torch.cat([labels, asked])
+                noise = tuple(torch.cat(pair) for pair in zip(noise, drawn_noise, strict=True))
+            cells, likelihood = self.generator.draw(z, labels, noise)
+            values["nll"] = -likelihood[:size].mean()
             if controlled is not None:  # policy gradient: what obeys better than the rest becomes likelier
-                if before is not None:
-                    divergence = likelihood[args.batch_size :].detach() - before  # its mean estimates the KL
-                    reward = reward - args.kl_weight * divergence
-                    values["divergence"] = divergence.mean()
-                advantage = reward - reward.mean()
+                with torch.no_grad():
+                    drawn = tuple(batch[size:].straight_through() for batch in cells)
+                    reward = obedience(drawn, asked, self.data.boundaries, self.predictor)
+                    values["reward"] = reward.mean()
+                    if self.reference is not None:
+                        divergence = likelihood[size:] - self.reference.likelihood(drawn_z, asked, drawn)
+                        values["divergence"] = divergence.mean()  # estimates the KL
+                        reward = reward - args.kl_weight * divergence
+                    advantage = reward - reward.mean()
                 weight = torch.cat([weight, args.control_weight / len(reward) * advantage])
             loss = loss - (weight * likelihood).sum()
-            values["nll"] = -likelihood[: args.batch_size].mean()
         update(self.optimizers["generator"], loss, args.clip_value)
         return {name: value.detach() for name, value in values.items()}
 

@@ -17,7 +17,6 @@ import argparse
 import statistics
 
 import torch
-from torch import Tensor
 
 import gan
 from benchmarks.common import (
@@ -34,11 +33,11 @@ from benchmarks.common import (
 from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
 from build_nas_dataset.records import Record, read_records
 from genotypes import NAG_SPACE, Genotype
-from models.generator import Generator
+from models.generator import Generator, forcing_noise
 from models.graph import CellBatch
 from models.predictor import Predictor
 
-FORCE = 6.0  # logits; those of an untrained generator are below 1
+FORCE = 6.0  # logits; those of an untrained generator are below 1, and no sigmoid of these is exactly 0 or 1
 
 
 def retrace(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
@@ -47,14 +46,9 @@ def retrace(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
     def draw_noise(n: int, source: torch.Generator, temperature: float | None = None):
         z = torch.randn(n, generator.config["latent_dim"], generator=source, device=source.device)
         rows = torch.arange(n, device=source.device) % len(cells[0])
-        return z, tuple(forcing_noise(batch[rows]) for batch in cells)
+        return z, forcing_noise(tuple(batch[rows] for batch in cells), FORCE)
 
     generator.draw_noise = draw_noise
-
-
-def forcing_noise(cells: CellBatch) -> Tensor:
-    """(B, V, T + V): pushes every decision to the side that the cells take."""
-    return torch.cat([FORCE * cells.ops, FORCE * (2 * cells.adj.mT - 1)], dim=2)
 
 
 def full_cells(records: list[Record], n: int) -> list[Genotype]:
@@ -125,9 +119,13 @@ class Autocast(torch.nn.Module):
         with torch.autocast(self.kind, torch.bfloat16):
             return as_float32(self.network(*args))
 
-    def follow(self, *args):
+    def draw(self, *args):
         with torch.autocast(self.kind, torch.bfloat16):
-            return as_float32(self.network.follow(*args))
+            return as_float32(self.network.draw(*args))
+
+    def likelihood(self, *args):
+        with torch.autocast(self.kind, torch.bfloat16):
+            return as_float32(self.network.likelihood(*args))
 
     def draw_noise(self, *args, **kwargs):
         return self.network.draw_noise(*args, **kwargs)

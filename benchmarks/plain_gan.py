@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.discriminator import CellEncoder, Discriminator
-from models.generator import CellGenerator, Generator, MessagePassing
+from models.generator import CellGenerator, Generator, MessagePassing, forcing_noise
 from models.graph import CellBatch
 
 
@@ -26,30 +26,31 @@ class PlainGenerator(nn.Module):
         return self.generator.draw_noise(*args, **kwargs)
 
     def forward(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...] | None = None) -> tuple[CellBatch, ...]:
-        return self._grow(z, labels, noise, None)[0]
+        return self._grow(z, labels, noise)[0]
 
-    def follow(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> tuple[tuple[CellBatch, ...], Tensor]:
-        return self._grow(z, labels, None, cells)
+    def draw(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...]) -> tuple[tuple[CellBatch, ...], Tensor]:
+        return self._grow(z, labels, noise, given=True)
 
-    def _grow(self, z, labels, noise, follow):
+    def likelihood(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> Tensor:
+        return self.draw(z, labels, forcing_noise(cells))[1]
+
+    def _grow(self, z, labels, noise, given=False):
         condition = torch.cat([z, self.generator.labels(labels)], dim=1)
         cells, likelihood = [], 0
         for i, (name, cell) in enumerate(self.generator.cells.items()):
-            given = None if follow is None else follow[i]
-            grown, own = grow(cell, condition, None if noise is None else noise[i], given)
+            grown, own = grow(cell, condition, None if noise is None else noise[i])
             cells.append(grown)
             likelihood = likelihood + own
             if name in self.generator.summaries:
-                finished = grown.straight_through() if given is None else given
+                finished = grown.straight_through()
                 flat = torch.cat([finished.adj, finished.ops], dim=2).flatten(1)
-                condition = torch.cat([condition, F.normalize(self.generator.summaries[name](flat), dim=1)], dim=1)
+                summary = self.generator.summaries[name](flat.detach() if given else flat)
+                condition = torch.cat([condition, F.normalize(summary, dim=1)], dim=1)
         return tuple(cells), likelihood
 
 
-def grow(
-    cell: CellGenerator, condition: Tensor, noise: Tensor | None, follow: CellBatch | None
-) -> tuple[CellBatch, Tensor]:
-    """One cell a sample: condition (B, C) -> CellBatch and log-likelihood of `follow` (B,), as CellGenerator."""
+def grow(cell: CellGenerator, condition: Tensor, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
+    """One cell a sample: condition (B, C) -> CellBatch and log-likelihood (B,), as CellGenerator."""
     batch, size = len(condition), cell.max_vertices
     inputs = range(cell.input_tokens.start, cell.input_tokens.stop)
     tokens = cell.tokens.num_embeddings
@@ -75,35 +76,30 @@ def grow(
         graph, graph_init = cell.graph_state(new), cell.graph_state_init(new)
 
         logits = cell.add_vertex(torch.cat([graph, condition], dim=1))  # (B, T)
-        if noise is not None:
-            logits = logits + noise[:, t, :tokens]
         forbidden = torch.tensor([token in inputs for token in range(tokens)], device=logits.device)
         if t == size - 1:
             forbidden = torch.tensor([token != cell.output_token for token in range(tokens)], device=logits.device)
             logits = torch.zeros_like(logits)
         logits = logits.masked_fill(forbidden, -torch.inf)
-        token = (logits if follow is None else follow.ops[:, t]).argmax(1)  # (B,)
+        noisy_tokens = logits if noise is None else logits + noise[:, t, :tokens]
+        token = noisy_tokens.argmax(1)  # (B,)
         vertex = F.normalize(cell.init_vertex(torch.cat([cell.tokens(token), graph_init, condition], dim=1)), dim=1)
 
-        target_logits, before = [], 0
+        target_logits, before, own = [], 0, logits.log_softmax(1)[range(batch), token]
         for j in range(t):
             hidden = cell.add_edge[0](torch.cat([states[j], vertex, graph, condition], dim=1)) + before
             logit = cell.add_edge[2](cell.add_edge[1](hidden)).squeeze(1)  # (B,)
-            if noise is not None:
-                logit = logit + noise[:, t, tokens + j]
-            edge = (logit > 0 if follow is None else follow.adj[:, j, t] > 0.5).to(condition.dtype)
+            noisy = logit if noise is None else logit + noise[:, t, tokens + j]
+            edge = (noisy > 0).to(condition.dtype)
             adj[:, j, t] = edge
-            target_logits.append(logit)
+            target_logits.append(noisy)
+            own = own + torch.where(edge > 0, F.logsigmoid(logit), F.logsigmoid(-logit))
             if cell.chosen is not None:  # edges in turn: in view of the sources chosen before
                 before = before + edge[:, None] * cell.chosen(states[j])
-        edge_logits = torch.stack(target_logits, dim=1)  # (B, t)
-        if follow is not None:
-            own = logits.log_softmax(1).gather(1, token[:, None]).squeeze(1)
-            own = own + torch.where(adj[:, :t, t] > 0, F.logsigmoid(edge_logits), F.logsigmoid(-edge_logits)).sum(1)
-            likelihood = likelihood + torch.where(growing, own, 0)
+        likelihood = likelihood + torch.where(growing, own, 0)
         states.append(vertex)
-        soft_ops.append(logits.softmax(1) * growing[:, None])
-        soft_adj.append(F.pad(edge_logits.sigmoid(), (0, size - t)) * growing[:, None])
+        soft_ops.append(noisy_tokens.softmax(1) * growing[:, None])
+        soft_adj.append(F.pad(torch.stack(target_logits, dim=1).sigmoid(), (0, size - t)) * growing[:, None])
         growing = growing & (token != cell.output_token)
     ops = torch.stack(soft_ops, dim=1)
     return CellBatch(torch.stack(soft_adj, dim=2), ops, (ops.sum(2) > 0).sum(1)), likelihood

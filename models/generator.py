@@ -29,6 +29,14 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, outputs))
 
 
+def forcing_noise(cells: tuple[CellBatch, ...], strength: float = 1e4) -> tuple[Tensor, ...]:
+    """What to add to the logits of the decisions for growth to retrace hard cells: (B, V, T + V) for each cell.
+
+    strength: more than any logit.
+    """
+    return tuple(strength * (2 * torch.cat([batch.ops, batch.adj.mT], dim=-1) - 1) for batch in cells)
+
+
 class MessagePassing(nn.Module):
     """One round of messages along the edges and against them, then a GRU cell (NAG paper, section 3.2)."""
 
@@ -91,15 +99,11 @@ class CellGenerator(nn.Module):
         self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
         self.chosen = nn.Linear(vertex_size, hidden) if edges_in_turn else None
 
-    def forward(
-        self, condition: Tensor, fixed_shape: bool, noise: Tensor | None = None, follow: CellBatch | None = None
-    ) -> tuple[CellBatch, Tensor]:
-        """condition (B, C) -> CellBatch of B cells, soft; and the log-likelihood of `follow` (B,), else zeros.
+    def forward(self, condition: Tensor, fixed_shape: bool, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
+        """condition (B, C) -> CellBatch of B cells, soft; and the log-likelihood (B,) of the hard ones, without noise.
 
         Growth follows the hard decisions; the soft values returned carry the gradient.
         noise: (B, V, T + V) added to the logits of each new vertex's token and edges, see Generator.draw_noise.
-        follow: B given cells; growth follows them instead (teacher forcing), and the soft values are the
-            probabilities that the generator gives to every decision.
         fixed_shape: keep finished samples in the batch, masked, so that no shape depends on a value. Otherwise they
             leave it, and b <= B samples are left at a step. The result is the same.
         """
@@ -116,25 +120,23 @@ class CellGenerator(nn.Module):
             if t > self.num_inputs:  # there can be an edge
                 states = self._propagate(states, adj)
             graph = self.graph_state(states)  # (b, S)
-            token_noise, edge_noise = (None, None) if noise is None else self._split_noise(noise[sample, t], t)
-            token_logits = self._token_logits(graph, condition, token_noise, last=t == size - 1)  # (b, T)
-            token = (token_logits if follow is None else follow.ops[sample, t]).argmax(-1)  # (b,)
+            token_logits = self._token_logits(graph, condition, last=t == size - 1)  # (b, T)
+            token_noise, edge_noise = (0.0, None) if noise is None else self._split_noise(noise[sample, t], t)
+            noisy = token_logits + token_noise
+            token = noisy.argmax(-1)  # (b,)
+            soft_tokens.append(self._scatter(noisy.softmax(-1), growing, sample, batch))
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
-            context = torch.cat([vertex, graph, condition], dim=-1)
-            given = None if follow is None else follow.adj[sample, :t, t]  # (b, t)
-            edge_logits = self._edge_logits(states, context, edge_noise, given)  # (b, t)
-            if given is not None:
-                token_likelihood = token_logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
-                edge_likelihood = -F.binary_cross_entropy_with_logits(edge_logits, given, reduction="none").sum(1)
-                own = torch.where(growing, token_likelihood + edge_likelihood, 0)
-                likelihood = likelihood.index_add(0, sample, own)
-            soft_tokens.append(self._scatter(token_logits.softmax(-1), growing, sample, batch))
-            soft_edges.append(self._scatter(F.pad(edge_logits.sigmoid(), (0, size - t)), growing, sample, batch))
+            edge_logits = self._edge_logits(states, torch.cat([vertex, graph, condition], dim=-1), edge_noise)  # (b, t)
+            noisy = edge_logits if edge_noise is None else edge_logits + edge_noise
+            edges = (noisy > 0).to(adj.dtype)  # (b, t)
+            soft_edges.append(self._scatter(F.pad(noisy.sigmoid(), (0, size - t)), growing, sample, batch))
+            of_token = token_logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+            of_edges = -F.binary_cross_entropy_with_logits(edge_logits, edges, reduction="none").sum(1)
+            likelihood = likelihood.index_add(0, sample, torch.where(growing, of_token + of_edges, 0))
 
             states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
-            hard_edges = (edge_logits > 0 if given is None else given > 0.5).to(adj.dtype)[:, :, None]  # (b, t, 1)
-            adj = F.pad(torch.cat([adj, hard_edges], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge yet
+            adj = F.pad(torch.cat([adj, edges[:, :, None]], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge
             growing = growing & (token != self.output_token)
             if not fixed_shape:
                 left = growing.nonzero().squeeze(1)
@@ -171,46 +173,41 @@ class CellGenerator(nn.Module):
         tokens = self.one_hot.shape[0]
         return noise[:, :tokens], noise[:, tokens : tokens + t]
 
-    def _token_logits(self, graph: Tensor, condition: Tensor, noise: Tensor | None, last: bool) -> Tensor:
+    def _token_logits(self, graph: Tensor, condition: Tensor, last: bool) -> Tensor:
         """graph (b, S) -> what vertex is added, (b, T): never an input, and the output when no vertex may follow."""
         if last:
             return self.one_hot[self.output_token].log().expand(len(graph), -1)
         logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
-        logits = logits if noise is None else logits + noise
         logits[:, self.input_tokens] = -math.inf
         return logits
 
-    def _edge_logits(
-        self, states: Tensor, context: Tensor, noise: Tensor | None = None, given: Tensor | None = None
-    ) -> Tensor:
-        """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t).
+    def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor | None = None) -> Tensor:
+        """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t), without noise.
 
         The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
         The reference mixes the contexts of different samples here, which cuts the edges off from the labels.
-        With `edges_in_turn`, every edge also sees the sum over the sources chosen before it; given (b, t): of those.
+        With `edges_in_turn`, every edge also sees the sum over the sources that, with the noise (b, t), were chosen
+        before it.
         """
         first, activation, second = self.add_edge
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
         if self.chosen is not None:
-            chosen = self.chosen(states)  # (b, t, D + S), what a chosen source adds for those after it
-            if given is not None:
-                chosen = chosen * given[:, :, None]
-                hidden = hidden + chosen.cumsum(1) - chosen
-            else:
-                return self._edges_in_turn(hidden, chosen, noise)
-        logits = second(activation(hidden)).squeeze(-1)
-        return logits if noise is None else logits + noise
+            return self._edges_in_turn(hidden, self.chosen(states), noise)
+        return second(activation(hidden)).squeeze(-1)
 
     def _edges_in_turn(self, hidden: Tensor, chosen: Tensor, noise: Tensor | None) -> Tensor:
-        """Edge logits (b, t), each in view of the decisions before it; these are hard, without gradient."""
+        """Edge logits (b, t), each in view of the decisions before it; these are hard, without gradient.
+
+        hidden (b, t, D + S): of the edge MLP. chosen (b, t, D + S): what a source adds for those after it.
+        """
         _, activation, second = self.add_edge
-        before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
-        for j in range(hidden.shape[1]):
-            logits = second(activation(hidden[:, j] + before)).squeeze(-1)  # (b,)
-            edges.append(logits if noise is None else logits + noise[:, j])
-            before = before + chosen[:, j] * (edges[-1] > 0)[:, None]
-        return torch.stack(edges, dim=1)
+        before, logits = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
+        for j, (own, further) in enumerate(zip(hidden.unbind(1), chosen.unbind(1), strict=True)):
+            logits.append(second(activation(own + before)).squeeze(-1))  # (b,)
+            noisy = logits[-1] if noise is None else logits[-1] + noise[:, j]
+            before = before + further * (noisy > 0)[:, None]
+        return torch.stack(logits, dim=1)
 
 
 class Generator(nn.Module):
@@ -292,29 +289,33 @@ class Generator(nn.Module):
 
         noise: of the decisions, from draw_noise; None: every decision takes the likelier side.
         """
-        return self._grow(z, labels, noise, None)[0]
+        return self._grow(z, labels, noise)[0]
 
-    def follow(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> tuple[tuple[CellBatch, ...], Tensor]:
-        """Teacher forcing along given cells: the probabilities of every decision, and the cells' log-likelihood (B,).
+    def draw(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...] | None) -> tuple[tuple[CellBatch, ...], Tensor]:
+        """The cells of forward, and the log-likelihood (B,) of the hard decisions in them, which are taken as given.
 
-        The latter in nats, without noise, at temperature 1; from logits, so that it is exact where probabilities are
-        rounded to 0 or 1.
+        In nats, at temperature 1; from logits, so that it is exact where probabilities are rounded to 0 or 1.
         """
-        return self._grow(z, labels, None, cells)
+        return self._grow(z, labels, noise, given=True)
 
-    def _grow(self, z: Tensor, labels: Tensor, noise, follow) -> tuple[tuple[CellBatch, ...], Tensor]:
+    def likelihood(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> Tensor:
+        """The log-likelihood of hard cells (B,), as from draw: growth is made to retrace them (teacher forcing)."""
+        return self.draw(z, labels, forcing_noise(cells))[1]
+
+    def _grow(self, z: Tensor, labels: Tensor, noise, given: bool = False) -> tuple[tuple[CellBatch, ...], Tensor]:
+        """given: no gradient from a cell to the decisions in the cells before it, which is that of straight_through."""
         fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
         cells, likelihood = [], 0.0
         for i, (name, cell) in enumerate(self.cells.items()):
-            given = None if follow is None else follow[i]
-            grown, own = cell(condition, fixed_shape, None if noise is None else noise[i], given)
+            grown, own = cell(condition, fixed_shape, None if noise is None else noise[i])
             cells.append(grown)
             likelihood = likelihood + own
             if name in self.summaries:
-                finished = cells[-1].straight_through() if given is None else given
+                finished = grown.straight_through()
                 flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
-                condition = torch.cat([condition, F.normalize(self.summaries[name](flat), dim=-1)], dim=-1)
+                summary = self.summaries[name](flat.detach() if given else flat)
+                condition = torch.cat([condition, F.normalize(summary, dim=-1)], dim=-1)
         return tuple(cells), likelihood
 
     def draw_noise(

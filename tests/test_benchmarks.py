@@ -97,15 +97,19 @@ def test_plain_growth_and_judgement_give_the_same_gradients(changes):
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_plain_following_gives_the_same_probabilities_and_likelihood(changes):
-    generator, (z, labels, _) = generator_and_inputs(torch.float64, **changes)
+def test_plain_growth_gives_the_same_likelihoods(changes):
+    generator, (z, labels, noise) = generator_and_inputs(torch.float64, **changes)
+    plain = PlainGenerator(generator)
     pool = random_pool(len(z), seed=0)
-    cells = [CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in ("normal", "reduction")]
+    cells = tuple(CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in ("normal", "reduction"))
     with torch.no_grad():
-        fast, likelihood = generator.follow(z, labels, cells)
-        plain, plain_likelihood = PlainGenerator(generator).follow(z, labels, cells)
-    assert_equal_cells(plain, fast, 1e-12)
-    torch.testing.assert_close(plain_likelihood, likelihood, rtol=1e-12, atol=1e-9)
+        own, likelihood = generator.draw(z, labels, noise)
+        plain_own, plain_likelihood = plain.draw(z, labels, noise)
+        assert_equal_cells(plain_own, own, 1e-12)
+        torch.testing.assert_close(plain_likelihood, likelihood, rtol=1e-12, atol=1e-9)
+        of_given = generator.likelihood(z, labels, cells)
+        torch.testing.assert_close(plain.likelihood(z, labels, cells), of_given, rtol=1e-12, atol=1e-9)
+        assert not torch.equal(of_given, likelihood)
 
 
 def test_retraced_growth_gives_the_cells_to_retrace():

@@ -1,5 +1,6 @@
 """What gan.py adds to the networks: the likelihood of given cells, and how obedience is counted."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -31,19 +32,26 @@ def all_cells(space):
 
 
 @pytest.mark.parametrize("edges_in_turn", [False, True])
-def test_the_likelihoods_of_all_cells_sum_to_one(edges_in_turn):
+def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(edges_in_turn):
     torch.manual_seed(0)
     generator = Generator(5, 12, 6, label_sizes=(4,), edges_in_turn=edges_in_turn, space=TOY_SPACE).double().eval()
+    cells, n = list(all_cells(TOY_SPACE)), 20_000
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.mul_(3)
-        cells = list(all_cells(TOY_SPACE))
+        z, labels = torch.randn(1, 5, dtype=torch.float64), torch.ones(1, 1).long()
         given = (CellBatch.encode(cells, dtype=torch.float64),)
-        z, labels = torch.randn(1, 5, dtype=torch.float64).expand(len(cells), -1), torch.ones(len(cells), 1).long()
-        _, values = generator.follow(z, labels, given)
+        values = generator.likelihood(z.expand(len(cells), -1), labels.expand(len(cells), -1), given)
+        _, noise = generator.draw_noise(n, torch.Generator().manual_seed(0), temperature=1.0)
+        drawn = generator(z.expand(n, -1), labels.expand(n, -1), tuple(part.double() for part in noise))[0]
     assert values.shape == (len(cells),) and len(cells) == 2 + 2 * 8 + 4 * 64
-    assert values.exp().sum().item() == pytest.approx(1, abs=1e-9)
-    assert values.exp().max() < 0.9  # not all on one cell
+    share = values.exp()
+    assert share.sum().item() == pytest.approx(1, abs=1e-9)
+    assert share.max() < 0.9  # not all on one cell
+    counts = Counter(drawn.decode(TOY_SPACE))
+    assert counts.keys() <= set(cells)
+    found = torch.tensor([counts[cell] for cell in cells]) / n
+    assert ((found - share).abs() < 5 * (share / n).sqrt() + 1 / n).all()
 
 
 def boundaries(**values):

@@ -1,5 +1,6 @@
 """The generator: against the reference's outputs, against slow obvious forms of itself, and what must hold for any."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -179,47 +180,39 @@ def test_fixed_shape_gives_the_cells_and_gradients_of_compaction(changes):
     torch.testing.assert_close(grads, other_grads, rtol=1e-9, atol=1e-9)
 
 
-def test_following_its_own_cells_gives_their_probabilities():
-    """Teacher forcing on what was grown without noise must retrace the growth, decision by decision."""
-    generator = varied_generator(chain_cells=True, edges_in_turn=True)
+@pytest.mark.parametrize("fixed_shape", [True, False])
+@pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
+def test_cells_drawn_have_the_likelihood_and_gradients_of_the_same_cells_given(changes, fixed_shape):
+    generator = varied_generator(**changes)
+    generator.fixed_shape = fixed_shape
     z, labels = inputs(32, generator)
-    with torch.no_grad():
-        cells = generator(z, labels)
-        for fixed_shape in (True, False):
-            generator.fixed_shape = fixed_shape
-            assert_same(cells, generator.follow(z, labels, [batch.straight_through() for batch in cells])[0])
-
-
-def test_drawn_decisions_come_with_their_probabilities():
-    generator = varied_generator(edges_in_turn=True, temperature=1.0)
-    z, labels = inputs(1, generator)
-    n = 4000
-    z, labels = z.expand(n, -1), labels.expand(n, -1)
-    _, noise = generator.draw_noise(n, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        first = generator(z, labels, noise)[0].straight_through()
-        probability = generator.follow(z, labels, [first] * 2)[0][0]
-    tolerance = 4 * 0.5 / n**0.5
-    assert ((first.ops[:, 2].mean(0) - probability.ops[0, 2]).abs() < tolerance).all()
-    assert (probability.ops[0, 2] > 0.05).sum() > 1  # there was something to draw
-    token = first.ops[:, 2].argmax(-1).mode().values  # edges depend on the token, and on the edges before
-    same = first.ops[:, 2].argmax(-1) == token
-    assert abs(first.adj[same, 0, 2].mean() - probability.adj[same, 0, 2][0]) < 4 * 0.5 / same.sum() ** 0.5
-    for before in (0, 1):
-        rows = same & (first.adj[:, 0, 2] == before)
-        assert abs(first.adj[rows, 1, 2].mean() - probability.adj[rows, 1, 2][0]) < 4 * 0.5 / rows.sum() ** 0.5
+    _, noise = generator.draw_noise(32, torch.Generator().manual_seed(0), temperature=1.0)
+    cells, drawn = generator.draw(z, labels, tuple(part.double() for part in noise))
+    given = generator.likelihood(z, labels, tuple(batch.straight_through() for batch in cells))
+    torch.testing.assert_close(drawn, given, rtol=1e-12, atol=1e-9)
+    weight = torch.arange(32.0).double()
+    grads = []
+    for likelihood in (drawn, given):
+        generator.zero_grad()
+        (weight * likelihood).sum().backward()
+        grads.append([p.grad for p in generator.parameters()])
+    assert all(grad.abs().max() > 1e-6 for grad in grads[0])
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 def test_a_reduction_cell_sees_the_normal_cell_only_when_chained():
+    """Swapped between samples, normal cells leave the likelihood of the reduction cells as it was, unless chained."""
     for chained in (False, True):
         generator = varied_generator(chain_cells=chained)
         z, labels = inputs(16, generator)
-        cells = generator(z, labels)
-        follow = [batch.straight_through() for batch in cells]
-        other = [follow[0][torch.arange(16).roll(1)], follow[1]]
+        z, labels = z[:1].expand(16, -1), labels[:1].expand(16, -1)
+        _, noise = generator.draw_noise(16, torch.Generator().manual_seed(0), temperature=1.0)
         with torch.no_grad():
-            a, b = (generator.follow(z, labels, given)[0][1] for given in (follow, other))
-        assert torch.equal(a.adj, b.adj) != chained
+            cells = [c.straight_through() for c in generator(z, labels, tuple(part.double() for part in noise))]
+            other = [c[torch.arange(16).roll(1)] for c in cells]
+            (a, b, c, d) = (generator.likelihood(z, labels, pair) for pair in product(*zip(cells, other, strict=True)))
+        # a: (own, own), b: (own, other), c: (other, own), d: (other, other)
+        assert torch.allclose(a - b, c - d, rtol=0, atol=1e-9) != chained
 
 
 def test_fixed_shape_depends_on_no_value():
