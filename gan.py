@@ -525,12 +525,12 @@ def main(args: argparse.Namespace) -> None:
         start_epoch = state["epoch"]
         predictor = Predictor.from_checkpoint(args.resume, device)
         predictor_tau = state["predictor_tau"]
-    else:
-        predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
 
-    trainer = Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
+    if not args.resume:
+        predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
+    trainer = Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")
     measured = zip(objectives, predictor_tau, predictor.error.tolist(), strict=True)
