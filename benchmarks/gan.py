@@ -72,6 +72,8 @@ class Step:
 
     def __init__(self, recipe: str, genotypes: list[Genotype], records: list[Record], args, device: torch.device):
         flags = ["--recipe", recipe, "--batch_size", str(len(genotypes))]
+        if recipe == "robust":
+            flags += ["--draws", str(gan.ROBUST["draws"])]  # of gan_multiobj.py; the only label here is accuracy
         if args.quick:
             flags += ["--g_emb_size", "16", "--d_emb_size", "16", "--g_hidden_size", "8", "--d_hidden_size", "8"]
         self.args = gan.parse_args(flags)

@@ -131,6 +131,8 @@ def test_recipes_set_defaults_and_flags_win():
     assert (paper.likelihood_weight, paper.temperature, paper.lr, paper.clip_value) == (0, 0, 2e-4, 0.01)
     assert robust.likelihood_weight == 1 and robust.temperature == 1 and robust.edges_in_turn
     assert robust.lr == 0.5 and not robust.chain_cells
+    both = gan.parse_args(["--kl_weight", "0.1"], objectives=("accuracy", "params"))  # as gan_multiobj.py
+    assert (robust.draws, robust.kl_weight, both.draws, both.kl_weight) == (64, 0.02, 256, 0.1)
     assert gan.parse_args(["--objectives", "params,macs"]).objectives == ("params", "macs")
     for flags in (
         ["--objectives", "speed"],
