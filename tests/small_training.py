@@ -29,7 +29,7 @@ def make_images(folder: Path, classes: dict[str, int]) -> Path:
 def start(*command) -> str:
     """Standard output of a script that must succeed."""
     command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
