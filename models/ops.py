@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.cpu import average_pool, depthwise_conv, max_pool
+
 
 class FactorizedReduce(nn.Module):
     """Halve the resolution, (B, c_in, H, W) -> (B, c_out, ceil(H/2), ceil(W/2)), without losing a pixel.
@@ -46,8 +48,7 @@ class SeparableConv(nn.Module):
     def forward(self, x: Tensor, stride: int) -> Tensor:
         for i, (depthwise, pointwise, norm) in enumerate(zip(self.depthwise, self.pointwise, self.norm, strict=True)):
             x = F.relu(x, inplace=i > 0)  # what the first norm wrote is read here only
-            x = F.conv2d(x, depthwise.weight, None, stride, depthwise.padding, 1, depthwise.groups)
-            x = norm(pointwise(x))
+            x = norm(pointwise(depthwise_conv(x, depthwise.weight, stride)))
             stride = 1
         return x
 
@@ -56,14 +57,14 @@ class AvgPool(nn.Module):
     """3x3 average; the padding does not count."""
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
-        return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+        return average_pool(x, stride)
 
 
 class MaxPool(nn.Module):
     """3x3 maximum."""
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
-        return F.max_pool2d(x, 3, stride, padding=1)
+        return max_pool(x, stride)
 
 
 class Identity(nn.Module):

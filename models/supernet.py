@@ -1,12 +1,14 @@
 """The one-shot model: all cells at once, weights shared by vertex position (NAG paper, section 3.3)."""
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from models.cpu import fast_here
 from models.network import AuxiliaryHead, CellBase, calibrate, drop_path_keep, init_weights, is_reduction
 from models.ops import FactorizedReduce, make_op
 
@@ -46,8 +48,12 @@ class SupernetCell(CellBase):
     def forward(self, spec: CellSpec, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None) -> Tensor:
         """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
         states = self.run(spec, (s0, s1), keep_prob)
-        weight = torch.cat([self.final[v] for v in spec.predecessors(spec.num_vertices - 1)], dim=1)
-        return self.final_norm(F.conv2d(F.relu(torch.cat(states, dim=1), inplace=True), weight))  # cat copies
+        slices = [self.final[v] for v in spec.predecessors(spec.num_vertices - 1)]
+        if fast_here(states[0]):  # slice by slice, without the strided gradients of cat: in bf16 twice as fast
+            x = reduce(add, (F.conv2d(F.relu(x), weight) for x, weight in zip(states, slices, strict=True)))
+        else:
+            x = F.conv2d(F.relu(torch.cat(states, dim=1), inplace=True), torch.cat(slices, dim=1))  # cat copies
+        return self.final_norm(x)
 
 
 class Supernet(nn.Module):

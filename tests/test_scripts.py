@@ -306,8 +306,10 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
 LAYERS = [
     {"genotypes", "utils"},
     {"distributed"},
-    {"models.graph", "models.ops", "images", "build_nas_dataset.sample"},
+    {"models.cpu"},
+    {"models.graph", "models.ops", "images"},
     {
+        "build_nas_dataset.sample",
         "image_stream",
         "models.network",
         "models.supernet",

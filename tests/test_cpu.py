@@ -1,0 +1,119 @@
+"""The CPU's own depthwise convolution and pooling, against torch's."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from genotypes import NAG_SPACE, CellSpec, Genotype
+from models.cpu import average_pool, depthwise_conv, fast_here, max_pool
+from models.supernet import Supernet
+
+
+def images(size, channels=20, dtype=torch.float32, seed=0):
+    x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+
+
+def torch_conv(x, weight, stride):
+    return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, len(weight))
+
+
+def torch_average(x, stride):
+    return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+
+
+def torch_max(x, stride):
+    return F.max_pool2d(x, 3, stride, padding=1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("size", [4, 5, 6, 7, 8, 16])
+def test_depthwise_convolution_and_its_gradients_are_torchs(size, kernel, stride):
+    x, weight = images(size), torch.randn(20, 1, kernel, kernel, requires_grad=True)
+    ours, theirs = depthwise_conv(x, weight, stride), torch_conv(x, weight, stride)
+    assert torch.equal(ours, theirs)
+    if kernel > 3 and size >= kernel:
+        assert "DepthwiseConv" in type(ours.grad_fn).__name__
+    grad = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_that_are_not_wanted_are_not_computed():
+    x, weight = images(8).detach(), torch.randn(20, 1, 5, 5, requires_grad=True)
+    depthwise_conv(x, weight, 1).sum().backward()
+    assert x.grad is None and weight.grad is not None
+    with torch.no_grad():
+        assert depthwise_conv(x, weight, 1).grad_fn is None
+
+
+def test_under_autocast_the_depthwise_convolution_is_torchs_too():
+    x, weight = images(8), torch.randn(20, 1, 5, 5, requires_grad=True)
+    grads = []
+    for conv in (depthwise_conv, torch_conv):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x, weight, 1)
+        assert y.dtype == torch.bfloat16
+        grads.append((y, *torch.autograd.grad(y.float().sin().sum(), (x, weight))))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
+def test_pools_and_their_gradients_are_torchs(size, stride, dtype):
+    x = images(size, dtype=dtype)
+    for ours, theirs, exact in ((max_pool, torch_max, True), (average_pool, torch_average, False)):
+        rtol = 0 if exact else 0.01 if dtype == torch.bfloat16 else 1e-6
+        with torch.no_grad():  # max_pool has a form of its own for that
+            torch.testing.assert_close(ours(x, stride), theirs(x, stride), rtol=rtol, atol=rtol)
+        a = ours(x, stride)
+        assert a.dtype == dtype and a.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(a, theirs(x, stride), rtol=rtol, atol=rtol)
+        grad = torch.randn_like(a)
+        (given,) = torch.autograd.grad(a, x, grad)
+        (expected,) = torch.autograd.grad(theirs(x.float(), stride), x, grad.float())  # which rounds once, at the end
+        torch.testing.assert_close(given, expected, rtol=rtol, atol=4 * rtol)
+
+
+def test_equal_values_share_the_gradient_of_a_maximum_as_in_torch():
+    x = torch.zeros(1, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    a, b = (torch.autograd.grad(pool(x, 1).sum(), x)[0] for pool in (max_pool, torch_max))
+    assert torch.equal(a, b)
+
+
+def test_other_layouts_and_precisions_are_left_to_torch():
+    x = images(8)
+    assert fast_here(x) and not fast_here(x.double()) and not fast_here(x.contiguous())
+    assert not fast_here(torch.empty_like(x, device="meta"))
+
+
+def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels():
+    """In channels_last and float32 against contiguous and float64, where torch's own kernels are used."""
+    torch.manual_seed(0)
+    size = len(NAG_SPACE.ops) + 3
+    rows = [[int(j > max(i, 1)) for j in range(size)] for i in range(size)]  # every edge
+    cell = CellSpec(rows, [*NAG_SPACE.inputs, *NAG_SPACE.ops, NAG_SPACE.output])
+    supernet, genotype = Supernet(layers=1, channels=8), Genotype(cell, cell)
+    x = torch.randn(4, 3, 32, 32)
+    results = []
+    for network, images in ((copy.deepcopy(supernet).double(), x.double()), (supernet, x)):
+        if images.dtype == torch.float32:
+            network, images = (thing.to(memory_format=torch.channels_last) for thing in (network, images))
+        network.zero_grad()
+        torch.manual_seed(1)  # drop path
+        logits, auxiliary = network(images, genotype)
+        (logits.sin().sum() + auxiliary.sin().sum()).backward()
+        grads = [p.grad.double().clone() for p in network.parameters() if p.grad is not None]
+        results.append((logits.detach().double(), auxiliary.detach().double(), grads))
+    (logits, auxiliary, grads), (fast_logits, fast_auxiliary, fast_grads) = results
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast_auxiliary, auxiliary, rtol=1e-4, atol=1e-4)
+    assert len(grads) == len(fast_grads) > 50
+    for a, b in zip(fast_grads, grads, strict=True):
+        assert (a - b).norm() < 3e-3 * b.norm() + 1e-6
