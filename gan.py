@@ -12,18 +12,20 @@ defaults of its section 4.1 with --recipe paper.
 
 The recipe "paper" trains the generator against the discriminator alone: invalid or few different cells, which ignore
 their labels. The recipe "robust", the default, trains it by
-  --likelihood_weight  the log-likelihood of the NAS dataset's cells given their labels, decision by decision (teacher
-                       forcing): generated cells are as varied as the real ones, and like them;
-  --control_weight     a policy gradient: of the --draws cells drawn in a step, those that have the labels asked for
-                       become likelier. #params and MACs are counted; for accuracy, a predictor that is trained first
-                       gives the probability of the class;
-  --kl_weight          of the divergence from the generator that likelihood alone had taught by the end of the warm-up,
-                       against unlike cells, fewer different ones, and cells that please the predictor only;
+  --likelihood_weight  the log-likelihood of cells given their labels, decision by decision (teacher forcing):
+                       generated cells are as varied as these, and like them. They come from a
+  --pool               of random genotypes, drawn anew every epoch as the NAS dataset's were. For every combination of
+                       labels, genotypes are taught with weights exp(--tilt x obedience): the expected number of the
+                       labels that a genotype has. #params and MACs are counted; for accuracy, a predictor that is
+                       trained on the NAS dataset first gives the probability of the class;
+  --control_weight     a policy gradient, after --warmup_epochs of likelihood alone: of the --draws cells drawn in a
+                       step, those that obey better than the rest become likelier;
+  --kl_weight          of the divergence from the generator as the warm-up left it, against unlike cells, fewer
+                       different ones, and cells that please the predictor only;
   --temperature 1      decisions that are drawn with their probabilities, not rounded;
   --chain_cells        a reduction cell that is grown in view of the normal cell;
   --edges_in_turn      edges that are decided one after the other, each in view of those before.
 Each is a flag of its own, on top of either recipe; --adversarial_weight 1 adds the discriminator to the robust one.
-With accuracy as the only label, the policy gradient is a gentler one of fewer draws (ROBUST_FOR_ACCURACY).
 """
 
 import argparse
@@ -37,11 +39,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_of, objectives_of, read_records
+from build_nas_dataset.sample import random_batch
 from cuda_graphs import Recorded
 from genotypes import NAG_SPACE
 from metrics import cell_statistics, generation_metrics, obtained_classes, tau
 from models.discriminator import Discriminator
-from models.generator import Generator, forcing_noise
+from models.generator import Generator, MessagePassing, forcing_noise
 from models.graph import CellBatch
 from models.network import batch_cost
 from models.predictor import Predictor
@@ -81,6 +84,8 @@ ROBUST = {
     "control_weight": 15.0,
     "kl_weight": 0.05,
     "draws": 256,
+    "pool": 65536,
+    "tilt": 10.0,
     "adversarial_weight": 0.0,
     "temperature": 1.0,
     "chain_cells": True,
@@ -93,16 +98,13 @@ ROBUST = {
     "g_dropout": 0.0,
     "d_gnn_dropout": 0.1,
     "d_mlp_dropout": 0.1,
-    "lr": 1e-3,
+    "lr": 2e-3,
+    "b1": 0.9,
     "lr_schedule": "cosine",
     "clip_value": 1.0,
-    "warmup_epochs": 10,
-    "n_epochs": 60,
+    "warmup_epochs": 20,
+    "n_epochs": 32,
 }
-
-# With accuracy as the only label, where the recipe above repeats itself (README.md): cells are then judged by the
-# predictor alone.
-ROBUST_FOR_ACCURACY = {"control_weight": 5.0, "kl_weight": 0.02, "draws": 64}
 
 # What of a checkpoint is needed to draw cells.
 FOR_SAMPLING = (
@@ -193,33 +195,38 @@ def discriminator_loss(discriminator, real, real_labels, fake, fake_labels) -> t
     return loss, real_scores.mean(), fake_scores.mean()
 
 
-def obedience(
-    cells: tuple[CellBatch, ...], labels: Tensor, boundaries: dict[str, Tensor], predictor: Predictor
-) -> Tensor:
-    """Expected number of the K labels asked for that each of B hard genotypes has (B,); -1 where it is not valid.
+def class_shares(
+    cells: tuple[CellBatch, ...], boundaries: dict[str, Tensor], predictor: Predictor
+) -> tuple[list[Tensor], Tensor]:
+    """The probability of each class of each objective, (B, C) of B hard genotypes, and which of these are valid (B,).
 
     boundaries: of the classes of each objective, (C - 1,) float64.
-    #params and MACs are counted. For accuracy, it is the probability that the true quantile is in the class, when the
-    predictor's errors are normal, and as large as on records that it was not trained on.
+    #params and MACs are counted: one class is sure. For accuracy, it is the probability that the true quantile is in
+    the class, when the predictor's errors are normal, and as large as on records that it was not trained on.
     """
     pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
     quantiles = predictor(pruned) if "accuracy" in boundaries else None
     cost = batch_cost(*pruned) if boundaries.keys() - {"accuracy"} else None
-    met = torch.zeros(len(labels), device=labels.device)
+    shares = []
     for k, (name, bounds) in enumerate(boundaries.items()):
-        classes, label = len(bounds) + 1, labels[:, k]
+        classes = torch.arange(len(bounds) + 1, device=bounds.device)
         if name == "accuracy":
-            low, high = ((label + i) / classes for i in (0, 1))  # of the class; the outer ones have no end
-            below = torch.where(label > 0, normal_cdf(low, quantiles[:, k], predictor.error[k]), 0)
-            up_to = torch.where(label < classes - 1, normal_cdf(high, quantiles[:, k], predictor.error[k]), 1)
-            met = met + up_to - below
+            cuts = classes[1:] / len(classes)
+            below = torch.special.ndtr((cuts - quantiles[:, k, None]) / predictor.error[k])
+            shares.append(F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=1))
         else:
-            met = met + (torch.bucketize(getattr(cost, name).double(), bounds, right=True) == label)
-    return torch.where(torch.stack(valid).all(0), met, -1.0)
+            found = torch.bucketize(getattr(cost, name).double(), bounds, right=True)
+            shares.append((found[:, None] == classes).to(predictor.error.dtype))
+    return shares, torch.stack(valid).all(0)
 
 
-def normal_cdf(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return torch.special.ndtr((x - mean) / std)
+def obedience(
+    cells: tuple[CellBatch, ...], labels: Tensor, boundaries: dict[str, Tensor], predictor: Predictor
+) -> Tensor:
+    """Expected number of the K labels asked for that each of B hard genotypes has (B,); -1 where it is not valid."""
+    shares, valid = class_shares(cells, boundaries, predictor)
+    met = sum(share.gather(1, label[:, None]) for share, label in zip(shares, labels.unbind(1), strict=True))
+    return torch.where(valid, met.squeeze(1), -1.0)
 
 
 class Trainer:
@@ -244,11 +251,15 @@ class Trainer:
         source = torch.Generator(data.labels.device).manual_seed(derive_seed(args.seed, epoch, 1))
         steps = len(data) // args.batch_size  # an incomplete last batch is dropped
         order = torch.randperm(len(data), generator=source, device=source.device)[: steps * args.batch_size]
-        judged = epoch >= args.warmup_epochs
+        judged, draws = epoch >= args.warmup_epochs, args.draws or args.batch_size
         adversarial, control = judged and args.adversarial_weight > 0, judged and args.control_weight > 0
         history: dict[str, list[Tensor]] = {}
         self.generator.train()
         self.discriminator.train()
+        if args.pool:
+            size = args.batch_size + (0 if control else draws)  # where no cells are drawn, as many more are taught
+            pool, chosen, chosen_labels = self._choose_from_pool(steps * size, source)
+            taught = list(zip(chosen.split(size), chosen_labels.split(size), strict=True))
 
         def request(n: int, temperature: float) -> Request:
             z, noise = self.generator.draw_noise(n, source, temperature)
@@ -267,14 +278,39 @@ class Trainer:
             if adversarial:
                 record(self.update_discriminator(real, request(args.batch_size, args.temperature)))
             if (done + 1) % args.n_critic == 0:
+                if args.pool:
+                    index, labels = taught[step]
+                    real = tuple(cells[index] for cells in pool), labels
                 judged_request = request(args.batch_size, args.temperature) if adversarial else None
                 z, controlled = None, None
                 if args.likelihood_weight or control:
-                    z, _ = self.generator.draw_noise(args.batch_size, source, temperature=0)
+                    z, _ = self.generator.draw_noise(len(real[1]), source, temperature=0)
                 if control:
-                    controlled = request(args.draws or args.batch_size, 1.0)
+                    controlled = request(draws, 1.0)
                 record(self.update_generator[judged](real, z, judged_request, controlled))
         return {name: torch.stack(values).mean().item() for name, values in history.items()}
+
+    @torch.no_grad()
+    def _choose_from_pool(self, n: int, source: torch.Generator) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
+        """A pool of random genotypes, and n of them (n,) chosen for labels (n, K) that are uniform over the classes.
+
+        For each combination of labels with weights exp(tilt x obedience).
+        """
+        data, args = self.data, self.args
+        pool = random_batch(args.pool, source, NAG_SPACE, args.max_step)
+        parts = [
+            class_shares(tuple(cells[part] for cells in pool), data.boundaries, self.predictor)[0]
+            for part in torch.arange(len(pool[0]), device=source.device).split(4096)
+        ]
+        shares = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        labels = data.random_labels(n, source)
+        chosen = torch.empty(n, dtype=torch.long, device=source.device)
+        for combination in labels.unique(dim=0):
+            asking = (labels == combination).all(1)
+            met = sum(share[:, label] for share, label in zip(shares, combination, strict=True))
+            weights = (args.tilt * met).softmax(0)
+            chosen[asking] = torch.multinomial(weights, int(asking.sum()), replacement=True, generator=source)
+        return pool, chosen, labels
 
     def _generate(self, z: Tensor, labels: Tensor, noise, hard: bool) -> tuple[CellBatch, ...]:
         cells = self.generator(z, labels, noise)
@@ -296,7 +332,7 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """One step on all that the recipe asks for.
 
-        z: that real cells are made likelier for. judged: cells to generate for the discriminator.
+        real: cells that are made likelier given z and their labels. judged: cells to generate for the discriminator.
         controlled: cells to draw for the policy gradient.
         """
         args, values = self.args, {}
@@ -310,7 +346,7 @@ class Trainer:
             loss = loss + args.adversarial_weight * g_loss
             values["g_loss"] = g_loss
         if z is not None:
-            size, labels, noise = args.batch_size, real[1], forcing_noise(real[0])
+            size, labels, noise = len(z), real[1], forcing_noise(real[0])
             weight = torch.full_like(z[:, 0], args.likelihood_weight / size)
             if controlled is not None:  # one pass for both
                 drawn_z, asked, drawn_noise = controlled
@@ -396,6 +432,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
     add("--draws", type=number(int, 0), default=0, help="cells a step for the policy gradient (0: --batch_size)")
+    add("--pool", type=number(int, 0), default=0, help="random genotypes an epoch to teach (0: the NAS dataset's)")
+    add("--tilt", type=weight, default=0.0, help="a genotype of the pool is taught with weight exp(tilt x obedience)")
     add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add(
@@ -411,6 +449,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip_value", type=number(float, 0), default=0.01, help="largest norm of a gradient; 0: not clipped")
     add("--eval_every", type=size, default=5, help="epochs between evaluations of generated cells")
     add("--eval_size", type=size, default=300, help="genotypes drawn in an evaluation")
+    add("--compile", action="store_true", help="torch.compile the message passing and the discriminator")
     add("--resume", help="run folder or checkpoint to go on with")
     add_cuda_graphs_flag(parser)
     add_common_flags(parser)
@@ -431,12 +470,16 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     parser.set_defaults(**defaults)
     chosen = parser.parse_args(argv)
     if chosen.recipe == "robust":
-        parser.set_defaults(**ROBUST | (ROBUST_FOR_ACCURACY if chosen.objectives == ("accuracy",) else {}))
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "cuda_graphs")
+        parser.set_defaults(**ROBUST)
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "compile", "cuda_graphs")
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
-    args = parse_resumable(parser, argv, "gan", may_change, keys, before={"draws": 0})
+    args = parse_resumable(parser, argv, "gan", may_change, keys, before={"draws": 0, "pool": 0, "tilt": 0.0})
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
+    if 0 < args.pool < 1000:
+        parser.error(f"argument --pool: expected 0 or from 1000, got {args.pool}")
+    if args.pool and not args.likelihood_weight:
+        parser.error("argument --pool: expected 0 without --likelihood_weight, by which it is taught")
     if args.kl_weight and args.control_weight and not args.warmup_epochs:
         parser.error("argument --kl_weight: expected 0 without --warmup_epochs, which teach the reference")
     if args.n_epochs <= args.warmup_epochs and args.adversarial_weight + args.control_weight and not args.resume:
@@ -490,6 +533,17 @@ def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...]) -> tu
     return generator, discriminator
 
 
+def compile_parts(generator: Generator, discriminator: Discriminator) -> None:
+    """Compile what most of the time goes to: once for all message-passing layers and sizes of cells, and once for the
+    discriminator (and again where there are no gradients). The growth loop as a whole would be unrolled into a graph of
+    thousands of operations.
+    """
+    for module in generator.modules():
+        if isinstance(module, MessagePassing):
+            module.compile(dynamic=True)  # vertices are added one by one
+    discriminator.compile(dynamic=True)
+
+
 def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     parameters = list(network.parameters())
     on_gpu = {"fused": True, "capturable": True} if parameters[0].is_cuda else {}
@@ -536,6 +590,8 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
         predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
+    if args.compile:
+        compile_parts(generator, discriminator)
     trainer = Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")

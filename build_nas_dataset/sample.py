@@ -1,19 +1,28 @@
 """Random genotypes: the pool that the supernet is trained on and scores (NAG paper, section 3.3)."""
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from models.graph import CellBatch
+
+
+def size_weights(space: SearchSpace, max_vertices: int | None = None) -> np.ndarray:
+    """Shares of the cells by number of vertices, from the smallest: 1, 8, 16, 32, ... (doubling), of their sum."""
+    sizes = (max_vertices or space.max_vertices) + 1 - space.min_vertices
+    weights = np.array([1.0] + [2.0 ** (i + 3) for i in range(sizes - 1)])
+    return weights / weights.sum()
 
 
 def random_cell(rng: np.random.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None) -> CellSpec:
     """One cell as drawn, not pruned and perhaps not valid.
 
-    The number of vertices is drawn with weights 1, 8, 16, 32, ... (doubling) from the smallest cell to the largest;
-    a density b ~ U(0, 1) is drawn for the cell and every allowed edge exists with probability b; ops are uniform.
+    The number of vertices is drawn by size_weights; a density b ~ U(0, 1) is drawn for the cell, every allowed edge
+    exists with probability b, and ops are uniform.
     """
-    sizes = range(space.min_vertices, (max_vertices or space.max_vertices) + 1)
-    weights = np.array([1.0] + [2.0 ** (i + 3) for i in range(len(sizes) - 1)])
-    size = int(rng.choice(sizes, p=weights / weights.sum()))
+    weights = size_weights(space, max_vertices)
+    size = space.min_vertices + int(rng.choice(len(weights), p=weights))
     matrix = np.triu(rng.random((size, size)) < rng.random(), k=1)
     matrix[: space.num_inputs, : space.num_inputs] = False
     ops = rng.choice(space.ops, size - space.num_inputs - 1)
@@ -48,6 +57,32 @@ def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices:
         seen.add(canonical)
         pool.append(genotype)
     return pool
+
+
+def random_batch(
+    n: int, source: torch.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None
+) -> tuple[CellBatch, ...]:
+    """The valid ones of n random genotypes, pruned, as random_genotype draws them: all at once, on source's device."""
+    drawn, valid = zip(*(_random_cells(n, source, space, max_vertices).prune(space) for _ in space.cells), strict=True)
+    keep = torch.stack(valid).all(0)
+    return tuple(batch[keep].close_up() for batch in drawn)
+
+
+def _random_cells(n: int, source: torch.Generator, space: SearchSpace, max_vertices: int | None) -> CellBatch:
+    """random_cell, n times."""
+    device, limit = source.device, max_vertices or space.max_vertices
+    weights = torch.tensor(size_weights(space, max_vertices), device=device)
+    size = space.min_vertices + torch.multinomial(weights, n, replacement=True, generator=source)[:, None]  # (n, 1)
+    vertices = torch.arange(limit, device=device)
+    tokens = torch.randint(len(space.ops), (n, limit), generator=source, device=device) + 1 + space.num_inputs
+    tokens = torch.where(vertices < space.num_inputs, vertices + 1, tokens)
+    tokens = torch.where(vertices == size - 1, space.token_id[space.output], tokens)
+    ops = F.one_hot(tokens, len(space.tokens)) * (vertices < size)[..., None]
+    density = torch.rand(n, 1, 1, generator=source, device=device)
+    adj = (torch.rand(n, limit, limit, generator=source, device=device) < density).triu(1)
+    adj &= (vertices >= space.num_inputs) & (vertices < size)[:, None]  # by target; sources are below it
+    dtype = torch.get_default_dtype()
+    return CellBatch(adj.to(dtype), ops.to(dtype), size.squeeze(1))
 
 
 class RandomCells:

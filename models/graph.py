@@ -80,6 +80,14 @@ class CellBatch:
         valid = (reached & is_output).any(1)
         return pruned, valid if space.max_edges is None else valid & (pruned.adj.sum((1, 2)) <= space.max_edges)
 
+    def close_up(self) -> "CellBatch":
+        """The same cells with the vertices that pruning left out at the end: as encode lays out a pruned CellSpec."""
+        present = self.ops.any(-1)  # (B, V)
+        order = present.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # (B, V)
+        rows = order[:, :, None]
+        adj = self.adj.gather(1, rows.expand_as(self.adj)).gather(2, order[:, None].expand_as(self.adj))
+        return CellBatch(adj, self.ops.gather(1, rows.expand_as(self.ops)), present.sum(1))
+
     @torch.no_grad()
     def margin(self) -> Tensor:
         """How far each cell's closest decision is from its other side, in logits: (B,), infinite where all are sure."""

@@ -1,15 +1,18 @@
 """What gan.py adds to the networks: the likelihood of given cells, and how obedience is counted."""
 
+import json
 from collections import Counter
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 import gan
 from build_nas_dataset.records import Record, write_records
-from build_nas_dataset.sample import random_pool
-from genotypes import CellSpec, SearchSpace
+from build_nas_dataset.sample import random_batch, random_genotype, random_pool
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from metrics import cell_distributions, total_variation
 from models.generator import Generator
 from models.graph import CellBatch
 from models.network import genotype_cost
@@ -91,6 +94,42 @@ def test_obedience_to_an_accuracy_label_is_its_probability_given_the_predictors_
         assert high[i].item() == pytest.approx((true >= 2 / 3).double().mean().item(), abs=0.01)
 
 
+@pytest.mark.parametrize("max_vertices", [None, 6])
+def test_a_random_batch_is_random_genotypes(max_vertices):
+    n = 4000
+    batch = random_batch(2 * n, torch.Generator().manual_seed(0), max_vertices=max_vertices)
+    again = random_batch(2 * n, torch.Generator().manual_seed(0), max_vertices=max_vertices)
+    assert all(torch.equal(a.adj, b.adj) and torch.equal(a.ops, b.ops) for a, b in zip(batch, again, strict=True))
+    drawn = [Genotype(*specs) for specs in zip(*(cells[:n].decode() for cells in batch), strict=True)]
+    assert len(drawn) == n and all(genotype.prune() == genotype for genotype in drawn)
+    rng = np.random.default_rng(0)
+    others = [random_genotype(rng, max_vertices=max_vertices) for _ in range(n)]
+    ours, theirs = cell_distributions(drawn), cell_distributions(others)
+    for name in ours:
+        assert total_variation(ours[name], theirs[name]) < 0.02, name
+    for name in NAG_SPACE.cells:  # normal and reduction cell alike
+        first, second = ([g[name].num_vertices for g in those] for those in (drawn, others))
+        assert np.mean(first) == pytest.approx(np.mean(second), abs=0.15)
+
+
+def test_what_is_taught_obeys_the_more_the_higher_the_tilt():
+    records = [Record(i, g, 0.1 + i / 90, *genotype_cost(g)) for i, g in enumerate(random_pool(60, seed=6))]
+    data = gan.TrainingData(records, {"accuracy": 3, "params": 2}, 10, torch.device("cpu"))
+    predictor = Predictor(2, vertex_size=8)
+    predictor.error.fill_(0.2)
+    met = {}
+    for tilt in (0.0, 3.0, 300.0):
+        flags = ["--objectives", "accuracy,params", "--pool", "8000", "--tilt", str(tilt)]
+        trainer = gan.Trainer(None, None, None, predictor, {}, data, gan.parse_args(flags))
+        pool, chosen, labels = trainer._choose_from_pool(3000, torch.Generator().manual_seed(1))
+        cells = tuple(batch[chosen] for batch in pool)
+        met[tilt] = gan.obedience(cells, labels, data.boundaries, predictor)
+        assert (met[tilt] >= 0).all() and len(labels.unique(dim=0)) == 6
+        assert len(chosen.unique()) > (2000 if tilt == 0 else 20)
+    assert met[0.0].mean() + 0.1 < met[3.0].mean() < met[300.0].mean()
+    assert met[300.0].min() > 0.999  # #params are counted: of that label one can be sure
+
+
 def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     pool = random_pool(16, seed=6)
     write_records(tmp_path / "a.jsonl", [Record(i, g, 0.1 + i / 50, *genotype_cost(g)) for i, g in enumerate(pool)], {})
@@ -105,7 +144,7 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
         "8",
     ]
     flags += ["--n_epochs", "3", "--warmup_epochs", "1", "--adversarial_weight", "1", "--eval_size", "6"]
-    flags += ["--draws", "6"]
+    flags += ["--draws", "6", "--pool", "1000"]
     train_epoch = gan.Trainer.train_epoch
 
     def stopped(*args):
@@ -132,22 +171,47 @@ def test_recipes_set_defaults_and_flags_win():
     assert robust.likelihood_weight == 1 and robust.temperature == 1 and robust.edges_in_turn
     assert robust.lr == 0.5 and not robust.chain_cells
     both = gan.parse_args(["--kl_weight", "0.1"], objectives=("accuracy", "params"))  # as gan_multiobj.py
-    assert (robust.draws, robust.kl_weight, both.draws, both.kl_weight) == (64, 0.02, 256, 0.1)
+    assert (robust.pool, robust.kl_weight, both.pool, both.kl_weight) == (65536, 0.05, 65536, 0.1)
     assert gan.parse_args(["--objectives", "params,macs"]).objectives == ("params", "macs")
     for flags in (
         ["--objectives", "speed"],
         ["--objectives", "params,params"],
         ["--recipe", "paper", "--warmup_epochs", "2"],
         ["--warmup_epochs", "0"],  # nothing to diverge from
+        ["--pool", "10"],
+        ["--recipe", "paper", "--pool", "2000"],  # nothing that teaches it
     ):
         with pytest.raises(SystemExit):
             gan.parse_args(flags)
 
 
-def test_a_run_from_before_draws_goes_on_with_as_many_as_its_batch(tmp_path):
-    saved = vars(gan.parse_args(["--n_epochs", "12", "--control_weight", "5"])).copy()
-    del saved["draws"]
+def test_a_run_from_before_draws_and_pool_goes_on_without(tmp_path):
+    saved = vars(gan.parse_args(["--n_epochs", "40", "--control_weight", "5"])).copy()
+    del saved["draws"], saved["pool"], saved["tilt"]
     state = dict.fromkeys(("reference", "discriminator", "optimizers", *gan.FOR_SAMPLING))
     save_checkpoint(tmp_path / "checkpoint.pt", "gan", {**state, "args": saved})
     args = gan.parse_args(["--resume", str(tmp_path)])
-    assert (args.draws, args.control_weight, gan.ROBUST["draws"]) == (0, 5, 256)
+    assert (args.draws, args.pool, args.tilt, args.control_weight) == (0, 0, 0, 5)
+    assert gan.ROBUST["draws"] and gan.ROBUST["pool"]
+
+
+@pytest.mark.slow  # compiles for a minute
+def test_compiled_parts_are_four_graphs_that_train_as_without(tmp_path, monkeypatch):
+    """One for all message-passing layers and sizes of cells, one for the discriminator; and one each without gradients,
+    of cells that the discriminator is shown, and of weights that are not trained.
+    """
+    torch._dynamo.reset()
+    monkeypatch.setattr(Generator, "fixed_shape", True)  # as on CUDA; batches do not become as small as cells
+    pool = random_pool(12, seed=6)
+    write_records(tmp_path / "a.jsonl", [Record(i, g, 0.1 + i / 50, *genotype_cost(g)) for i, g in enumerate(pool)], {})
+    flags = ["--recipe", "paper", "--nasbench_data", str(tmp_path / "a.jsonl"), "--batch_size", "12"]
+    flags += ["--g_emb_size", "8", "--d_emb_size", "8", "--g_dropout", "0", "--d_gnn_dropout", "0", "--eval_size", "3"]
+    flags += ["--n_epochs", "2", "--d_mlp_dropout", "0", "--lr", "0.01", "--clip_value", "0"]
+    losses = []
+    for compiled in ([], ["--compile"]):
+        folder = tmp_path / f"run{len(compiled)}"
+        gan.main(gan.parse_args([*flags, *compiled, "--output_dir", str(folder)]))
+        losses.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
+    for name in ("d_loss", "g_loss", "real_score"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
