@@ -102,8 +102,8 @@ ROBUST = {
     "b1": 0.9,
     "lr_schedule": "cosine",
     "clip_value": 1.0,
-    "warmup_epochs": 20,
-    "n_epochs": 32,
+    "warmup_epochs": 18,
+    "n_epochs": 28,
 }
 
 # What of a checkpoint is needed to draw cells.
@@ -258,7 +258,7 @@ class Trainer:
         self.discriminator.train()
         if args.pool:
             size = args.batch_size + (0 if control else draws)  # where no cells are drawn, as many more are taught
-            pool, chosen, chosen_labels = self._choose_from_pool(steps * size, source)
+            pool, chosen, chosen_labels = self.choose_from_pool(steps * size, source)
             taught = list(zip(chosen.split(size), chosen_labels.split(size), strict=True))
 
         def request(n: int, temperature: float) -> Request:
@@ -291,7 +291,7 @@ class Trainer:
         return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
     @torch.no_grad()
-    def _choose_from_pool(self, n: int, source: torch.Generator) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
+    def choose_from_pool(self, n: int, source: torch.Generator) -> tuple[tuple[CellBatch, ...], Tensor, Tensor]:
         """A pool of random genotypes, and n of them (n,) chosen for labels (n, K) that are uniform over the classes.
 
         For each combination of labels with weights exp(tilt x obedience).

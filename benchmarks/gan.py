@@ -73,7 +73,7 @@ class Step:
     def __init__(self, recipe: str, genotypes: list[Genotype], records: list[Record], args, device: torch.device):
         flags = ["--recipe", recipe, "--batch_size", str(len(genotypes))]
         if recipe == "robust":
-            flags += ["--draws", str(gan.ROBUST["draws"])]  # of gan_multiobj.py; the only label here is accuracy
+            flags += ["--pool", "0"]  # drawn once an epoch, not once a step: pool_share
         if args.quick:
             flags += ["--g_emb_size", "16", "--d_emb_size", "16", "--g_hidden_size", "8", "--d_hidden_size", "8"]
         self.args = gan.parse_args(flags)
@@ -183,6 +183,21 @@ def discriminator_share(report: Report, records: list[Record]) -> None:
     report.figure("the discriminator's share of a step of the paper's recipe, float32", f"{share:.1%}", "under 10 %")
 
 
+def pool_share(report: Report, records: list[Record]) -> None:
+    """Drawing an epoch's pool and choosing from it, against the steps of an epoch of 4,000 records."""
+    step = Step("robust", [record.genotype for record in records[:64]], records, report.args, report.device)
+    args = argparse.Namespace(**vars(step.args))
+    args.pool, args.tilt = 1000 if report.args.quick else gan.ROBUST["pool"], gan.ROBUST["tilt"]
+    trainer = gan.Trainer(None, None, None, step.predictor, {}, step.data, args)
+    steps, source = 4000 // 64, torch.Generator(report.device).manual_seed(0)
+    runs = {"step": step.run, "pool": lambda: trainer.choose_from_pool(steps * 64, source)}
+    times = interleave(runs, report.args.rounds, report.device)
+    pool, own = (statistics.median(times[name]) for name in ("pool", "step"))
+    report.figure(
+        "a pool of the robust recipe, once an epoch", f"{pool:.2f} s, {pool / (steps * own):.1%} of its steps"
+    )
+
+
 def linearity(report: Report, records: list[Record]) -> None:
     """Time of a step against the batch, relative to the smallest."""
     small = 4 if report.args.quick else 32 if report.device.type == "cpu" else 64
@@ -205,6 +220,7 @@ def main(args: argparse.Namespace) -> None:
     for work in works:
         report.compare(work)
     discriminator_share(report, records)
+    pool_share(report, records)
     linearity(report, records)
     report.finish()
 

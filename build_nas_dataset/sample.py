@@ -62,10 +62,18 @@ def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices:
 def random_batch(
     n: int, source: torch.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None
 ) -> tuple[CellBatch, ...]:
-    """The valid ones of n random genotypes, pruned, as random_genotype draws them: all at once, on source's device."""
+    """The valid ones of n random genotypes as random_genotype draws them, pruned, all at once on source's device.
+
+    No two have the same tensors. Relabelled, a genotype may be there twice; small cells, which repeat most, have one form.
+    """
     drawn, valid = zip(*(_random_cells(n, source, space, max_vertices).prune(space) for _ in space.cells), strict=True)
     keep = torch.stack(valid).all(0)
-    return tuple(batch[keep].close_up() for batch in drawn)
+    cells = [batch[keep].close_up() for batch in drawn]
+    rows = torch.cat([part.flatten(1) for batch in cells for part in (batch.adj, batch.ops)], dim=1).to(torch.uint8)
+    distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    places = torch.arange(len(rows), device=rows.device)
+    first = places.new_full((len(distinct),), len(rows)).scatter_reduce(0, inverse, places, "amin").sort().values
+    return tuple(batch[first] for batch in cells)
 
 
 def _random_cells(n: int, source: torch.Generator, space: SearchSpace, max_vertices: int | None) -> CellBatch:

@@ -84,11 +84,14 @@ class SupernetScorer:
             scorings = [settings.scorings - 1]
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
         self.amp = settings.score_amp
+        self.scored: dict[Genotype, torch.Tensor] = {}  # a genotype's accuracy is always the same
 
     def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
         """Accuracies (n,)."""
-        bar = progress_bar(genotypes, desc="supernet")
-        return torch.stack([score(self.supernet, genotype, self.batches, self.amp) for genotype in bar]).cpu().numpy()
+        new = [genotype for genotype in dict.fromkeys(genotypes) if genotype not in self.scored]
+        for genotype in progress_bar(new, desc="supernet"):
+            self.scored[genotype] = score(self.supernet, genotype, self.batches, self.amp)
+        return torch.stack([self.scored[genotype] for genotype in genotypes]).cpu().numpy()
 
     def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
         """Classes at the quantiles of real cells, scored on the same images.

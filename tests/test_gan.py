@@ -101,9 +101,9 @@ def test_a_random_batch_is_random_genotypes(max_vertices):
     again = random_batch(2 * n, torch.Generator().manual_seed(0), max_vertices=max_vertices)
     assert all(torch.equal(a.adj, b.adj) and torch.equal(a.ops, b.ops) for a, b in zip(batch, again, strict=True))
     drawn = [Genotype(*specs) for specs in zip(*(cells[:n].decode() for cells in batch), strict=True)]
-    assert len(drawn) == n and all(genotype.prune() == genotype for genotype in drawn)
+    assert len(set(drawn)) == n and all(genotype.prune() == genotype for genotype in drawn)
     rng = np.random.default_rng(0)
-    others = [random_genotype(rng, max_vertices=max_vertices) for _ in range(n)]
+    others = list({random_genotype(rng, max_vertices=max_vertices): None for _ in range(2 * n)})[:n]
     ours, theirs = cell_distributions(drawn), cell_distributions(others)
     for name in ours:
         assert total_variation(ours[name], theirs[name]) < 0.02, name
@@ -121,7 +121,7 @@ def test_what_is_taught_obeys_the_more_the_higher_the_tilt():
     for tilt in (0.0, 3.0, 300.0):
         flags = ["--objectives", "accuracy,params", "--pool", "8000", "--tilt", str(tilt)]
         trainer = gan.Trainer(None, None, None, predictor, {}, data, gan.parse_args(flags))
-        pool, chosen, labels = trainer._choose_from_pool(3000, torch.Generator().manual_seed(1))
+        pool, chosen, labels = trainer.choose_from_pool(3000, torch.Generator().manual_seed(1))
         cells = tuple(batch[chosen] for batch in pool)
         met[tilt] = gan.obedience(cells, labels, data.boundaries, predictor)
         assert (met[tilt] >= 0).all() and len(labels.unique(dim=0)) == 6
