@@ -64,7 +64,7 @@ def random_batch(
 ) -> tuple[CellBatch, ...]:
     """The valid ones of n random genotypes as random_genotype draws them, pruned, all at once on source's device.
 
-    No two have the same tensors. Relabelled, a genotype may be there twice; small cells, which repeat most, have one form.
+    No two have the same tensors. Relabelled, one may be there twice; small cells, which repeat most, have one form.
     """
     drawn, valid = zip(*(_random_cells(n, source, space, max_vertices).prune(space) for _ in space.cells), strict=True)
     keep = torch.stack(valid).all(0)

@@ -33,6 +33,7 @@ SMALL_GAN = [
     "--eval_size",
     "12",
 ]
+ROBUST_FLAGS = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2, "--pool", 1000]
 SMALL_SUPERNET = [
     "--dataset",
     "folder",
@@ -97,8 +98,7 @@ def gan(nasdata, tmp_path_factory):
 def robust(nasdata, tmp_path_factory):
     """A GAN of two objectives by the robust recipe, the discriminator and policy gradient included."""
     folder = tmp_path_factory.mktemp("robust")
-    flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
-    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", folder)
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *ROBUST_FLAGS, "--output_dir", folder)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_gan_resumed_equals_gan_never_stopped(gan, nasdata, tmp_path):
 
 def test_a_run_is_not_written_over(gan, nasdata):
     before = (gan / "checkpoint.pt").read_bytes()
-    flags = ["--nasbench_data", nasdata, *SMALL_GAN, "--n_epochs", 12, "--output_dir", gan]
+    flags = ["--nasbench_data", nasdata, *SMALL_GAN, "--output_dir", gan]
     assert f"{gan} holds another run; --resume {gan} goes on with that one" in run("gan.py", *flags, ok=False)
     assert (gan / "checkpoint.pt").read_bytes() == before
 
@@ -179,8 +179,7 @@ def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_p
 
 
 def test_robust_recipe_repeats_itself(robust, nasdata, tmp_path):
-    flags = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2]
-    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *flags, "--output_dir", tmp_path)
+    run("gan_multiobj.py", "--nasbench_data", nasdata, *SMALL_GAN, *ROBUST_FLAGS, "--output_dir", tmp_path)
     for name in ("generator", "discriminator", "predictor"):
         assert equal(weights(robust / "checkpoint.pt", name), weights(tmp_path / "checkpoint.pt", name))
     state = torch.load(robust / "checkpoint.pt", weights_only=True)
@@ -262,7 +261,9 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
         ("generate_archs.py --checkpoint GAN --supernet GAN", "expected kind supernet weights"),
         ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
         ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
-        ("gan.py --n_epochs 10", "more than the 10 --warmup_epochs"),
+        ("gan.py --n_epochs 18", "more than the 18 --warmup_epochs"),
+        ("gan.py --pool 999", "0 or from 1000"),
+        ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool: expected 0 without --likelihood_weight"),
         ("gan.py --nasbench_data FLAT --batch_size 8", "too few different values of accuracy for 3 classes"),
         ("gan.py --n_critic 2", "--n_critic: expected 1 without --adversarial_weight"),
         ("gan.py --nasbench_data NASDATA --batch_size 8 --recipe paper --n_epochs 2 --n_critic 7", "the 6 steps"),
