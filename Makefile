@@ -13,7 +13,7 @@ INSTALLED = $(VENV)/.installed
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 12 --warmup_epochs 8 --eval_every 4
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 9 --warmup_epochs 6 --eval_every 3
 	$(RUN) generate_archs.py --checkpoint runs/demo/generator.pt --num_archs 20 --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
 	@echo
