@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 
 def fast_here(x: Tensor) -> bool:
+    """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_exporting()
     )
 
 

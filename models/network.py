@@ -6,6 +6,7 @@ The stack, with N = `layers`:
                                                      |-> auxiliary head (training only)
 """
 
+import copy
 from functools import reduce
 from operator import add
 from typing import NamedTuple
@@ -288,14 +289,12 @@ def count_parameters(network: nn.Module) -> int:
 def count_macs(network: nn.Module, image_size: int) -> int:
     """Multiply-accumulates of one image through a network in eval mode, convolutions and linear layers.
 
-    Cheapest for a network built under torch.device("meta"): nothing is computed.
+    Of a copy on torch.device("meta"), where nothing is computed and every op is torch's own (see models/cpu.py).
     """
-    device, dtype = next((p.device, p.dtype) for p in network.parameters())
-    images = torch.empty(1, 3, image_size, image_size, device=device, dtype=dtype)
-    training = network.training
+    dtype = next(network.parameters()).dtype
+    images = torch.empty(1, 3, image_size, image_size, device="meta", dtype=dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(images)
-    network.train(training)
+        copy.deepcopy(network).to("meta").eval()(images)
     return counter.get_total_flops() // 2
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from genotypes import NAG_SPACE, CellSpec, Genotype
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models.cpu import average_pool, depthwise_conv, fast_here, max_pool
+from models.network import CifarNetwork, count_macs
 from models.supernet import Supernet
 
 
@@ -91,6 +92,13 @@ def test_other_layouts_and_precisions_are_left_to_torch():
     x = images(8)
     assert fast_here(x) and not fast_here(x.double()) and not fast_here(x.contiguous())
     assert not fast_here(torch.empty_like(x, device="meta"))
+
+
+def test_macs_do_not_depend_on_the_layout():
+    network = CifarNetwork(GENOTYPES["NAG_FEW_PARAMS"], layers=1, channels=8)  # has average pools
+    macs = count_macs(network, 32)
+    assert count_macs(network.to(memory_format=torch.channels_last), 32) == macs
+    assert network.training and next(network.parameters()).device.type == "cpu"
 
 
 def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels():
