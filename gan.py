@@ -30,6 +30,7 @@ Each is a flag of its own, on top of either recipe; --adversarial_weight 1 adds 
 
 import argparse
 import copy
+import math
 import time
 
 import numpy as np
@@ -400,7 +401,7 @@ def evaluate(generator, predictor, data: TrainingData, n: int, seed: int, known)
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    size, rate, share = number(int, 1), number(float, 0, above=True), number(float, 0, 0.99)
+    size, rate, share = number(int, 1, 10**6), number(float, 0, above=True), number(float, 0, 0.99)
     add("--nasbench_data", default="data/nasdata.jsonl", help="NAS dataset: JSON lines, or a file of the reference")
     add("--n_epochs", type=size, default=200)
     add("--batch_size", type=number(int, 2), default=64)
@@ -426,14 +427,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{classes}", type=number(int, 2), default=3, help=f"{name} classes")
         add(f"--{embedding}", type=size, default=10, help="of the label's embedding")
     # Not in the paper, see the top of this file.
-    switch, weight = argparse.BooleanOptionalAction, number(float, 0)
+    switch, weight = argparse.BooleanOptionalAction, number(float, 0, 1e6)
     add("--recipe", choices=["paper", "robust"], default="robust", help="sets the defaults of many flags")
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
     add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
-    add("--draws", type=number(int, 0), default=0, help="cells a step for the policy gradient (0: --batch_size)")
-    add("--pool", type=number(int, 0), default=0, help="random genotypes an epoch to teach (0: the NAS dataset's)")
-    add("--tilt", type=weight, default=0.0, help="a genotype of the pool is taught with weight exp(tilt x obedience)")
+    add("--draws", type=number(int, 0, 10**6), default=0, help="cells a step for the policy gradient (0: --batch_size)")
+    add("--pool", type=number(int, 0, 10**7), default=0, help="random genotypes an epoch to teach (0: NAS dataset's)")
+    add("--tilt", type=number(float, 0, 1000), default=0.0, help="teach genotypes by exp(tilt x obedience)")
     add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
     add(
@@ -475,7 +476,9 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
     args = parse_resumable(parser, argv, "gan", may_change, keys, before={"draws": 0, "pool": 0, "tilt": 0.0})
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
-        parser.error("argument --likelihood_weight: expected above 0 where nothing else trains the generator")
+        parser.error("argument --likelihood_weight: expected above 0 with --warmup_epochs, or if nothing else trains")
+    if args.draws == 1:
+        parser.error("argument --draws: expected 0 or from 2, since they are compared with each other, got 1")
     if 0 < args.pool < 1000:
         parser.error(f"argument --pool: expected 0 or from 1000, got {args.pool}")
     if args.pool and not args.likelihood_weight:
@@ -604,6 +607,9 @@ def main(args: argparse.Namespace) -> None:
             reference.load_state_dict(generator.state_dict())
         values = trainer.train_epoch(epoch - 1)
         seconds = time.monotonic() - started
+        for name, value in values.items():
+            if not math.isfinite(value):
+                fail(f"epoch {epoch}: {name} is {value}, training diverged; try a lower --lr or lower weights")
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)", flush=True)
         if epoch % args.eval_every == 0 or epoch == args.n_epochs:

@@ -17,6 +17,7 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 """
 
 import argparse
+import shlex
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -48,10 +49,13 @@ from utils import (
     output_folder,
     prepare,
     progress_bar,
+    refuse_used,
     user_input,
+    write_config,
     write_json,
 )
 
+RECORDS_NETWORK = (10, 6, 36)  # classes, layers and channels, whose counts the NAS dataset has
 LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
 
 
@@ -89,9 +93,12 @@ def wanted_classes(args: argparse.Namespace, objective: dict) -> list[int]:
 
 
 class Limits:
-    """Hard limits on exact counts. Ends the script when no cell of the space can keep them."""
+    """Hard limits on exact counts. Ends the script when no cell of the space can keep them.
 
-    def __init__(self, args: argparse.Namespace):
+    max_vertices: of the cells that can be drawn.
+    """
+
+    def __init__(self, args: argparse.Namespace, max_vertices: int):
         self.network = (args.num_classes, args.layers, args.channels)
         self.bounds = {
             "params": (args.min_params or 0, args.max_params or float("inf")),
@@ -99,38 +106,50 @@ class Limits:
         }
         self.given = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
         if self.given:
-            self._check_reachable()
+            self._check_reachable(max_vertices)
 
-    def _check_reachable(self) -> None:
-        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes()]
+    def _check_reachable(self, max_vertices: int) -> None:
+        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices)]
+        _, layers, channels = self.network
         for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
             low, high = self.bounds[name]
-            reach = f"this space has {si(min(costs))} to {si(max(costs))} at --layers {self.network[1]}"
+            reach = f"cells have {min(costs):,} to {max(costs):,} at --layers {layers} --channels {channels}"
             if low > high:
                 fail(f"--min_{name}: expected at most --max_{name} {si(high)}, got {si(low)}; {reach}")
             if high < min(costs):
-                fail(f"--max_{name}: no cell is that small: {reach} --channels {self.network[2]}")
+                fail(f"--max_{name}: no cell is that small: {reach}")
             if low > max(costs):
-                fail(f"--min_{name}: no cell is that large: {reach} --channels {self.network[2]}")
+                fail(f"--min_{name}: no cell is that large: {reach}")
+
+    def check_classes(self, combinations: list[tuple[int, ...]], objectives: list[dict]) -> None:
+        """End the script when no class of #params or MACs that is asked for has cells within the limits."""
+        if self.network != RECORDS_NETWORK:
+            return  # the classes are of other counts
+        for objective, labels in zip(objectives, zip(*combinations, strict=True), strict=True):
+            low, high = self.bounds.get(name := objective["name"], (0, float("inf")))
+            edges = [0, *objective["boundaries"], float("inf")]
+            if not any(edges[label] <= high and low < edges[label + 1] for label in labels):
+                fail(f"--{LABEL_FLAGS[name]}: {describe(combinations[0], objectives)} is not within the limits")
 
     def keep(self, genotype: Genotype) -> bool:
         counts = genotype_cost(genotype, *self.network)
         return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
 
 
-def extreme_genotypes() -> list[Genotype]:
+def extreme_genotypes(max_vertices: int) -> list[Genotype]:
     """Genotypes among which are those of least and most #params and MACs: tiny ones, and the full one."""
     space, cells = NAG_SPACE, []
-    size = space.num_inputs + 2
+    size = min(space.num_inputs + 2, max_vertices)
     free = [(i, j) for i in range(size - 1) for j in range(max(i + 1, space.num_inputs), size)]
     for op in ("maxpool3x3", "identity"):
         for chosen in product((0, 1), repeat=len(free)):
             matrix = [[0] * size for _ in range(size)]
             for (i, j), edge in zip(free, chosen, strict=True):
                 matrix[i][j] = edge
-            cells.append(CellSpec(matrix, [*space.inputs, op, space.output]).prune())
+            interior = [op] * (size - space.num_inputs - 1)
+            cells.append(CellSpec(matrix, [*space.inputs, *interior, space.output]).prune())
     cells = list({cell.canonical(): cell for cell in cells if cell is not None}.values())
-    size = space.max_vertices
+    size = max_vertices
     matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
     full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
     return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [
@@ -146,7 +165,8 @@ def count(text: str) -> int:
         if not 1 <= value < 1e15:
             raise ValueError
     except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"expected a number from 1, like 3000000 or 3.0M, got {text!r}") from None
+        what = "expected a number from 1 to 1e15, like 3000000 or 3.0M"
+        raise argparse.ArgumentTypeError(f"{what}, got {text!r}") from None
     return round(value)
 
 
@@ -164,7 +184,7 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
         return read_records(path)
 
 
-def check_nas_dataset(records: list[Record], objectives: list[dict]) -> None:
+def check_nas_dataset(path: str, records: list[Record], objectives: list[dict]) -> None:
     """Raise ValueError when records are not those that a GAN with these objectives was trained on."""
 
     def numbers(those: list[dict]) -> list[float]:
@@ -172,7 +192,7 @@ def check_nas_dataset(records: list[Record], objectives: list[dict]) -> None:
 
     found = objectives_of(records, {o["name"]: len(o["boundaries"]) + 1 for o in objectives})
     if not np.allclose(numbers(found), numbers(objectives), rtol=1e-9, atol=0):  # quantiles of any numpy
-        raise ValueError("not the NAS dataset that the GAN was trained on")
+        raise ValueError(f"{path} is not the NAS dataset that the GAN was trained on")
 
 
 def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argparse.Namespace, limits: Limits) -> list:
@@ -354,7 +374,7 @@ def parse_args(
     parser = ArgumentParser(description)
     add = parser.add_argument
     add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder (default: the shipped generator)")
-    add("--num_archs", type=number(int, 1), default=100, help="cells to draw for each class (with limits: to find)")
+    add("--num_archs", type=number(int, 1, 10**7), default=100, help="cells to draw for each class (limits: to find)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--perf_label", type=number(int, 0), help="accuracy class, 0 = lowest (default: every class)")
     target.add_argument("--target_acc", type=number(float, 0, 1), help="accuracy on the NAS dataset's scale")
@@ -377,8 +397,8 @@ def parse_args(
     add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the GAN was trained on)")
-    add("--layers", type=number(int, 1), default=6, help="of the network whose #params and MACs are counted")
-    add("--channels", type=number(int, 2), default=36, help="of that network")
+    add("--layers", type=number(int, 1, 1000), default=6, help="of the network whose #params and MACs are counted")
+    add("--channels", type=number(int, 2, 10**4), default=36, help="of that network")
     add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
     args = parser.parse_args(argv)
@@ -404,14 +424,17 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if args.top and not args.supernet and "accuracy" not in [o["name"] for o in objectives]:
         fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
     baseline = RandomCells(source.config["max_vertices"])
+    combinations, limits = wanted_labels(args, objectives), Limits(args, source.config["max_vertices"])
+    limits.check_classes(combinations, objectives)
     source = baseline if args.random else source
-    combinations, limits = wanted_labels(args, objectives), Limits(args)
+    folder = output_folder(args)
+    refuse_used(folder, "config.json", "genotypes.json")
     records = read_nas_dataset(args, checkpoint)
     if args.evaluate:
         with user_input("--nasbench_data"):
             if records is None:
                 raise ValueError("--evaluate wants the NAS dataset that the GAN was trained on")
-            check_nas_dataset(records, objectives)
+            check_nas_dataset(args.nasbench_data or checkpoint["args"]["nasbench_data"], records, objectives)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
@@ -440,7 +463,10 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
             print(f"  only {found} of the {args.num_archs} that were asked for; --max_draws {args.max_draws}")
         best = entries[0]["index"] if entries else best
 
-    path = output_folder(args) / "genotypes.json"
+    if not results and not args.evaluate:
+        fail("none of the cells drawn will do, nothing was written: too tight limits, or too little training")
+    path = folder / "genotypes.json"
+    write_config(folder, args, device)
     write_json(path, results)
     if args.evaluate:
         if not args.random:  # as many random cells, dealt out to the labels
@@ -449,10 +475,9 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         evaluation = evaluate_and_print(sets, objectives, records, predictor, scorer, args.seed)
         write_json(path.with_name("evaluation.json"), evaluation)
     print(f"\nwrote {len(results)} genotypes to {path}")
-    if best is None:
-        print("warning: none of the cells drawn will do; the generator may need more training, or the limits are tight")
-    else:
-        print(f"next: python visualize.py --arch {path}:{best}\n      python train_cifar.py --arch {path}:{best}")
+    if best is not None:
+        arch = shlex.quote(f"{path}:{best}")
+        print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
 
 
 if __name__ == "__main__":

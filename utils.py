@@ -61,6 +61,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses an empty value too: a shell variable that is not set is no way to leave a flag out."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if getattr(namespace, action.dest, None) == "":
+                self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got an empty one")
+        return namespace, rest
+
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: an int or float within [low, high], or (low, high] with `above`."""
@@ -185,7 +193,7 @@ def prepare(args: argparse.Namespace) -> torch.device:
 def check_writable(folder: str | Path) -> None:
     """Raise ValueError when a folder is not there and cannot be made, or cannot be written to. Makes nothing."""
     path = Path(folder).absolute()
-    there = next(path for path in (path, *path.parents) if path.exists())
+    there = next(path for path in (path, *path.parents) if os.path.lexists(path))  # also a link that leads nowhere
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"expected a folder that can be written to, got {folder}")
 
@@ -297,6 +305,27 @@ def output_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) if args.output_dir else Path("runs") / name
 
 
+def refuse_used(folder: Path, *patterns: str) -> None:
+    """End the script when the folder it is to write to holds results already: files of these names."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            fail(
+                f"--output_dir: {folder} holds another run ({path.name}); choose another folder"
+                + (f", or go on with that run by --resume {folder}" if path.name == "checkpoint.pt" else "")
+            )
+
+
+def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
+    """config.json: what is needed to run the same again."""
+    config = {
+        "args": vars(args),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": versions(),
+        "device": device_name(device),
+    }
+    write_json(folder / "config.json", config)
+
+
 class RunLog:
     """The record of one run: config.json at the start, metrics.jsonl and TensorBoard events as it goes.
 
@@ -308,23 +337,15 @@ class RunLog:
     def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device, step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
 
-        if step is None and any(folder.glob("checkpoint*.pt")):
-            fail(f"--output_dir: {folder} holds another run; --resume {folder} goes on with that one")
+        if step is None:
+            refuse_used(folder, "checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [] if step is None else [line for line in whole_lines(self.path) if line["step"] <= step]
         with atomic_file(self.path) as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
-        write_json(
-            folder / "config.json",
-            {
-                "args": vars(args),
-                "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-                "versions": versions(),
-                "device": device_name(device),
-            },
-        )
+        write_config(folder, args, device)
         self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
 
     def log(self, step: int, **values) -> None:

@@ -72,7 +72,7 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no such NAS dataset: {path}")
+        raise ValueError(f"no such NAS dataset: {path}{' is a folder' if path.is_dir() else ''}")
     if zipfile.is_zipfile(path):
         return _read_reference(path)
     read_header(path)
@@ -87,10 +87,12 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
 
 def _parse_line(path: Path, number: int, line: str) -> dict:
     try:
-        data = json.loads(line)
+        data = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         what = "is empty" if not line.strip() else f"is not JSON ({error.msg} at column {error.colno})"
         raise ValueError(f"{path}, line {number} {what}") from None
+    except (ValueError, RecursionError):  # thousands of digits or brackets
+        raise ValueError(f"{path}, line {number} holds a number or a nesting that is no genotype's") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object")
     return data
@@ -106,8 +108,8 @@ def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Rec
         if not _is_number(accuracy) or not 0 <= accuracy <= 1:
             raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r}")
         for name in ("params", "macs"):
-            if not _is_number(data.get(name), int) or data[name] < 0:
-                raise ValueError(f"{name} must be a whole number, got {data.get(name)!r}")
+            if not _is_number(data.get(name), int) or not 0 <= data[name] < 1e15:
+                raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r}")
         identity = data.get("id", number - 2)
         if not _is_number(identity, int):
             raise ValueError(f"id must be a whole number, got {identity!r}")

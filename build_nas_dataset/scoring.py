@@ -75,6 +75,8 @@ class SupernetScorer:
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
         images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
+        if len(images) <= settings.holdout:
+            raise ValueError(f"{data} has {len(images)} images; those of the supernet's training are expected")
         _, held_out = split(images, settings.holdout, settings.seed)
         if label_checksum(held_out) != settings.held_out_checksum:  # else training images would count as held out
             raise ValueError(f"the images of {data} are not those of the supernet's training, or in another order")

@@ -166,7 +166,7 @@ def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():
     """The range that is named when a limit cannot be kept."""
     from generate_archs import extreme_genotypes
 
-    extremes = [genotype_cost(genotype) for genotype in extreme_genotypes()]
+    extremes = [genotype_cost(genotype) for genotype in extreme_genotypes(NAG_SPACE.max_vertices)]
     small = random_pool(300, seed=0, max_vertices=5)  # the smallest are among small cells
     costs = [genotype_cost(genotype) for genotype in random_pool(300, seed=0) + small]
     for k in (0, 1):

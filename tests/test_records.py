@@ -31,6 +31,7 @@ def test_records_survive_the_file(tmp_path, records):
     [
         (lambda d: d | {"accuracy": 1.5}, "0 to 1"),
         (lambda d: d | {"params": "many"}, "params"),
+        (lambda d: d | {"macs": 10**400}, "macs must be a whole number from 0 to 1e15"),
         (lambda d: d | {"normal": {"matrix": [[0] * 4, [0] * 4, [0, 1, 0, 0], [0] * 4], "ops": []}}, "triangular"),
         (lambda d: d | {"normal": d["normal"] | {"ops": ["x"] * len(d["normal"]["ops"])}}, "start with"),
         (lambda d: [1], "object"),
@@ -47,7 +48,15 @@ def test_a_bad_record_is_named_by_its_line(tmp_path, records, change, reason):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("", "line 1 is empty"), ("{}\n", "header"), ("not json\n", "line 1 is not JSON")]
+    ("text", "reason"),
+    [
+        ("", "line 1 is empty"),
+        ("{}\n", "header"),
+        ("not json\n", "line 1 is not JSON"),
+        ('{"format": \n', "column 11"),  # where it breaks off
+        ("[" * 100_000, "line 1 holds a number or a nesting"),
+        ("9" * 5_000, "line 1 holds a number or a nesting"),
+    ],
 )
 def test_what_is_no_nas_dataset_is_refused(tmp_path, text, reason):
     path = tmp_path / "nasdata.jsonl"
@@ -56,6 +65,8 @@ def test_what_is_no_nas_dataset_is_refused(tmp_path, text, reason):
         read_records(path)
     with pytest.raises(ValueError, match="no such NAS dataset"):
         read_records(tmp_path / "missing.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_records(tmp_path)
 
 
 def test_files_of_the_reference_are_read_and_their_params_recounted(tmp_path, records):

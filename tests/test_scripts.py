@@ -151,8 +151,22 @@ def test_gan_resumed_equals_gan_never_stopped(gan, nasdata, tmp_path):
 def test_a_run_is_not_written_over(gan, nasdata):
     before = (gan / "checkpoint.pt").read_bytes()
     flags = ["--nasbench_data", nasdata, *SMALL_GAN, "--output_dir", gan]
-    assert f"{gan} holds another run; --resume {gan} goes on with that one" in run("gan.py", *flags, ok=False)
+    assert f"{gan} holds another run (checkpoint.pt)" in (line := run("gan.py", *flags, ok=False))
+    assert f"--resume {gan}" in line
     assert (gan / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_shipped_generator_is_not_written_over(gan, nasdata, tmp_path):
+    shutil.copy(gan / "generator.pt", tmp_path)
+    flags = ["--nasbench_data", nasdata, *SMALL_GAN, "--output_dir", tmp_path]
+    assert "another run (generator.pt); choose another folder" in run("gan.py", *flags, ok=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "generator.pt"]
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(nasdata, tmp_path):
+    flags = ["--nasbench_data", nasdata, *SMALL_GAN, *ROBUST_FLAGS, "--lr", 1e30, "--output_dir", tmp_path]
+    assert "training diverged" in run("gan.py", *flags, ok=False)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_generated_genotypes_are_valid_distinct_and_exactly_counted(gan, tmp_path):
@@ -168,11 +182,16 @@ def test_generated_genotypes_are_valid_distinct_and_exactly_counted(gan, tmp_pat
         assert None not in canonical
     assert all((entry["params"], entry["macs"]) == genotype_cost(genotype) for genotype, entry in entries)
     assert len(Generator.from_checkpoint(gan / "checkpoint.pt").sample((1,), 5, seed=0)) == 5
+    assert json.loads((tmp_path / "config.json").read_text())["args"]["num_archs"] == 40
+    before = (tmp_path / "genotypes.json").read_bytes()
+    again = ["generate_archs.py", "--checkpoint", gan, "--num_archs", 5, "--output_dir", tmp_path]
+    assert "holds another run" in run(*again, ok=False)
+    assert (tmp_path / "genotypes.json").read_bytes() == before
 
 
 def test_targets_choose_the_class_by_the_boundaries_of_the_checkpoint(gan, tmp_path):
     for flags, label in ((["--target_acc", 0.42], 2), (["--target_quantile", 0.5], 1), (["--perf_label", 0], 0)):
-        out = run("generate_archs.py", "--checkpoint", gan, "--num_archs", 2, *flags, "--output_dir", tmp_path)
+        out = run("generate_archs.py", "--checkpoint", gan, *flags, "--output_dir", tmp_path / str(label))
         assert f"class {label} " in out
         assert out.count("class ") == 1
     assert "0.2000 to 0.4300" in run("generate_archs.py", "--checkpoint", gan, "--target_acc", 0.9, ok=False)
@@ -280,6 +299,19 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
         ("visualize.py --arch DEEP", "is not a JSON file"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
+        (
+            "generate_archs_multiobj.py --checkpoint ROBUST --params_label 0 --min_params 6M",
+            "--params_label: class 0,0",
+        ),
+        (
+            "generate_archs.py --checkpoint GAN --num_archs 9 --max_draws 9 --max_params 300K --min_macs 900M",
+            "nothing was written",
+        ),
+        ("generate_archs.py --checkpoint GAN --supernet EMPTY", "--supernet: expected a value"),
+        ("generate_archs.py --checkpoint GAN --num_archs 1000000000000", "--num_archs: expected a whole number from 1"),
+        ("gan.py --resume EMPTY", "--resume: expected a value"),
+        ("gan.py --draws 1", "--draws: expected 0 or from 2"),
+        ("gan.py --tilt 1e39", "--tilt: expected a number from 0 to 1000"),
         ("gan.py --objectives speed", "accuracy, params, macs"),
         ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
         ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),
@@ -296,6 +328,7 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     output = tmp_path / "out"
     arguments = []
     for word in command.split():
+        word = word.replace("EMPTY", "")
         head, *rest = word.split("/")
         arguments.append(Path(words[head], *rest) if head in words else word)
     resumed = [] if "--resume" in arguments else ["--output_dir", output]
