@@ -127,6 +127,7 @@ PREDICTOR_EPOCHS = 20
 class TrainingData:
     """The NAS dataset as tensors on the device: one CellBatch per cell of the space, and of each objective the labels.
 
+    max_vertices: of its largest cell.
     objectives: as in build_nas_dataset.records.objectives_of. Raises ValueError when a class holds no record.
     """
 
@@ -136,6 +137,7 @@ class TrainingData:
             CellBatch.encode([genotype[name] for genotype in genotypes], max_vertices).to(device)
             for name in NAG_SPACE.cells
         )
+        self.max_vertices = max(int(cells.num_nodes.max()) for cells in self.cells)
         self.objectives, columns, quantiles = objectives_of(records, objectives), [], []
         for objective in self.objectives:
             values = [getattr(record, objective["name"]) for record in records]
@@ -298,7 +300,7 @@ class Trainer:
         For each combination of labels with weights exp(tilt x obedience).
         """
         data, args = self.data, self.args
-        pool = random_batch(args.pool, source, NAG_SPACE, args.max_step)
+        pool = random_batch(args.pool, source, NAG_SPACE, data.max_vertices)  # cells that the predictor knows
         parts = [
             class_shares(tuple(cells[part] for cells in pool), data.boundaries, self.predictor)[0]
             for part in torch.arange(len(pool[0]), device=source.device).split(4096)
@@ -430,10 +432,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     switch, weight = argparse.BooleanOptionalAction, number(float, 0, 1e6)
     add("--recipe", choices=["paper", "robust"], default="robust", help="sets the defaults of many flags")
     add("--adversarial_weight", type=weight, default=1.0, help="of the discriminator's verdict")
-    add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of real cells")
+    add("--likelihood_weight", type=weight, default=0.0, help="of the negative log-likelihood of taught cells")
     add("--control_weight", type=weight, default=0.0, help="of the policy gradient towards the labels asked for")
     add("--draws", type=number(int, 0, 10**6), default=0, help="cells a step for the policy gradient (0: --batch_size)")
-    add("--pool", type=number(int, 0, 10**7), default=0, help="random genotypes an epoch to teach (0: NAS dataset's)")
+    add("--pool", type=number(int, 0, 10**7), default=0, help="random genotypes to choose taught ones from (0: none)")
     add("--tilt", type=number(float, 0, 1000), default=0.0, help="teach genotypes by exp(tilt x obedience)")
     add("--kl_weight", type=weight, default=0.0, help="of the divergence, in nats, in the policy gradient's reward")
     add("--warmup_epochs", type=number(int, 0), default=0, help="first epochs, of likelihood alone")
@@ -477,7 +479,7 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
     args = parse_resumable(parser, argv, "gan", may_change, keys, before={"draws": 0, "pool": 0, "tilt": 0.0})
     if not args.likelihood_weight and (args.warmup_epochs or not args.adversarial_weight + args.control_weight):
         parser.error("argument --likelihood_weight: expected above 0 with --warmup_epochs, or if nothing else trains")
-    if args.draws == 1:
+    if args.draws == 1 and args.control_weight and not args.resume:
         parser.error("argument --draws: expected 0 or from 2, since they are compared with each other, got 1")
     if 0 < args.pool < 1000:
         parser.error(f"argument --pool: expected 0 or from 1000, got {args.pool}")
@@ -536,15 +538,15 @@ def build_networks(args: argparse.Namespace, num_classes: tuple[int, ...]) -> tu
     return generator, discriminator
 
 
-def compile_parts(generator: Generator, discriminator: Discriminator) -> None:
+def compile_parts(*networks: torch.nn.Module) -> None:
     """Compile what most of the time goes to: once for all message-passing layers and sizes of cells, and once for the
     discriminator (and again where there are no gradients). The growth loop as a whole would be unrolled into a graph of
     thousands of operations.
     """
-    for module in generator.modules():
-        if isinstance(module, MessagePassing):
-            module.compile(dynamic=True)  # vertices are added one by one
-    discriminator.compile(dynamic=True)
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, (MessagePassing, Discriminator)):
+                module.compile(dynamic=True)  # vertices are added one by one
 
 
 def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -569,7 +571,8 @@ def main(args: argparse.Namespace) -> None:
         name: build_optimizer(network, args)
         for name, network in (("generator", generator), ("discriminator", discriminator))
     }
-    reference = copy.deepcopy(generator).requires_grad_(False).eval() if args.kl_weight else None
+    regular = args.kl_weight > 0 and args.control_weight > 0
+    reference = copy.deepcopy(generator).requires_grad_(False).eval() if regular else None
     start_epoch = 0
     if args.resume:
         with user_input("--resume"):
@@ -594,7 +597,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.resume:
         predictor, predictor_tau = train_predictor(data, args.batch_size, args.seed)
     if args.compile:
-        compile_parts(generator, discriminator)
+        compile_parts(*filter(None, (generator, discriminator, reference)))
     trainer = Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")

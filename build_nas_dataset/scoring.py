@@ -85,7 +85,8 @@ class SupernetScorer:
             print("supernet: the NAS dataset took all held-out images, so those of its last scoring are used again")
             scorings = [settings.scorings - 1]
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
-        self.amp = settings.score_amp
+        # Real cells are scored anew by cut_classes, so bf16 need not be emulated, slowly, where the CPU lacks it.
+        self.amp = "auto" if settings.score_amp == "bf16" else settings.score_amp
         self.scored: dict[Genotype, torch.Tensor] = {}  # a genotype's accuracy is always the same
 
     def __call__(self, genotypes: list[Genotype]) -> np.ndarray:

@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 
 def fast_here(x: Tensor) -> bool:
-    """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops."""
+    """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops.
+
+    Not float32 under autocast, which would turn pooling, written as a convolution, into bf16.
+    """
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")))
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_exporting()
     )
@@ -26,7 +29,7 @@ def fast_here(x: Tensor) -> bool:
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """F.conv2d of x (B, C, H, W) with a k x k kernel a channel (C, 1, k, k), padded by k // 2."""
     kernel = weight.shape[-1]
-    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":  # as F.conv2d would
+    if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64:  # as F.conv2d would
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled() and kernel > 3 and x.shape[-1] >= kernel and fast_here(x) and weight.dtype == x.dtype:
@@ -35,16 +38,21 @@ def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """The weight gradient column by column of the kernel: the middle three in one call, the others one by one."""
+    """The weight gradient column by column of the kernel: the middle three in one call, the others one by one.
+
+    Its gradients can be differentiated again: backward is made of functions that can.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
+    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, len(weight))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         stride, half = ctx.stride, weight.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""What gan.py adds to the networks: the likelihood of given cells, and how obedience is counted."""
+"""gan.py: likelihoods, how obedience is counted, what is taught, that training trains, and runs that go on."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from models.generator import Generator
 from models.graph import CellBatch
 from models.network import genotype_cost
 from models.predictor import Predictor
-from utils import save_checkpoint
+from utils import save_checkpoint, set_seed
 
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=4)
 
@@ -128,6 +128,72 @@ def test_what_is_taught_obeys_the_more_the_higher_the_tilt():
         assert len(chosen.unique()) > (2000 if tilt == 0 else 20)
     assert met[0.0].mean() + 0.1 < met[3.0].mean() < met[300.0].mean()
     assert met[300.0].min() > 0.999  # #params are counted: of that label one can be sure
+
+
+def small_trainer(*flags, classes=2, largest=None):
+    """A Trainer of a small generator of #params, on 64 genotypes."""
+    pool = random_pool(64, seed=6, max_vertices=largest)
+    records = [Record(i, g, 0.1 + i / 100, *genotype_cost(g)) for i, g in enumerate(pool)]
+    data = gan.TrainingData(records, {"params": classes}, 10, torch.device("cpu"))
+    small = ["--objectives", "params", "--g_emb_size", "16", "--g_hidden_size", "8", "--batch_size", "16"]
+    args = gan.parse_args([*small, "--kl_weight", "0", "--lr", "0.01", *flags])
+    set_seed(0)
+    networks = gan.build_networks(args, data.num_classes)
+    optimizers = {"generator": gan.build_optimizer(networks[0], args)}
+    return gan.Trainer(networks[0], None, networks[1], Predictor(1, vertex_size=8), optimizers, data, args)
+
+
+def test_the_warm_up_teaches_the_pools_cells_which_become_likelier(monkeypatch):
+    trainer = small_trainer("--pool", "1000", "--draws", "48", "--warmup_epochs", "4", "--n_epochs", "5")
+    pools, taught, choose = [], [], trainer.choose_from_pool
+    monkeypatch.setattr(trainer, "choose_from_pool", lambda *args: pools.append(choose(*args)) or pools[-1])
+    update = trainer.update_generator[False]
+    trainer.update_generator = (lambda real, *rest: taught.append(real) or update(real, *rest)), None
+    unseen = random_batch(500, torch.Generator().manual_seed(9))
+    n = len(unseen[0])
+    request = torch.zeros(n, 100), torch.arange(n)[:, None] % 2, unseen
+    before = trainer.generator.likelihood(*request).mean().item()
+    for epoch in range(4):
+        trainer.train_epoch(epoch)
+    after = trainer.generator.likelihood(*request).mean().item()
+    assert after > before + 4, (before, after)
+    assert len(pools) == 4 and len(taught) == 4 * (64 // 16)
+    for i, (cells, labels) in enumerate(taught):  # in every step others of the epoch's
+        pool, chosen, chosen_labels = pools[i // 4]
+        part = slice(i % 4 * (16 + 48), (i % 4 + 1) * (16 + 48))
+        assert torch.equal(labels, chosen_labels[part])
+        for batch, given in zip(pool, cells, strict=True):
+            assert torch.equal(batch.adj[chosen[part]], given.adj) and torch.equal(batch.ops[chosen[part]], given.ops)
+
+
+def test_the_pool_has_no_larger_cells_than_the_nas_dataset():
+    trainer = small_trainer("--pool", "1000", largest=5)
+    pool, *_ = trainer.choose_from_pool(10, torch.Generator().manual_seed(0))
+    assert max(int(batch.num_nodes.max()) for batch in pool) == 5
+
+
+def test_the_policy_gradient_alone_makes_the_cells_obey():
+    flags = ["--pool", "0", "--likelihood_weight", "1e-6", "--warmup_epochs", "0", "--draws", "128", "--n_epochs", "8"]
+    trainer = small_trainer(*flags)
+    rewards = [trainer.train_epoch(epoch)["reward"] for epoch in range(8)]
+    assert min(rewards[-3:]) > rewards[0] + 0.15
+
+
+def test_the_place_of_an_objective_makes_no_difference_to_its_classes():
+    pool = random_pool(20, seed=7)
+    cells = tuple(CellBatch.encode([genotype[name] for genotype in pool]) for name in NAG_SPACE.cells)
+    torch.manual_seed(0)
+    predictor = Predictor(2, vertex_size=8)
+    predictor.error.copy_(torch.tensor([0.1, 0.3]))
+    params = sorted(genotype_cost(genotype)[0] for genotype in pool)[10]
+    bounds = boundaries(params=[params], accuracy=[0.3, 0.4])
+    (of_params, of_accuracy), valid = gan.class_shares(cells, bounds, predictor)
+    assert valid.all() and of_params.tolist() == [
+        [float(genotype_cost(g)[0] < params), float(genotype_cost(g)[0] >= params)] for g in pool
+    ]
+    cuts = torch.tensor([1 / 3, 2 / 3])
+    below = torch.special.ndtr((cuts - torch.tensor(predictor.quantiles(pool))[:, 1, None]) / 0.3)
+    torch.testing.assert_close(of_accuracy[:, :2].cumsum(1), below)
 
 
 def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
