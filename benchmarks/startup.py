@@ -12,6 +12,7 @@ if not __package__:
     restart()
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -73,26 +74,30 @@ def until_output(*command: str) -> float:
 
 def measurements(folder: Path, args: argparse.Namespace, device: str) -> dict:
     """What is measured, by name; every one returns seconds."""
-    common = ["--device", device, "--output_dir", str(folder / "out")]
+    numbers = itertools.count()
+
+    def common() -> list[str]:
+        return ["--device", device, "--output_dir", str(folder / f"out{next(numbers)}")]
+
     images = ["--dataset", "folder", "--data", str(folder / "images"), "--cache_dir", str(folder / "cache")]
     holdout = ["--holdout", "100", "--score_images", "100", "--score_batch_size", "100"]
     figures = ["visualize.py", "--arch", "NAG_HIGH_ACC", "--output_dir", str(folder / "figures")]
     quick = {
         "import torch": lambda: until_output("-c", "import torch; print(torch.__version__)"),
-        "generate_archs.py, first class": lambda: until_output("generate_archs.py", *common),
+        "generate_archs.py, first class": lambda: until_output("generate_archs.py", *common()),
     }
     full = {
-        "generate_archs_multiobj.py, first class": lambda: until_output("generate_archs_multiobj.py", *common),
+        "generate_archs_multiobj.py, first class": lambda: until_output("generate_archs_multiobj.py", *common()),
         "visualize.py, first figure": lambda: until_output(*figures),
-        "gan.py, first step, of the predictor": lambda: until_call("Predictor", "gan.py", *common),
+        "gan.py, first step, of the predictor": lambda: until_call("Predictor", "gan.py", *common()),
         "gan.py, first step of the generator, after the predictor's training": lambda: until_call(
-            "CellGenerator", "gan.py", *common
+            "CellGenerator", "gan.py", *common()
         ),
-        "gan_multiobj.py, first step, of the predictor": lambda: until_call("Predictor", "gan_multiobj.py", *common),
+        "gan_multiobj.py, first step, of the predictor": lambda: until_call("Predictor", "gan_multiobj.py", *common()),
         "build_nas_dataset, first step": lambda: until_call(
-            "Supernet", "build_nas_dataset", *common, *images, *holdout
+            "Supernet", "build_nas_dataset", *common(), *images, *holdout
         ),
-        "train_cifar.py, first step": lambda: until_call("CifarNetwork", "train_cifar.py", *common, *images),
+        "train_cifar.py, first step": lambda: until_call("CifarNetwork", "train_cifar.py", *common(), *images),
     }
     return quick if args.quick else {**quick, **full}
 
