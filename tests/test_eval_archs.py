@@ -38,7 +38,7 @@ def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, arc
     assert set(first) == set(NAMES[:2])
 
     line = refused(capsys, eval_archs.main, eval_archs.parse_args, flags)  # not trained again for want of --resume
-    assert f"--resume {folder} goes on with that one" in line
+    assert f"go on with that run by --resume {folder}" in line
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 3, "held_out_acc')  # a kill while it was written
     output = start("-m", "build_nas_dataset.eval_archs", "--resume", folder, "--num_archs", 0)
