@@ -235,7 +235,7 @@ def obedience(
 class Trainer:
     """The networks of a run, their optimizers, and an epoch of training.
 
-    reference: the generator as the warm-up left it; None where --kl_weight is 0.
+    reference: the generator as the warm-up left it; None without --kl_weight or --control_weight.
     The parts of a step that are functions of tensors are recorded on CUDA, where their kernels are small and many.
     """
 
@@ -571,8 +571,8 @@ def main(args: argparse.Namespace) -> None:
         name: build_optimizer(network, args)
         for name, network in (("generator", generator), ("discriminator", discriminator))
     }
-    regular = args.kl_weight > 0 and args.control_weight > 0
-    reference = copy.deepcopy(generator).requires_grad_(False).eval() if regular else None
+    has_reference = args.kl_weight > 0 and args.control_weight > 0
+    reference = copy.deepcopy(generator).requires_grad_(False).eval() if has_reference else None
     start_epoch = 0
     if args.resume:
         with user_input("--resume"):

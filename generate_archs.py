@@ -10,7 +10,7 @@
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
 Writes genotypes.json: the distinct valid genotypes with their class, how often each was drawn, exact #params and MACs,
-and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects.
+and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects; and config.json.
 With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it; these are kept.
 --evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.

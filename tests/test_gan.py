@@ -130,11 +130,11 @@ def test_what_is_taught_obeys_the_more_the_higher_the_tilt():
     assert met[300.0].min() > 0.999  # #params are counted: of that label one can be sure
 
 
-def small_trainer(*flags, classes=2, largest=None):
+def small_trainer(*flags, largest=None):
     """A Trainer of a small generator of #params, on 64 genotypes."""
     pool = random_pool(64, seed=6, max_vertices=largest)
     records = [Record(i, g, 0.1 + i / 100, *genotype_cost(g)) for i, g in enumerate(pool)]
-    data = gan.TrainingData(records, {"params": classes}, 10, torch.device("cpu"))
+    data = gan.TrainingData(records, {"params": 2}, 10, torch.device("cpu"))
     small = ["--objectives", "params", "--g_emb_size", "16", "--g_hidden_size", "8", "--batch_size", "16"]
     args = gan.parse_args([*small, "--kl_weight", "0", "--lr", "0.01", *flags])
     set_seed(0)
