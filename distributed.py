@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 train_cifar.py ...
 
-    device = distributed.start(prepare(args))
+    device = distributed.start(prepare(args, shared=True))
     ...
     distributed.finish()
 
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils import fail
+
 LONGEST_WAIT = timedelta(days=7)  # candidates take long; torchrun itself ends the others when a process dies
 
 _alone = False
@@ -32,6 +34,8 @@ def start(device: torch.device) -> torch.device:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (there := torch.cuda.device_count()):
+            fail(f"torchrun: --nproc_per_node: expected at most the {there} CUDA devices there are", everywhere=True)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return device
@@ -110,6 +114,15 @@ def first_process_first() -> Iterator[None]:
     yield
     if is_main():
         barrier()
+
+
+def merged(own: dict) -> dict:
+    """The entries of all processes."""
+    parts = [own]
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def same_everywhere(text: str) -> str:

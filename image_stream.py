@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from images import Part, list_parts, normalize, reader, refuse_broken, short_reason
+from images import Part, list_parts, normalize, reader, refuse_broken, short_reason, to_rgb
 from utils import derive_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels per channel, 0..1
@@ -139,7 +139,7 @@ def decode(data: bytes, decode_jpeg: Callable | None = None) -> Image.Image | Te
         with contextlib.suppress(RuntimeError):  # what it refuses, PIL may still read, or say what is wrong
             return decode_jpeg(data)
     with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def find_jpeg_decoder(name: str) -> Callable | None:

@@ -37,7 +37,7 @@ TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that is there is taken
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # other files are ignored
 RESIZE_RULE = "shortest side to image_size by antialiased bicubic, centre crop"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 DECODE_CHUNK = 256  # images a thread decodes at a time
 MAX_THREADS = 8
 
@@ -353,7 +353,14 @@ def reader(part: Part):
 def _decode_image(data: bytes, image_size: int) -> np.ndarray:
     """The RGB pixels (S, S, 3) of an image file."""
     with Image.open(io.BytesIO(data)) as image:
-        return _square(image.convert("RGB"), image_size)
+        return _square(to_rgb(image), image_size)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Raises ValueError for pixels of more than 8 bits, which PIL would clip to white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"expected pixels of 8 bits, got mode {image.mode}")
+    return image.convert("RGB")
 
 
 def _square(image: Image.Image, image_size: int) -> np.ndarray:
@@ -446,7 +453,8 @@ def balanced_batch(images: ImageSet, n: int, seed: int, offset: int = 0) -> Imag
     """
     most = num_balanced(images)
     if n < 1 or offset < 0 or (offset + 1) * n > most:
-        raise ValueError(f"no batch number {offset} of {n} class-balanced images: there are {most} such images in all")
+        which = f"{n} class-balanced images" + (f", for the {offset + 1}. time" if offset else "")
+        raise ValueError(f"cannot take {which}: there are {most} such images in all")
     return images.subset(_balanced_order(images, seed)[offset * n : (offset + 1) * n])
 
 
@@ -530,15 +538,14 @@ def cutout(images: torch.Tensor, generator: torch.Generator, size: int = 16) -> 
     return images * ~hole  # masked_fill would lose channels_last
 
 
-def normalize(images: torch.Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
     """uint8 images (B, 3, S, S) to channels_last floats with mean 0 and standard deviation 1 over the training set."""
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), torch.promote_types(dtype, torch.float32), images.device)
-    images = images.to(scale.dtype, memory_format=torch.channels_last)
-    return images.mul_(scale).add_(shift).to(dtype)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
+    return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
 
 
 @functools.cache  # made once for each device: copying numbers there makes the host wait
-def _scale_and_shift(mean: tuple, std: tuple, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _scale_and_shift(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, ...]:
     """scale, shift (3, 1, 1) such that pixel * scale + shift = (pixel / 255 - mean) / std."""
     mean, std = torch.tensor([mean, std], dtype=torch.float64)[:, :, None, None]
-    return (1 / (255 * std)).to(device, dtype), (-mean / std).to(device, dtype)
+    return (1 / (255 * std)).to(device, torch.float32), (-mean / std).to(device, torch.float32)

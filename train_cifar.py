@@ -37,6 +37,7 @@ from training import (
     ADABELIEF_LR,
     Step,
     add_step_flags,
+    check_image_size,
     check_network_flags,
     check_step_flags,
     check_sync_bn,
@@ -69,7 +70,6 @@ from utils import (
     write_json,
 )
 
-AUXILIARY_SIZES = (29, 40)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 SGD_LR, SGD_DECAY = 0.025, 3e-4
 
 
@@ -212,9 +212,7 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
     args.lr_max = lr if args.lr_max is None else args.lr_max
     args.l2_reg = decay if args.l2_reg is None else args.l2_reg
     check_step_flags(parser, args, processes)
-    low, high = AUXILIARY_SIZES
-    if args.auxiliary_weight and not low <= args.image_size <= high:
-        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
     if args.lr_min > args.lr_max:
         parser.error("argument --lr_min: expected at most --lr_max")
     if args.epochs > args.schedule_epochs:
@@ -310,10 +308,6 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     }
     if not distributed.is_main():
         return
-    if args.export:
-        with user_input("--export"):
-            written = export_network(networks[0], args.export, description(states[0], args))
-        print(f"wrote {' and '.join(map(str, written))}")
     path = output_folder(args) / "evaluation.json"
     with user_input("--output_dir"):
         write_json(path, joint if len(states) > 1 else results[0])
@@ -322,6 +316,10 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     if len(states) > 1:
         print(f"{args.voting} voting of {len(states)}: {describe(joint)}")
     print(f"wrote {path}")
+    if args.export:
+        with user_input("--export"):
+            written = export_network(networks[0], args.export, description(states[0], args))
+        print(f"wrote {' and '.join(map(str, written))}")
 
 
 def description(state: dict, args: argparse.Namespace) -> dict:
@@ -365,7 +363,7 @@ def describe(result: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = distributed.start(prepare(args))
+    device = distributed.start(prepare(args, shared=True))
     if args.evaluate:
         evaluate_checkpoints(args, device)
     else:

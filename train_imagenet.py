@@ -34,6 +34,7 @@ from training import (
     Step,
     add_step_flags,
     build_optimizer,
+    check_image_size,
     check_network_flags,
     check_step_flags,
     check_sync_bn,
@@ -61,7 +62,6 @@ from utils import (
     write_json,
 )
 
-AUXILIARY_SIZES = (193, 256)  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
 SGD_LR, SGD_DECAY = 0.1, 3e-5
 
@@ -159,8 +159,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--holdout", type=count, help="training images kept out, to choose the best epoch on (default: 10 a class)")
     add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
     add("--skip_bad", action="store_true", help="go on without images that cannot be read")
-    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    add("--workers", type=number(int, 0), default=workers, help="processes that decode images, for each training one")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of the processes on this machine
+    add("--workers", type=number(int, 0), default=workers, help="decode images, for each training process and part")
     add("--decoder", default="auto", choices=["auto", "pil", "torchcodec"], help="of JPEG (auto: torchcodec if there)")
     add("--epochs", type=count, default=250)
     add("--batch_size", type=number(int, 2), default=256, help="of all processes together")
@@ -184,7 +185,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     going_on.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure its test accuracy")
     add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
-    may_change = ("data", "workers", "decoder", "eval_batch_size", "compile", "cuda_graphs")
+    may_change = ("data", "workers", "decoder", "eval_batch_size", "compile", "cuda_graphs", "accumulate")
     args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best"))
     if args.export and not args.evaluate:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
@@ -208,9 +209,7 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace) -> None:
     args.lr = lr if args.lr is None else args.lr
     args.l2_reg = decay if args.l2_reg is None else args.l2_reg
     check_step_flags(parser, args, distributed.planned_world())
-    low, high = AUXILIARY_SIZES
-    if args.auxiliary_weight and not low <= args.image_size <= high:
-        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes)
     if args.select_on_val and args.holdout:
         parser.error("argument --holdout: not with --select_on_val")
 
@@ -241,22 +240,22 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         check_classes(test, state["classes"], args.evaluate)
     stream = streams(args, device)(EvalStream, test, args.eval_batch_size)
     network = network_from_checkpoint(state, device)
-    measured = accuracy(network, stream, device, args.amp)
+    measured, skipped = accuracy(network, stream, device, args.amp), distributed.merged(stream.broken)
     if not distributed.is_main():
         return
+    size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
+    result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
+    result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": skipped}
+    path = output_folder(args) / "evaluation.json"
+    with user_input("--output_dir"):
+        write_json(path, result)
+    print(f"{describe(measured)}, {state['epoch']} epochs of training\nwrote {path}")
     if args.export:
         known = {"kind": "imagenet", "arch": state["args"]["arch"], "image_size": args.image_size}
         known |= {name: state[name] for name in ("genotype", "network_config", "classes")}
         with user_input("--export"):
             written = export_network(network, args.export, known | {"mean": MEAN, "std": STD})
         print(f"wrote {' and '.join(map(str, written))}")
-    size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
-    result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
-    result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": stream.broken}
-    path = output_folder(args) / "evaluation.json"
-    with user_input("--output_dir"):
-        write_json(path, result)
-    print(f"{describe(measured)}, {state['epoch']} epochs of training\nwrote {path}")
 
 
 def describe(measured: dict) -> str:
@@ -280,13 +279,18 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
         check_classes(train, state["classes"], args.resume)
         if len(train) != state["training_images"]:
             raise ValueError(f"{len(train)} training images, the run to resume has {state['training_images']}")
+    with user_input("--resume"):  # not at the end of the run, which needs it
+        best = Path(args.output_dir) / "best.pt"
+        epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed before checkpoint.pt was saved too
+        if load_checkpoint(best, "imagenet")["epoch"] not in epochs:
+            raise ValueError(f"{best} is not of epoch {epochs[0]}, the best one so far")
     network.load_state_dict(state["network"])
     load_optimizer(optimizer, state["optimizer"])
     return network, optimizer, {name: state[name] for name in ("epoch", "seconds", "best")}
 
 
 def main(args: argparse.Namespace) -> None:
-    device = distributed.start(prepare(args))
+    device = distributed.start(prepare(args, shared=True))
     if args.evaluate:
         evaluate(args, device)
     else:
@@ -339,7 +343,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 flush=True,
             )
     distributed.barrier()  # until best.pt is there
-    skipped = {"train": stream.broken, "selection": selecting.broken}
+    skipped = {"train": distributed.merged(stream.broken), "selection": distributed.merged(selecting.broken)}
     result = reached | size | {"skipped": skipped}
     finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, result)
 
@@ -353,10 +357,10 @@ def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog 
         with user_input("--output_dir"):
             best = load_checkpoint(folder / "best.pt", "imagenet")
         result["best"]["test"] = accuracy(network_from_checkpoint(best, device), stream, device, args.amp)
+    result["skipped"]["test"] = distributed.merged(stream.broken)
     if log is None:
         return
     result |= {"arch": args.arch, "genotype": network.genotype.to_dict(), "seed": args.seed}
-    result["skipped"]["test"] = stream.broken
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()

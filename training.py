@@ -52,6 +52,13 @@ def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
                      f"--accumulate), got {args.batch_size}")  # fmt: skip
 
 
+def check_image_size(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
+    """sizes: the smallest and the largest image that training with an auxiliary head takes."""
+    low, high = sizes
+    if args.auxiliary_weight and not low <= args.image_size <= high:
+        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+
+
 def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, path: str) -> None:
     """Refuse to evaluate another network than the one asked for. given: names of the flags on the command line.
 

@@ -171,11 +171,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 2**26)
 
 
-def prepare(args: argparse.Namespace) -> torch.device:
+def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     """What every script does first: settle the device, seed, keep memory.
 
-    Exits with status 2 for a wrong --device, or an --output_dir that cannot be written to.
+    shared: whether processes of torchrun can share the script's work.
+    Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, or torchrun where it is no use.
     """
+    if not shared and os.environ.keys() >= {"RANK", "WORLD_SIZE"} and int(os.environ["WORLD_SIZE"]) > 1:
+        fail("torchrun: this script works in one process; start it with python")
     with user_input("--device"):
         device = select_device(args.device)
     if args.output_dir:
@@ -300,8 +303,11 @@ def device_name(device: torch.device) -> str:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where a run writes: --output_dir, or runs/<script>-<time>. Made when the first file is written."""
-    name = f"{script_path().stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Where a run writes: --output_dir, or runs/<script>-<time>-<process>. Made when the first file is written.
+
+    Several runs may be started in the same second.
+    """
+    name = f"{script_path().stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return Path(args.output_dir) if args.output_dir else Path("runs") / name
 
 

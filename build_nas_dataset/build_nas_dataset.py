@@ -2,7 +2,8 @@
 
     python -m build_nas_dataset --dataset cifar10 --data data                 # as published; a GPU is wanted
     python -m build_nas_dataset --dataset folder --data DIR --image_size 16 --auxiliary_weight 0 \
-        --layers 1 --channels 16 --epochs 30 --scorings 2                     # 2 CPU cores, about an hour
+        --layers 1 --channels 16 --epochs 45 --scorings 2 --score_images 1000 --lr_max 0.4 --cutout_size 0 \
+        --drop_path_keep_prob 1                                               # 2 CPU cores, about an hour
     python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
 
 Writes nasdata.jsonl (the records), supernet.pt (its weights, to score other genotypes), checkpoint.pt (what --resume
@@ -13,6 +14,7 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 """
 
 import argparse
+import math
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -22,12 +24,13 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.sample import random_pool
-from build_nas_dataset.scoring import label_checksum, score, scoring_batches
+from build_nas_dataset.scoring import check_split, label_checksum, score, scoring_batches, split_of
 from genotypes import NAG_SPACE, Genotype
 from images import ImageSet, balanced_batch, load_images, split, train_batches
 from metrics import tau
-from models.network import genotype_cost
+from models.network import CifarNetwork, genotype_cost
 from models.supernet import Supernet
+from training import check_image_size
 from utils import (
     ArgumentParser,
     RunLog,
@@ -72,24 +75,25 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
             total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
         optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in supernet.parameters() if p.grad is not None], args.grad_clip)
+        torch.nn.utils.clip_grad_norm_(supernet.parameters(), args.grad_clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
     loss, accuracy = (totals / steps).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
 
 
-def score_pool(supernet, pool, batches, scores: torch.Tensor, args, save) -> torch.Tensor:
-    """Fill `scores` (P,) where it is NaN, and return it; `save()` is called every minute."""
+def score_pool(supernet, pool, batches, scores: torch.Tensor, args, seconds: dict, save) -> None:
+    """Fill `scores` (P,) where it is NaN, and add to seconds["scoring"]; `save()` every minute, but not at the end."""
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
     for i in progress_bar(todo, desc="scoring"):
         results[i] = score(supernet, pool[i], batches, args.score_amp)
         if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
             scores[list(results)] = torch.stack(list(results.values())).cpu()
-            save()
+            seconds["scoring"] += time.monotonic() - saved
             saved, results = time.monotonic(), {}
-    return scores
+            if i != todo[-1]:
+                save()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,8 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "supernet", may_change=("data", "cache_dir"))
-    if args.auxiliary_weight and not 29 <= args.image_size <= 40:
-        parser.error("argument --image_size: the auxiliary head takes 29 to 40 px; add --auxiliary_weight 0")
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
     if args.score_images % args.score_batch_size:
         parser.error("argument --score_images: expected a multiple of --score_batch_size")
     if args.scorings > args.epochs:
@@ -205,6 +208,8 @@ def main(args: argparse.Namespace) -> None:
     epochs_done, seconds = 0, {"training": 0.0, "scoring": 0.0}
     if args.resume:
         state = load_checkpoint(args.resume, "supernet")
+        with user_input("--data"):
+            check_split(train, held_out, state, args.resume)
         supernet.load_state_dict(state["supernet"])
         load_optimizer(optimizer, state["optimizer"])
         scores, epochs_done, seconds = state["scores"], state["epoch"], state["seconds"]
@@ -221,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
             "epoch": epochs_done,
             "scores": scores,
             "seconds": seconds,
-            "classes": train.classes,
+            **split_of(train, held_out),
             "args": vars(args),
         }
         save_checkpoint(folder / "checkpoint.pt", "supernet", state)
@@ -232,6 +237,8 @@ def main(args: argparse.Namespace) -> None:
         if epoch >= first_epoch:
             values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
             seconds["training"] += time.monotonic() - started
+            if not math.isfinite(values["loss"]):
+                fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
             epochs_done = epoch + 1
             log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
             save()
@@ -239,9 +246,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"epoch {epochs_done}/{args.epochs}: {line}", flush=True)
         scoring = epoch - (args.epochs - args.scorings)
         if scoring >= 0 and scores[scoring].isnan().any():
-            started = time.monotonic()
-            row = score_pool(supernet, pool, scoring_batches(held_out, args, scoring), scores[scoring], args, save)
-            seconds["scoring"] += time.monotonic() - started
+            row = scores[scoring]
+            score_pool(supernet, pool, scoring_batches(held_out, args, scoring), row, args, seconds, save)
             stability = {"tau_to_previous": tau(scores[scoring - 1], row)} if scoring else {}
             log.log(epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
             print(

@@ -27,6 +27,7 @@ import torch
 
 import distributed
 from build_nas_dataset.records import read_records
+from build_nas_dataset.scoring import check_split, split_of
 from genotypes import Genotype, read_genotypes
 from images import ImageSet
 from metrics import tau, tau_interval
@@ -119,6 +120,8 @@ def train_candidate(
     weights: the file to go on from, and the one to leave for the next round.
     """
     started, start_epoch = time.monotonic(), 0
+    if args.compile:
+        torch.compiler.reset()  # else it gives up on the ninth network
     network = build_network(genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     if weights[0]:
@@ -256,7 +259,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = distributed.start(prepare(args))
+    device = distributed.start(prepare(args, shared=True))
     with user_input("--archs"):
         candidates = {key_of(found[0]): found for found in read_candidates(args.archs, args.num_archs)}
     folder = Path(distributed.same_everywhere(str(output_folder(args))))
@@ -264,6 +267,9 @@ def main(args: argparse.Namespace) -> None:
     own_file = part_file(folder, distributed.rank())
     own = read_parts(folder, own_file.name) if args.resume else {}
     images, held_out, _ = load_data(args, device)
+    if args.resume:
+        with user_input("--data"):
+            check_split(images, held_out, load_checkpoint(args.resume, "candidates"), args.resume)
     distributed.barrier()  # until all have read what is there
     log = start_log(folder, args, device, results) if distributed.is_main() else None
     done, keys, rounds = len(candidates.keys() & results.keys()), list(candidates), plan(len(candidates), args)
@@ -279,7 +285,8 @@ def main(args: argparse.Namespace) -> None:
         if log:
             print(f"round {k + 1}/{len(rounds)}: {n} candidates up to epoch {epochs}, {len(todo)} to be trained")
         flags = argparse.Namespace(**{**vars(args), "epochs": epochs})
-        for i, key in enumerate(todo[distributed.rank() :: distributed.world()], 1):
+        own_todo = todo[distributed.rank() :: distributed.world()]
+        for i, key in enumerate(own_todo, 1):
             weights = (
                 weights_file(folder, key, k - 1) if k else None,
                 weights_file(folder, key, k) if k + 1 < len(rounds) else None,
@@ -293,11 +300,12 @@ def main(args: argparse.Namespace) -> None:
                 measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
                 log.log(trained, **measured, epochs=epochs, seconds=result["training"]["seconds"])
             state = {"results": list(own.values()), "candidates": len(candidates), "args": vars(args)}
+            state |= split_of(images, held_out)
             save_checkpoint(own_file, "candidates", state)
             if log:
                 write_json(folder / "results.json", by_accuracy(list({**results, **own}.values())))
                 print(
-                    f"candidate {n - len(todo) + i}/{n}: held-out accuracy {result['held_out_accuracy']:.4f}, "
+                    f"candidate {i}/{len(own_todo)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
                     f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
                     flush=True,
                 )
@@ -334,6 +342,8 @@ def start_log(folder: Path, args: argparse.Namespace, device: torch.device, resu
 def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
     """Write and print the ranking."""
     ranked = by_accuracy(results)
+    if not math.isfinite(ranked[0]["training"]["loss"]):
+        fail("the loss of the best candidate is not finite; a smaller --lr_max may help")
     longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(folder / "results.json", ranked)

@@ -9,7 +9,7 @@ import torch
 
 from build_nas_dataset.records import Record, class_boundaries, class_of
 from genotypes import Genotype
-from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
+from images import ImageSet, balanced_batch, check_classes, load_images, normalize, num_balanced, split
 from models.supernet import Supernet
 from utils import autocast, load_checkpoint, of_this_version, progress_bar
 
@@ -50,6 +50,24 @@ def num_scorings(held_out: ImageSet, settings: argparse.Namespace) -> int:
 def label_checksum(images: ImageSet) -> int:
     """Of the labels in their order: tells most other datasets, but not those of as many images in the same folders."""
     return zlib.crc32(images.labels.to("cpu", torch.int64).numpy().tobytes())
+
+
+def split_of(train: ImageSet, held_out: ImageSet) -> dict:
+    """What a checkpoint holds of its images, for check_split."""
+    return {
+        "classes": train.classes,
+        "training_images": len(train),
+        "held_out_checksum": label_checksum(held_out),
+    }
+
+
+def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Path) -> None:
+    """Raise ValueError when the images are not those of a checkpoint, or others of them are held out."""
+    found = split_of(train, held_out)
+    saved = {name: state.get(name, value) for name, value in found.items()}  # older checkpoints do not tell all
+    check_classes(train, saved["classes"], path)
+    if saved != found:
+        raise ValueError(f"the images are not those of {path}, or in another order")
 
 
 def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, argparse.Namespace]:

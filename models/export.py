@@ -56,10 +56,13 @@ def export_network(network: Network, path: str | Path, known: dict) -> list[Path
     size = known["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     encode, decode = FORMATS[path.suffix]
-    content = encode(plain, images)
-    with torch.no_grad():
-        expected = plain(images)[0]
-        got = decode(content, known, images)
+    try:
+        content = encode(plain, images)
+        with torch.no_grad():
+            expected = plain(images)[0]
+            got = decode(content, known, images)
+    except Exception as error:  # exporters and runtimes raise all sorts
+        raise ValueError(f"{path} is not written: {type(error).__name__}: {error}") from error
     if not torch.allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise ValueError(f"{path} is not written: its logits differ by up to {(got - expected).abs().max():.2g}")
     with atomic_file(path, "wb") as file:

@@ -206,7 +206,9 @@ class Network(nn.Module):
 
 
 class CifarNetwork(Network):
-    """For small images (32x32). With `auxiliary`, training takes images of 29 to 40 pixels only."""
+    """For small images (32x32)."""
+
+    auxiliary_sizes = 29, 40  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 
     def __init__(
         self,
@@ -240,7 +242,9 @@ class CifarNetwork(Network):
 
 
 class ImageNetNetwork(Network):
-    """For 224x224 images. With `auxiliary`, training takes images of 193 to 256 pixels only."""
+    """For 224x224 images."""
+
+    auxiliary_sizes = 193, 256
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """build_nas_dataset/eval_archs.py, started as a user would, on a tiny folder of images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tm
         results = json.loads((tmp_path / name / "results.json").read_text())
         losses.append(next(result["training"]["loss"] for result in results if result["name"] == NAMES[1]))
     assert losses[0] == losses[1]
+
+
+def test_candidates_are_not_trained_on_other_images_after_a_stop(capsys, halved, images, tmp_path):
+    folder = shutil.copytree(halved[0], tmp_path / "run")
+    other = shutil.copytree(images, tmp_path / "images")
+    (other / "train" / "dark" / "0.png").unlink()
+    line = refused(capsys, eval_archs.main, eval_archs.parse_args, ["--resume", folder, "--data", other])
+    assert f"--data: the images are not those of {folder}" in line
 
 
 def eval_archs_results(*flags) -> dict[str, dict]:

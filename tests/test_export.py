@@ -59,7 +59,7 @@ def test_an_onnx_file_gives_the_same_logits_in_another_runtime(tmp_path):
     from onnxruntime import InferenceSession
 
     network, known = trained("cifar")
-    export.export_network(network, tmp_path / "n.onnx", known)
+    export.export_network(network, tmp_path / "n.pt2", known)
     session = InferenceSession(tmp_path / "n.onnx", providers=["CPUExecutionProvider"])
     for batch_size in (1, 5):
         images = torch.randn(batch_size, 3, 16, 16)
@@ -74,6 +74,18 @@ def test_a_file_whose_logits_differ_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setitem(export.FORMATS, ".safetensors", broken)
     with pytest.raises(ValueError, match=r"logits differ by up to 0\.1"):
         export.export_network(network, tmp_path / "n.safetensors", known)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_fails_is_bad_input_and_writes_nothing(tmp_path, monkeypatch):
+    network, known = trained("cifar")
+
+    def encode(*args):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setitem(export.FORMATS, ".pt2", (encode, None))
+    with pytest.raises(ValueError, match=r"n\.pt2 is not written: RuntimeError: no such operator"):
+        export.export_network(network, tmp_path / "n.pt2", known)
     assert not list(tmp_path.iterdir())
 
 

@@ -262,6 +262,28 @@ def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
     assert equal(weights(supernet / "supernet.pt", "supernet"), weights(tmp_path / "supernet.pt", "supernet"))
 
 
+def test_a_supernet_is_not_resumed_with_other_images(supernet, images, tmp_path):
+    shutil.copy(supernet / "checkpoint.pt", tmp_path)
+    other = shutil.copytree(images, tmp_path / "images")
+    next(path for path in sorted(other.glob("train/*/*"))).unlink()
+    line = run("-m", "build_nas_dataset", "--resume", tmp_path, "--data", other, ok=False)
+    assert f"--data: the images are not those of {tmp_path}" in line
+
+
+def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
+    flags = ["--data", images, *SMALL_SUPERNET, "--epochs", 2, "--lr_max", 1e30, "--output_dir", tmp_path]
+    assert "the loss is not finite in epoch 1" in run("-m", "build_nas_dataset", *flags, ok=False)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "nasdata.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", [["gan.py"], ["-m", "build_nas_dataset"]])
+def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun: this script works in one process" in run(*script, ok=False)
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [

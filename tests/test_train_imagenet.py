@@ -168,6 +168,17 @@ def test_the_best_epoch_is_measured_too_when_it_is_not_the_last(images, tmp_path
     assert best["test"] == real(train_imagenet.network_from_checkpoint(state, CPU), stream, CPU, "off")
 
 
+@pytest.mark.parametrize("epoch", [None, 7])
+def test_a_run_is_not_resumed_without_its_best_network(capsys, run, tmp_path, epoch):
+    """It would be missed after the last epoch only."""
+    shutil.copy(run[0] / "checkpoint.pt", tmp_path)
+    if epoch:
+        torch.save({**load_checkpoint(run[0] / "best.pt", "imagenet"), "epoch": epoch}, tmp_path / "best.pt")
+    with pytest.raises(SystemExit):
+        train_imagenet.main(train_imagenet.parse_args(["--resume", str(tmp_path)]))
+    assert ("best.pt is not of epoch" if epoch else "no such checkpoint") in capsys.readouterr().err
+
+
 def test_select_on_val_chooses_on_the_validation_part(images, tmp_path):
     flags = [flag for flag in TINY if flag not in ("--holdout", 12)]
     args = [*flags, "--data", images, "--output_dir", tmp_path, "--select_on_val", "--epochs", 1]
@@ -244,6 +255,17 @@ def test_two_processes_write_once_and_evaluate_every_image_once(images, tmp_path
     network = train_imagenet.network_from_checkpoint(state, CPU)
     alone = train_imagenet.accuracy(network, EvalStream(test, 32, 7), CPU, "off")
     assert alone == result["test"]
+
+
+def test_two_processes_tell_of_all_images_that_they_skipped(images, tmp_path):
+    broken = shutil.copytree(images, tmp_path / "images")
+    names = [path.relative_to(broken / "val") for path in sorted(broken.glob("val/*/*"))[:2]]  # read by one each
+    for name in names:
+        (broken / "val" / name).write_bytes(b"no image")
+    flags = [*TINY, "--data", broken, "--epochs", 1, "--accumulate", 2, "--skip_bad"]
+    start("train_imagenet.py", *flags, "--output_dir", tmp_path / "two", launcher=TWO_PROCESSES)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["skipped"]["test"].keys() == set(map(str, names)) and result["test"]["images"] == 22
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
