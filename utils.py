@@ -96,7 +96,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1997)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--tf32", action="store_true", help="TF32 in matrix products on CUDA, as in convolutions there")
-    group.add_argument("--output_dir", help="folder for everything the run writes (default: runs/<script>-<time>)")
+    group.add_argument("--output_dir", help="folder for all that the run writes (default: runs/<script>-<time>-<pid>)")
 
 
 def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
@@ -303,7 +303,7 @@ def device_name(device: torch.device) -> str:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where a run writes: --output_dir, or runs/<script>-<time>-<process>. Made when the first file is written.
+    """Where a run writes: --output_dir, or runs/<script>-<time>-<pid>. Made when the first file is written.
 
     Several runs may be started in the same second.
     """

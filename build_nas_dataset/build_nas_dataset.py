@@ -154,11 +154,10 @@ def load_images_and_pool(args: argparse.Namespace, device: torch.device) -> tupl
         return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 
 
-def settings_of(args: argparse.Namespace, device: torch.device) -> dict:
+def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on: what travels with the files that are passed on."""
-    settled = {name: settle_amp(getattr(args, name), device) for name in ("amp", "score_amp")}
     left_out = ("data", "cache_dir", "output_dir", "resume", "device")
-    return {**{k: v for k, v in vars(args).items() if k not in left_out}, **settled}
+    return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 def write_dataset(
@@ -192,6 +191,7 @@ def write_dataset(
 
 def main(args: argparse.Namespace) -> None:
     device = prepare(args)
+    args.amp, args.score_amp = (settle_amp(amp, device) for amp in (args.amp, args.score_amp))  # a resumed run keeps it
     train, held_out, pool = load_images_and_pool(args, device)
     set_seed(args.seed)
     supernet = Supernet(
@@ -258,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
             )
             save()
 
-    settings = settings_of(args, device)
+    settings = settings_of(args)
     weights = {
         "supernet": supernet.state_dict(),
         "supernet_config": supernet.config,
