@@ -453,8 +453,7 @@ def balanced_batch(images: ImageSet, n: int, seed: int, offset: int = 0) -> Imag
     """
     most = num_balanced(images)
     if n < 1 or offset < 0 or (offset + 1) * n > most:
-        which = f"{n} class-balanced images" + (f", for the {offset + 1}. time" if offset else "")
-        raise ValueError(f"cannot take {which}: there are {most} such images in all")
+        raise ValueError(f"expected 1 to {most // (offset + 1)} class-balanced images, got {n}")
     return images.subset(_balanced_order(images, seed)[offset * n : (offset + 1) * n])
 
 
