@@ -453,7 +453,8 @@ def balanced_batch(images: ImageSet, n: int, seed: int, offset: int = 0) -> Imag
     """
     most = num_balanced(images)
     if n < 1 or offset < 0 or (offset + 1) * n > most:
-        raise ValueError(f"expected 1 to {most // (offset + 1)} class-balanced images, got {n}")
+        times = f" {offset + 1} times" if offset else ""
+        raise ValueError(f"cannot take {n} class-balanced images{times}: there are {most}")
     return images.subset(_balanced_order(images, seed)[offset * n : (offset + 1) * n])
 
 
