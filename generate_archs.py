@@ -245,6 +245,8 @@ def rank(entries: list[dict], predictor: Predictor, objectives: list[dict], scor
         entries.sort(key=lambda entry: -entry["supernet_accuracy"])
     elif "accuracy" in names:
         entries.sort(key=lambda entry: -entry["predicted_quantiles"]["accuracy"])
+    for entry in entries:  # only now: of the best ones, many are expected beyond all that the predictor has seen
+        entry["predicted_quantiles"] = {n: min(max(q, 0.0), 1.0) for n, q in entry["predicted_quantiles"].items()}
 
 
 def describe(labels: tuple[int, ...], objectives: list[dict]) -> str:

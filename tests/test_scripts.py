@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import generate_archs
 from build_nas_dataset.records import Record, read_records, write_records
 from build_nas_dataset.sample import random_pool
 from models.generator import Generator
@@ -212,6 +213,17 @@ def test_a_finished_multi_objective_run_can_be_resumed(robust, tmp_path):
     shutil.copytree(robust, tmp_path / "run")
     run("gan_multiobj.py", "--resume", tmp_path / "run")
     assert equal(weights(robust / "generator.pt", "generator"), weights(tmp_path / "run" / "generator.pt", "generator"))
+
+
+def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within_0_and_1():
+    class Expecting:
+        def quantiles(self, genotypes):
+            return torch.tensor([[-0.1], [1.1], [1.3]])
+
+    entries = [{**genotype.to_dict(), "number": i} for i, genotype in enumerate(random_pool(3, seed=1))]
+    generate_archs.rank(entries, Expecting(), [{"name": "accuracy"}], None)
+    assert [entry["number"] for entry in entries] == [2, 1, 0]
+    assert [entry["predicted_quantiles"]["accuracy"] for entry in entries] == [1, 1, 0]
 
 
 def test_limits_are_kept_exactly(robust, tmp_path):
