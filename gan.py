@@ -56,6 +56,7 @@ from utils import (
     add_cuda_graphs_flag,
     cosine,
     derive_seed,
+    explicit_flags,
     fail,
     load_checkpoint,
     load_optimizer,
@@ -301,6 +302,7 @@ class Trainer:
         """
         data, args = self.data, self.args
         pool = random_batch(args.pool, source, NAG_SPACE, data.max_vertices)  # cells that the predictor knows
+        pool = tuple(cells.pad(args.max_step) for cells in pool)
         parts = [
             class_shares(tuple(cells[part] for cells in pool), data.boundaries, self.predictor)[0]
             for part in torch.arange(len(pool[0]), device=source.device).split(4096)
@@ -491,6 +493,10 @@ def parse_args(argv: list[str] | None = None, description: str = __doc__, **defa
         parser.error(
             f"argument --n_epochs: expected more than the {args.warmup_epochs} --warmup_epochs of likelihood alone"
         )
+    given = explicit_flags(parser, argv)
+    for name, *wanted in (("tilt", "pool"), ("kl_weight", "control_weight"), ("draws", "pool", "control_weight")):
+        if name in given and getattr(args, name) and not any(getattr(args, other) for other in wanted):
+            parser.error(f"argument --{name}: expected 0 without {' or '.join(f'--{other}' for other in wanted)}")
     if args.n_critic > 1 and not args.adversarial_weight:
         parser.error("argument --n_critic: expected 1 without --adversarial_weight, where no discriminator is trained")
     return args
@@ -586,11 +592,10 @@ def main(args: argparse.Namespace) -> None:
                 discriminator.load_state_dict(state["discriminator"])
                 if reference is not None:
                     reference.load_state_dict(state["reference"])
+            predictor = Predictor.from_checkpoint(args.resume, device)
         for name, optimizer in optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name])
-        start_epoch = state["epoch"]
-        predictor = Predictor.from_checkpoint(args.resume, device)
-        predictor_tau = state["predictor_tau"]
+        start_epoch, predictor_tau = state["epoch"], state["predictor_tau"]
 
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)

@@ -355,7 +355,7 @@ def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tup
     """
     try:
         data = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     entries = data if isinstance(data, list) else [data]
     genotypes = []

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 CHECKPOINT_VERSION = 1
+RUNS = "runs"  # where results go without --output_dir
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -123,9 +124,12 @@ def parse_resumable(
     args = parser.parse_args(argv)
     if not args.resume:
         return args
+    folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
     with user_input("--resume"):
         saved = load_checkpoint(args.resume, kind, ("args", *keys))["args"]
-    folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        latest = folder / "checkpoint.pt"
+        if latest.exists() and Path(args.resume).is_file() and not latest.samefile(args.resume):  # it would be lost
+            raise ValueError(f"{args.resume} is not the latest of its run; give {folder}")
     saved = {**(before or {}), **saved, "output_dir": str(folder)}
     if args.output_dir and Path(args.output_dir).resolve() == folder.resolve():
         args.output_dir = str(folder)
@@ -150,7 +154,7 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdecimal())):
         raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {name!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{name} is not available: this machine has {torch.cuda.device_count()} CUDA devices")
@@ -181,9 +185,8 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
         fail("torchrun: this script works in one process; start it with python")
     with user_input("--device"):
         device = select_device(args.device)
-    if args.output_dir:
-        with user_input("--output_dir"):
-            check_writable(args.output_dir)
+    with user_input("--output_dir"):
+        check_writable(args.output_dir or RUNS)
     if device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are the current device's
     if args.tf32 and device.type == "cuda":
@@ -308,7 +311,7 @@ def output_folder(args: argparse.Namespace) -> Path:
     Several runs may be started in the same second.
     """
     name = f"{script_path().stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    return Path(args.output_dir) if args.output_dir else Path("runs") / name
+    return Path(args.output_dir) if args.output_dir else Path(RUNS) / name
 
 
 def refuse_used(folder: Path, *patterns: str) -> None:

@@ -2,7 +2,7 @@
 
     python visualize.py --arch NAG_HIGH_ACC
     python visualize.py --arch NAG_HIGH_ACC --output_dir figures --format pdf
-    python visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir figures --format png
+    python visualize.py --arch runs/demo/archs/genotypes.json:0 --format png
 
 A cell is drawn as the network reads it, that is pruned: data flows from the outputs of the two previous cells (cell
 k-2 and k-1, on the left) to this cell's output (cell k, on the right). An input that the cell does not use is dashed.

@@ -53,7 +53,8 @@ def run_script(script: str, args: argparse.Namespace) -> dict:
         path = Path(folder, "results.json")
         flags = ["--device", args.device, "--rounds", str(args.rounds), "--json", str(path)]
         command = [sys.executable, "-m", f"benchmarks.{script}", *flags, *(["--quick"] if args.quick else [])]
-        subprocess.run(command, cwd=FOLDER.parent, check=True)
+        if status := subprocess.run(command, cwd=FOLDER.parent).returncode:  # it has said why
+            sys.exit(status)
         return json.loads(path.read_text())
 
 
@@ -109,6 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="where RESULTS.md and results.json are")
     args = parser.parse_args(argv)
+    if args.quick and args.output_dir.resolve() == FOLDER:
+        parser.error("argument --output_dir: expected another folder with --quick, whose figures mean nothing")
+    try:  # before anything is measured
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output_dir: {error}")
     path = args.output_dir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for script in args.only:

@@ -178,6 +178,8 @@ def discriminator_share(report: Report, records: list[Record]) -> None:
     """The discriminator's part of a step, the two timed in turn."""
     size = 4 if report.args.quick else 64
     step = Step("paper", [record.genotype for record in records[:size]], records, report.args, report.device)
+    step.args.cuda_graphs = False  # the part is not recorded either
+    step.run = step.runs_with(step.generator, step.discriminator)
     times = interleave({"step": step.run, "part": step.run_discriminator}, report.args.rounds, report.device)
     share = statistics.median(times["part"]) / statistics.median(times["step"])
     report.figure("the discriminator's share of a step of the paper's recipe, float32", f"{share:.1%}", "under 10 %")

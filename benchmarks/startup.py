@@ -1,4 +1,4 @@
-"""Time from the start of each script to its first training step, or first line of output, on what is shipped.
+"""Time from the start of each script to its first training step, or first result, on what is shipped.
 
     python benchmarks/startup.py
 
@@ -60,15 +60,16 @@ def until_call(network: str, *command: str) -> float:
     return time.perf_counter() - started
 
 
-def until_output(*command: str) -> float:
-    """Seconds from the start of a script to its first line of output."""
-    started = time.perf_counter()
+def until_output(start: str, *command: str) -> float:
+    """Seconds from the start of a script to its first line of output that begins with `start`."""
+    started, elapsed = time.perf_counter(), None
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, env=environment) as process:
-        if not process.stdout.readline().strip() and not process.stdout.readline():
-            raise RuntimeError(f"{command[0]} printed nothing")
-        elapsed = time.perf_counter() - started
-        process.stdout.read()
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if elapsed is None and line.startswith(start):
+                elapsed = time.perf_counter() - started
+    if elapsed is None:
+        raise RuntimeError(f"{command[0]} printed no line that begins with {start!r}")
     return elapsed
 
 
@@ -83,12 +84,14 @@ def measurements(folder: Path, args: argparse.Namespace, device: str) -> dict:
     holdout = ["--holdout", "100", "--score_images", "100", "--score_batch_size", "100"]
     figures = ["visualize.py", "--arch", "NAG_HIGH_ACC", "--output_dir", str(folder / "figures")]
     quick = {
-        "import torch": lambda: until_output("-c", "import torch; print(torch.__version__)"),
-        "generate_archs.py, first class": lambda: until_output("generate_archs.py", *common()),
+        "import torch": lambda: until_output("", "-c", "import torch; print(torch.__version__)"),
+        "generate_archs.py, first class": lambda: until_output("class", "generate_archs.py", *common()),
     }
     full = {
-        "generate_archs_multiobj.py, first class": lambda: until_output("generate_archs_multiobj.py", *common()),
-        "visualize.py, first figure": lambda: until_output(*figures),
+        "generate_archs_multiobj.py, first class": lambda: until_output(
+            "class", "generate_archs_multiobj.py", *common()
+        ),
+        "visualize.py, first figure": lambda: until_output("", *figures),
         "gan.py, first step, of the predictor": lambda: until_call("Predictor", "gan.py", *common()),
         "gan.py, first step of the generator, after the predictor's training": lambda: until_call(
             "CellGenerator", "gan.py", *common()

@@ -4,7 +4,7 @@ A file is JSON lines: a header object, then one object a record. The reference's
 
     >>> records = read_records("data/nasdata.jsonl")
     >>> boundaries = class_boundaries([record.accuracy for record in records], num_classes=3)
-    >>> class_of(0.31, boundaries)
+    >>> class_of(0.49, boundaries)
     2
 """
 
@@ -53,9 +53,7 @@ def write_records(path: str | Path, records: Iterable[Record], header: dict) -> 
 
 
 def read_header(path: str | Path) -> dict:
-    """The header of a NAS dataset; {} for a file of the reference. Raises ValueError when it is neither."""
-    if zipfile.is_zipfile(path):
-        return {}
+    """The header of a NAS dataset of JSON lines. Raises ValueError when it is none."""
     with open(path, encoding="utf-8", errors="replace") as file:
         header = _parse_line(path, 1, file.readline())
     if header.get("format") != FORMAT:
@@ -141,7 +139,7 @@ def _read_reference(path: Path) -> list[Record]:
             accuracy = float(entry["perf"]) / 100
             if not 0 <= accuracy <= 1:
                 raise ValueError(f"perf must be a percentage from 0 to 100, got {100 * accuracy}")
-        except (KeyError, TypeError, IndexError, RuntimeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}, record {i}: {type(error).__name__} {error}") from None
         genotype = Genotype(*cells).prune()
         if genotype is not None:

@@ -57,7 +57,6 @@ class Discriminator(nn.Module):
         space: SearchSpace = NAG_SPACE,
     ):
         super().__init__()
-        self.space = space
         self.encoders = nn.ModuleDict(
             {
                 cell: CellEncoder(len(space.tokens), vertex_size, graph_size, num_layers, gcn_dropout, aggregation)

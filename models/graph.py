@@ -107,6 +107,11 @@ class CellBatch:
             self.num_nodes,
         )
 
+    def pad(self, max_vertices: int) -> "CellBatch":
+        """The same cells, padded to that many vertices, at least V."""
+        more = max_vertices - self.adj.shape[1]
+        return CellBatch(F.pad(self.adj, (0, more, 0, more)), F.pad(self.ops, (0, 0, 0, more)), self.num_nodes)
+
     @staticmethod
     def cat(batches: Sequence["CellBatch"]) -> "CellBatch":
         """The cells of all batches in one, of which V must be the same."""

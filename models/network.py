@@ -368,20 +368,15 @@ class CellCounts(NamedTuple):
     @staticmethod
     def of(spec: CellSpec, reduction: bool) -> "CellCounts":
         """Of a pruned cell."""
-        inputs, reduces = spec.space.num_inputs, 0
-        predecessors = [spec.predecessors(v) for v in range(inputs, spec.num_vertices)]
-        if reduction:  # see vertex_stride and halved_inputs
-            for op, sources in zip(spec.ops[inputs:], predecessors, strict=True):
-                if op != spec.space.output and sources[-1] < inputs:
-                    reduces += op == "identity"
-                else:
-                    reduces += sum(p < inputs for p in sources)
+        inputs = spec.space.num_inputs
+        strided = [op == "identity" and vertex_stride(spec, v, reduction) == 2 for v, op in enumerate(spec.ops)]
+        halved = [len(halved_inputs(spec, v, reduction)) for v in range(inputs, spec.num_vertices)]
         return CellCounts(
             tuple(any(row) for row in spec.matrix[:inputs]),
-            reduces,
+            sum(strided) + sum(halved),
             spec.ops.count("seqconv3x3"),
             spec.ops.count("seqconv5x5"),
-            len(predecessors[-1]),
+            len(spec.predecessors(spec.num_vertices - 1)),
         )
 
     @staticmethod

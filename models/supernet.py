@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.cpu import fast_here
 from models.network import AuxiliaryHead, CellBase, calibrate, drop_path_keep, init_weights, is_reduction
 from models.ops import FactorizedReduce, make_op
@@ -28,18 +28,17 @@ class SupernetCell(CellBase):
         reduction: bool,
         halve_first: bool,
         max_vertices: int,
-        space: SearchSpace,
     ):
         super().__init__(reduction)
         self.calibration["0"] = calibrate(c_prev_prev, channels, halve_first, BatchNorm)
         self.calibration["1"] = calibrate(c_prev, channels, False, BatchNorm)
-        vertices = range(space.num_inputs, max_vertices - 1)
+        vertices = range(NAG_SPACE.num_inputs, max_vertices - 1)
         for v in vertices:
-            for op in space.ops:
+            for op in NAG_SPACE.ops:
                 self.ops[f"{v}_{op}"] = make_op(op, channels, reduction, BatchNorm)
         if reduction:
-            for source in range(space.num_inputs):
-                for v in (*vertices, space.output):
+            for source in range(NAG_SPACE.num_inputs):
+                for v in (*vertices, NAG_SPACE.output):
                     self.reduces[f"{source}_{v}"] = FactorizedReduce(channels, channels, BatchNorm)
         # Slice v of the final convolution reads vertex v; a cell uses those of its output's predecessors.
         self.final = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(max_vertices - 1))
@@ -68,7 +67,6 @@ class Supernet(nn.Module):
         keep_prob: float = 1.0,
         drop_path_keep_prob: float = 0.9,
         auxiliary: bool = True,
-        space: SearchSpace = NAG_SPACE,
     ):
         super().__init__()
         self.config = {
@@ -89,7 +87,7 @@ class Supernet(nn.Module):
         for layer in range(3 * layers + 2):
             reduction = is_reduction(layer, layers)
             channels = channels * 2 if reduction else channels
-            self.cells.append(SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices, space))
+            self.cells.append(SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices))
             c_prev_prev, c_prev, halve_first = c_prev, channels, reduction
             if layer == self.auxiliary_layer:
                 self.auxiliary = AuxiliaryHead(channels, num_classes, 3, BatchNorm) if auxiliary else None

@@ -59,7 +59,7 @@ def test_an_onnx_file_gives_the_same_logits_in_another_runtime(tmp_path):
     from onnxruntime import InferenceSession
 
     network, known = trained("cifar")
-    export.export_network(network, tmp_path / "n.pt2", known)
+    export.export_network(network, tmp_path / "n.onnx", known)
     session = InferenceSession(tmp_path / "n.onnx", providers=["CPUExecutionProvider"])
     for batch_size in (1, 5):
         images = torch.randn(batch_size, 3, 16, 16)

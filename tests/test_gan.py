@@ -167,9 +167,11 @@ def test_the_warm_up_teaches_the_pools_cells_which_become_likelier(monkeypatch):
 
 
 def test_the_pool_has_no_larger_cells_than_the_nas_dataset():
-    trainer = small_trainer("--pool", "1000", largest=5)
+    trainer = small_trainer("--pool", "1000", "--warmup_epochs", "1", "--n_epochs", "2", largest=5)
     pool, *_ = trainer.choose_from_pool(10, torch.Generator().manual_seed(0))
     assert max(int(batch.num_nodes.max()) for batch in pool) == 5
+    warm_up, after = (trainer.train_epoch(epoch) for epoch in range(2))  # the generator's can have ten vertices
+    assert warm_up.keys() == {"nll"} and after.keys() == {"nll", "reward"}
 
 
 def test_the_policy_gradient_alone_makes_the_cells_obey():

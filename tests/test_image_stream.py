@@ -197,7 +197,7 @@ def test_jitter_equals_torchvisions_image_by_image():
 
 
 def test_jitter_draws_what_torchvisions_color_jitter_draws():
-    """Amounts at both ends of the ranges, and every order, for draws that cover the unit interval."""
+    """Amounts at both ends of the ranges."""
     jitter = v2.ColorJitter(image_stream.BRIGHTNESS, image_stream.CONTRAST, image_stream.SATURATION, image_stream.HUE)
     ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     image = random_images(1).byte()

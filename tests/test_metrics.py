@@ -1,5 +1,7 @@
 """The measures, each against a case worked out by hand or a slow form of itself."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,12 @@ def test_intervals_hold_the_value_and_shrink_with_n():
     hits = rng.random(400) < 0.9
     low, high = mean_interval(hits)
     assert low < hits.mean() < high and high - low == pytest.approx(4 * (0.09 / 400) ** 0.5, rel=0.3)
+
+
+def test_tau_counts_concordant_pairs():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(30), rng.random(30)
+    signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in combinations(range(30), 2)]
+    assert tau(a, b) == pytest.approx(np.mean(signs))
+    low, high = tau_interval(a, b)
+    assert -1 <= low < tau(a, b) < high <= 1

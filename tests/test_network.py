@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from build_nas_dataset.sample import random_pool
-from build_nas_dataset.scoring import score
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models.graph import CellBatch
 from models.network import (
@@ -117,7 +116,6 @@ def test_published_parameter_counts():
         imagenet = ImageNetNetwork(GENOTYPES["NAG_HIGH_ACC"])
         assert count_parameters(imagenet) == 4_971_763
         assert round(count_macs(imagenet, 224) / 1e6) == 520
-        assert sum(p.numel() for p in Supernet().parameters()) == 2_138_208
 
 
 def test_cell_with_an_unused_input_builds_a_network_that_learns():
@@ -138,28 +136,6 @@ def test_drop_path_grows_with_depth_and_progress():
     assert drop_path_keep(1.0, 3, 20, 0.5) is None
     assert drop_path_keep(0.8, 19, 20, 1.0) == pytest.approx(0.8)
     assert drop_path_keep(0.8, 9, 20, 0.5) == pytest.approx(0.95)
-
-
-def test_scoring_leaves_the_supernet_untouched():
-    pool = random_pool(3, seed=1)
-    supernet = Supernet(10, 1, 4, 10).eval()
-    before = {name: value.clone() for name, value in supernet.state_dict().items()}
-    batch = (torch.randn(20, 3, 32, 32), torch.arange(20) % 10)
-    first = [score(supernet, genotype, [batch]).item() for genotype in pool]
-    assert first == [score(supernet, genotype, [batch]).item() for genotype in pool]
-    after = supernet.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_training_step_reaches_the_path_of_its_genotype_only():
-    genotype = GENOTYPES["NAG_FEW_PARAMS"]  # a normal cell of 5 vertices
-    supernet = Supernet(10, 1, 4, 10)
-    logits, auxiliary = supernet(torch.randn(4, 3, 32, 32), genotype)
-    (logits.sum() + auxiliary.sum()).backward()
-    trained = {name for name, p in supernet.named_parameters() if p.grad is not None}
-    assert any("cells.0.ops.2_seqconv3x3" in name for name in trained)
-    assert not any("cells.0.ops.2_seqconv5x5" in name or "cells.0.ops.4_" in name for name in trained)
 
 
 def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():

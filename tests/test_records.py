@@ -1,7 +1,6 @@
 """The NAS dataset file, its classes, and the metrics computed on it."""
 
 import json
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from build_nas_dataset.records import Record, class_boundaries, class_of, read_header, read_records, write_records
 from build_nas_dataset.sample import random_pool
-from metrics import generation_metrics, tau, tau_interval
 from models.network import genotype_cost
 
 
@@ -86,10 +84,13 @@ def test_files_of_the_reference_are_read_and_their_params_recounted(tmp_path, re
     assert np.allclose([r.accuracy for r in read], [r.accuracy for r in records])
 
 
-def test_a_pickle_that_needs_code_is_refused(tmp_path):
+def test_torch_files_of_code_or_of_other_data_are_refused(tmp_path):
     torch.save([np.random.default_rng], tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="neither"):
         read_records(tmp_path / "evil.pt")
+    torch.save([{"conv_n": 4, "conv_edge": [[0] * 4] * 4}], tmp_path / "lists.pt")
+    with pytest.raises(ValueError, match=r"lists\.pt, record 0: AttributeError"):
+        read_records(tmp_path / "lists.pt")
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 5])
@@ -110,19 +111,3 @@ def test_shipped_dataset_is_whole_and_its_costs_are_exact():
     boundaries = class_boundaries(accuracies, 3)
     sizes = np.bincount([class_of(accuracy, boundaries) for accuracy in accuracies])
     assert np.abs(sizes / len(records) - 1 / 3).max() < 0.03  # accuracies are multiples of 1/1000: ties
-
-
-def test_generation_metrics_count_up_to_isomorphism():
-    a, b, c = random_pool(3, seed=2)
-    values = generation_metrics([a, a, b, None], {b.canonical(), c.canonical()})
-    assert values == {"validity": 0.75, "uniqueness": pytest.approx(2 / 3), "novelty": 0.5}
-    assert generation_metrics([None]) == {"validity": 0, "uniqueness": 0, "novelty": 0}
-
-
-def test_tau_counts_concordant_pairs():
-    rng = np.random.default_rng(3)
-    a, b = rng.random(30), rng.random(30)
-    signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in combinations(range(30), 2)]
-    assert tau(a, b) == pytest.approx(np.mean(signs))
-    low, high = tau_interval(a, b)
-    assert -1 <= low < tau(a, b) < high <= 1

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from PIL import Image
 import generate_archs
 from build_nas_dataset.records import Record, read_records, write_records
 from build_nas_dataset.sample import random_pool
+from genotypes import Genotype
 from models.generator import Generator
 from models.network import genotype_cost
+from models.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent
 SMALL_GAN = [
@@ -116,8 +119,12 @@ def odd(gan, nasdata, tmp_path_factory):
     state = torch.load(gan / "generator.pt", weights_only=True)
     state["objectives"][0]["name"] = "params"
     torch.save(state, files["PARAMS"])
+    state = torch.load(gan / "checkpoint.pt", weights_only=True)
+    state["predictor"].popitem()
+    torch.save(state, folder / "run.pt")
     (folder / "deep.json").write_text("[" * 100_000)
-    return files | {"DEEP": folder / "deep.json"}
+    (folder / "long.json").write_text("9" * 9999)
+    return files | {"DEEP": folder / "deep.json", "LONG": folder / "long.json", "RUN": folder / "run.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,8 @@ def test_gan_resumed_equals_gan_never_stopped(gan, nasdata, tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
     assert json.loads((gan / "config.json").read_text())["args"]["batch_size"] == 8
-    assert json.loads((gan / "samples" / "epoch-0002.json").read_text()) is not None
+    samples = json.loads((gan / "samples" / "epoch-0002.json").read_text())
+    assert all(sample["labels"][0] in range(3) and Genotype.from_dict(sample).is_valid for sample in samples)
 
 
 def test_a_run_is_not_written_over(gan, nasdata):
@@ -262,6 +270,18 @@ def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, t
             assert result["accuracy"]["by"] == ("supernet" if flags else "predictor")
 
 
+def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys):
+    records, objectives = read_records(nasdata), torch.load(gan / "generator.pt", weights_only=True)["objectives"]
+    scorer = Mock(side_effect=lambda genotypes: np.full(len(genotypes), 0.5), ceiling=1.0, percentile80=0.5)
+    scorer.classes = lambda accuracies: np.zeros(len(accuracies), int)
+    drawn = {(0,): [None, None], (1,): [record.genotype for record in records[:3]]}
+    predictor = Predictor.from_checkpoint(gan / "generator.pt", "cpu")
+    result = generate_archs.evaluate(drawn, objectives, records, predictor, scorer)
+    assert result["accuracy"]["mean"] == [None, 0.5]
+    generate_archs.print_evaluation("generated", result, objectives)
+    assert "mean accuracy by class asked -, 0.5000;" in capsys.readouterr().out
+
+
 def test_supernet_builds_a_dataset_and_resumes(supernet, tmp_path):
     records = read_records(supernet / "nasdata.jsonl")
     assert len(records) == 6
@@ -288,6 +308,25 @@ def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "nasdata.jsonl").exists()
 
 
+def test_a_generator_of_invalid_cells_writes_an_empty_list(gan, nasdata, tmp_path):
+    state = torch.load(gan / "generator.pt", weights_only=True)
+    state["generator"]["cells.normal.add_edge.2.bias"] -= 1e4  # no edges
+    torch.save(state, tmp_path / "edgeless.pt")
+    flags = ["--checkpoint", tmp_path / "edgeless.pt", "--num_archs", 4, "--output_dir", tmp_path / "out"]
+    assert "nothing was written" in run("generate_archs.py", *flags, "--max_params", "9M", ok=False)
+    assert "warning: none of the cells drawn is valid" in run("generate_archs.py", *flags, "--evaluate")
+    assert json.loads((tmp_path / "out" / "genotypes.json").read_text()) == []
+
+
+def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, tmp_path, capsys):
+    """The default is a path that may be of another file by now."""
+    checkpoint, args = torch.load(gan / "generator.pt", weights_only=True), generate_archs.parse_args([])
+    assert generate_archs.read_nas_dataset(args, checkpoint) == read_records(nasdata)
+    checkpoint["args"]["nasbench_data"] = "data/nasdata.jsonl"
+    assert generate_archs.read_nas_dataset(args, checkpoint) is None
+    assert "novelty is not computed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", [["gan.py"], ["-m", "build_nas_dataset"]])
 def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
@@ -304,6 +343,7 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("gan.py --n_epochs 0", "from 1"),
         ("gan.py --resume NASDATA", "not a readable checkpoint"),
         ("gan.py --device cuda:99", "not available"),
+        ("gan.py --device cuda:", "expected auto, cpu, cuda or cuda:N"),
         ("generate_archs.py --checkpoint missing.pt", "no such checkpoint"),
         ("generate_archs.py --checkpoint GAN --perf_label 3", "0 (lowest accuracy) to 2"),
         ("generate_archs.py --checkpoint GAN --params_label 0", "trained on accuracy only"),
@@ -318,6 +358,8 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("gan.py --pool 999", "0 or from 1000"),
         ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool: expected 0 without --likelihood_weight"),
         ("gan.py --nasbench_data FLAT --batch_size 8", "too few different values of accuracy for 3 classes"),
+        ("gan.py --recipe paper --tilt 3", "--tilt: expected 0 without --pool"),
+        ("gan.py --recipe paper --draws 7", "--draws: expected 0 without --pool or --control_weight"),
         ("gan.py --n_critic 2", "--n_critic: expected 1 without --adversarial_weight"),
         ("gan.py --nasbench_data NASDATA --batch_size 8 --recipe paper --n_epochs 2 --n_critic 7", "the 6 steps"),
         ("gan.py --resume GAN --n_epochs 1", "has done 2 epochs already, more than --n_epochs"),
@@ -331,6 +373,8 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("generate_archs.py --checkpoint GAN --max_params 3M --max_draws 9", "--max_draws: expected at least the 100"),
         ("generate_archs.py --checkpoint GAN --supernet SUPERNET --data missing", "--data: missing is not a folder"),
         ("visualize.py --arch DEEP", "is not a JSON file"),
+        ("visualize.py --arch LONG", "long.json is not a JSON file"),
+        ("gan.py --resume RUN", "run.pt is of another version of these networks"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
         (
@@ -370,10 +414,18 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     assert not output.exists()
 
 
+def test_a_default_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("not a folder")
+    with pytest.raises(SystemExit):
+        generate_archs.main(generate_archs.parse_args(["--device", "cpu"]))
+    assert "--output_dir: expected a folder that can be written to, got runs" in capsys.readouterr().err
+
+
 # Who may import whom: a module may use those of lower layers only, and only these scripts may use scripts.
 LAYERS = [
     {"genotypes", "utils"},
-    {"distributed"},
+    {"distributed", "cuda_graphs"},
     {"models.cpu"},
     {"models.graph", "models.ops", "images"},
     {
@@ -392,18 +444,28 @@ LAYERS = [
     {"benchmarks.common", "benchmarks.plain_gan", "benchmarks.plain_images"},
     {"benchmarks.gan", "benchmarks.supernet", "benchmarks.image_stream", "benchmarks.startup"},
     {"benchmarks.generate", "benchmarks.train_cifar"},
+    {"benchmarks.all", "benchmarks.as_module"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+def imports(tree: ast.Module) -> set[str]:
+    """Modules imported anywhere in a file: of `from a import b`, both a and a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            own = {alias.name for alias in node.names}
+            names |= {node.module, *(f"{node.module}.{name}" for name in own)} if hasattr(node, "module") else own
+    return names
+
+
 def test_modules_import_lower_layers_only():
+    files = [path for part in (".", "models", "build_nas_dataset", "benchmarks") for path in (ROOT / part).glob("*.py")]
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    assert LEVEL.keys() == {name for name in found if not name.endswith("__")}  # all but __init__ and __main__
     for name, level in LEVEL.items():
-        tree = ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())
-        for node in ast.walk(tree):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            for imported in [alias.name for alias in node.names] if isinstance(node, ast.Import) else modules:
-                if imported in LEVEL:
-                    same_package = name.startswith("models.") and LEVEL[imported] == level < len(LAYERS) - 1
-                    assert LEVEL[imported] < level or same_package, f"{name} imports {imported}"
-                if name in ("genotypes",):
-                    assert not imported.startswith("torch")
+        modules = imports(ast.parse(found[name].read_text()))
+        for imported in modules & LEVEL.keys():
+            same_package = name.startswith("models.") and LEVEL[imported] == level < len(LAYERS) - 1
+            assert LEVEL[imported] < level or same_package, f"{name} imports {imported}"
+        assert name != "genotypes" or not any(imported.startswith("torch") for imported in modules)

@@ -179,6 +179,15 @@ def test_a_run_is_not_resumed_without_its_best_network(capsys, run, tmp_path, ep
     assert ("best.pt is not of epoch" if epoch else "no such checkpoint") in capsys.readouterr().err
 
 
+def test_a_run_is_not_wound_back_to_its_best_network(capsys, run, tmp_path):
+    """What came after it would be lost without a word."""
+    for name in ("best.pt", "checkpoint.pt"):
+        shutil.copy(run[0] / name, tmp_path)
+    with pytest.raises(SystemExit):
+        train_imagenet.parse_args(["--resume", str(tmp_path / "best.pt")])
+    assert f"best.pt is not the latest of its run; give {tmp_path}" in capsys.readouterr().err
+
+
 def test_select_on_val_chooses_on_the_validation_part(images, tmp_path):
     flags = [flag for flag in TINY if flag not in ("--holdout", 12)]
     args = [*flags, "--data", images, "--output_dir", tmp_path, "--select_on_val", "--epochs", 1]
