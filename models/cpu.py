@@ -1,16 +1,18 @@
-"""Depthwise convolution and pooling that are fast on CPUs too, in channels_last layout.
+"""Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout.
 
 torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
-three of them are many times slower than their work: the weight gradient of a depthwise convolution with a kernel wider
-than 3, max pooling, and average pooling of channel counts that do not fill the vector registers. benchmarks/NOTES.md
-has the times.
+four of them are many times slower than their work: batch norm by several threads, the weight gradient of a depthwise
+convolution with a kernel wider than 3, max pooling, and average pooling of channel counts that do not fill the vector
+registers. benchmarks/NOTES.md has the times.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+CACHE_LINE = 16  # float32 numbers
 
 
 def fast_here(x: Tensor) -> bool:
@@ -26,13 +28,98 @@ def fast_here(x: Tensor) -> bool:
     )
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, on a CPU with the channels of several pixels as one row where that is faster.
+
+    torch's threads each add up their pixels in a row of a common buffer. Where a row is no multiple of a cache line
+    long, two threads write to the line between theirs: at 20 channels two threads are slower than one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = CACHE_LINE // math.gcd(CACHE_LINE, x.shape[1])  # that fill cache lines
+        if (
+            pixels == 1
+            or (x.numel() // x.shape[1]) % pixels
+            or (self.track_running_stats and not self.training)
+            or torch.get_num_threads() == 1
+            or torch.compiler.is_compiling()  # which makes kernels of its own
+            or not fast_here(x)
+        ):
+            return super().forward(x)
+        y, mean, variance = RowBatchNorm.apply(x, self.weight, self.bias, pixels, self.eps)
+        if self.track_running_stats:
+            n = x.numel() // x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        return y
+
+
+class RowBatchNorm(torch.autograd.Function):
+    """(B, C, H, W), weight and bias (C,) -> the same normalised, the mean and the (biased) variance of the batch (C,).
+
+    By torch's kernels for rows of `pixels` times C numbers.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, pixels: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = as_rows(x, pixels)
+        unused = weight.new_zeros(2, rows.shape[1])  # running statistics, which make those of bf16 float32
+        means, variances = (part.view(pixels, -1) for part in torch.batch_norm_update_stats(rows, *unused, 0.0))
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        scale = weight * (variance + eps).rsqrt()
+        return scale_and_shift(x, scale, bias - scale * mean, pixels), mean, variance
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        x, weight, _, ctx.pixels, ctx.eps = inputs
+        _, mean, variance = output
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(x, weight, mean, variance)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, variance = ctx.saved_tensors
+        norm_backward, pixels, eps = torch.ops.aten.native_batch_norm_backward, ctx.pixels, ctx.eps
+        deviation = (variance + eps).rsqrt()
+        if torch.is_grad_enabled():  # to be differentiated again, which torch's can
+            return *norm_backward(grad, x, weight, None, None, mean, deviation, True, eps, [True] * 3), None, None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        rows, grad_rows = as_rows(x, pixels), as_rows(grad, pixels)
+        running = mean.repeat(pixels), variance.repeat(pixels)  # as if given, so that only sums are computed
+        sums = norm_backward(grad_rows, rows, None, *running, None, None, False, eps, [False, True, True])[1:]
+        grad_weight, grad_bias = (part.view(pixels, -1).sum(0) for part in sums)
+        # Of x: scale * (grad - mean of grad - normalised x * mean of grad * normalised x).
+        n = x.numel() // len(weight)
+        scale = weight * deviation
+        of_x = -scale * deviation * grad_weight / n
+        grad_x = scale_and_shift(x, of_x, -scale * grad_bias / n - of_x * mean, pixels)
+        grad_x += scale_and_shift(grad, scale, torch.zeros_like(scale), pixels)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def as_rows(x: Tensor, pixels: int) -> Tensor:
+    """(B, C, H, W) in channels_last layout -> (B * H * W / pixels, pixels * C), the same memory."""
+    return x.permute(0, 2, 3, 1).view(-1, pixels * x.shape[1])
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, pixels: int) -> Tensor:
+    """scale * x + shift for every channel, in float32 also for bf16: a batch norm of mean 0 and variance 1."""
+    y = torch.empty_like(x)
+    scale, shift, none = scale.repeat(pixels), shift.repeat(pixels), scale.new_empty(0)
+    running = torch.zeros_like(scale), torch.ones_like(scale)
+    out = as_rows(y, pixels), none, none  # so that y is no view, whose changes in place autograd would refuse
+    torch.native_batch_norm(as_rows(x, pixels), scale, shift, *running, False, 0.0, 0.0, out=out)
+    return y
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """F.conv2d of x (B, C, H, W) with a k x k kernel a channel (C, 1, k, k), padded by k // 2."""
     kernel = weight.shape[-1]
     if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64:  # as F.conv2d would
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
-    if torch.is_grad_enabled() and kernel > 3 and x.shape[-1] >= kernel and fast_here(x) and weight.dtype == x.dtype:
+    if torch.is_grad_enabled() and x.shape[-1] >= kernel > 1 and fast_here(x) and weight.dtype == x.dtype:
         return DepthwiseConv.apply(x, weight, stride)
     return F.conv2d(x, weight, None, stride, kernel // 2, 1, len(weight))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from models.cpu import BatchNorm2d
 from models.graph import CellBatch
 from models.ops import FactorizedReduce, ReLUConvNorm, drop_path, make_op
 
@@ -109,7 +110,7 @@ class Cell(CellBase):
         return torch.cat(self.run(self.spec, (s0, s1), keep_prob), dim=1)
 
 
-def calibrate(c_in: int, c_out: int, halve: bool, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+def calibrate(c_in: int, c_out: int, halve: bool, norm: type[nn.Module] = BatchNorm2d) -> nn.Module:
     """Bring a cell input to the cell's channel count, and to half the resolution with `halve`."""
     if halve:
         return nn.Sequential(nn.ReLU(), FactorizedReduce(c_in, c_out, norm))
@@ -119,7 +120,7 @@ def calibrate(c_in: int, c_out: int, halve: bool, norm: type[nn.Module] = nn.Bat
 class AuxiliaryHead(nn.Sequential):
     """Second classifier on the map after the last reduction cell; takes maps that pool to 2x2 only."""
 
-    def __init__(self, channels: int, num_classes: int, pool_stride: int, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(self, channels: int, num_classes: int, pool_stride: int, norm: type[nn.Module] = BatchNorm2d):
         super().__init__(
             nn.ReLU(),  # not in place: the next cell reads the same tensor (the reference rectifies it)
             nn.AvgPool2d(5, pool_stride),
@@ -233,7 +234,7 @@ class CifarNetwork(Network):
             halve_first=False,
             pool_stride=3,
         )
-        self.stem0 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.stem0 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), BatchNorm2d(width))
         init_weights(self)
 
     def stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,13 +271,13 @@ class ImageNetNetwork(Network):
         )
         self.stem0 = nn.Sequential(
             nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels // 2),
+            BatchNorm2d(channels // 2),
             nn.ReLU(),
             nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
         )
         self.stem1 = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels)
+            nn.ReLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False), BatchNorm2d(channels)
         )
         init_weights(self)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cpu import average_pool, depthwise_conv, max_pool
+from models.cpu import BatchNorm2d, average_pool, depthwise_conv, max_pool
 
 
 class FactorizedReduce(nn.Module):
@@ -18,7 +18,7 @@ class FactorizedReduce(nn.Module):
     to half of the channels. No ReLU of its own.
     """
 
-    def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = BatchNorm2d):
         super().__init__()
         self.conv0 = nn.Conv2d(c_in, c_out // 2, 1, bias=False)
         self.conv1 = nn.Conv2d(c_in, c_out - c_out // 2, 1, bias=False)
@@ -35,7 +35,7 @@ class FactorizedReduce(nn.Module):
 class SeparableConv(nn.Module):
     """Two rounds of ReLU, depthwise k x k, pointwise 1x1, batch norm; the first depthwise takes the stride."""
 
-    def __init__(self, channels: int, kernel: int, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(self, channels: int, kernel: int, norm: type[nn.Module] = BatchNorm2d):
         super().__init__()
         self.depthwise, self.pointwise, self.norm = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for _ in range(2):
@@ -70,7 +70,7 @@ class MaxPool(nn.Module):
 class Identity(nn.Module):
     """The input itself; with stride 2 a FactorizedReduce, which is built only when `strided`."""
 
-    def __init__(self, channels: int, strided: bool, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(self, channels: int, strided: bool, norm: type[nn.Module] = BatchNorm2d):
         super().__init__()
         self.reduce = FactorizedReduce(channels, channels, norm) if strided else None
 
@@ -78,7 +78,7 @@ class Identity(nn.Module):
         return x if stride == 1 else self.reduce(x)
 
 
-def make_op(name: str, channels: int, strided: bool, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+def make_op(name: str, channels: int, strided: bool, norm: type[nn.Module] = BatchNorm2d) -> nn.Module:
     """The module for an op of NAG_SPACE. strided: whether it may be called with stride 2."""
     match name:
         case "seqconv3x3":
@@ -97,7 +97,7 @@ def make_op(name: str, channels: int, strided: bool, norm: type[nn.Module] = nn.
 class ReLUConvNorm(nn.Sequential):
     """ReLU, 1x1 convolution, batch norm: brings a cell input to the cell's channel count."""
 
-    def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = nn.BatchNorm2d):
+    def __init__(self, c_in: int, c_out: int, norm: type[nn.Module] = BatchNorm2d):
         super().__init__(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), norm(c_out))
 
 

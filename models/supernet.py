@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from models.cpu import fast_here
+from models.cpu import BatchNorm2d, fast_here
 from models.network import AuxiliaryHead, CellBase, calibrate, drop_path_keep, init_weights, is_reduction
 from models.ops import FactorizedReduce, make_op
 
 # Batch statistics in every batch norm, in training and in scoring: cells share weights, so running statistics would
 # be a mixture over cells that fits none of them; and scoring leaves no trace in the model.
-BatchNorm = partial(nn.BatchNorm2d, track_running_stats=False)
+BatchNorm = partial(BatchNorm2d, track_running_stats=False)
 
 
 class SupernetCell(CellBase):

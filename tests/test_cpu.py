@@ -1,17 +1,18 @@
-"""The CPU's own depthwise convolution and pooling, against torch's."""
+"""The CPU's own batch norm, depthwise convolution and pooling, against torch's."""
 
 import copy
 from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import models.supernet
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models import cpu
-from models.cpu import average_pool, depthwise_conv, fast_here, max_pool
+from models.cpu import BatchNorm2d, average_pool, depthwise_conv, fast_here, max_pool
 from models.network import CifarNetwork, count_macs
 from models.supernet import Supernet
 
@@ -33,6 +34,77 @@ def torch_max(x, stride):
     return F.max_pool2d(x, 3, stride, padding=1)
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def norms(channels, seed=0, **options):
+    """Ours and torch's, with the same weights."""
+    pair = BatchNorm2d(channels, **options), nn.BatchNorm2d(channels, **options)
+    torch.manual_seed(seed)
+    nn.init.normal_(pair[0].weight)
+    nn.init.normal_(pair[0].bias)
+    pair[1].load_state_dict(pair[0].state_dict())
+    return pair
+
+
+def by_rows(y):
+    return "RowBatchNorm" in type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("channels", [6, 16, 20, 36, 40, 42])
+def test_batch_norm_its_gradients_and_running_statistics_are_torchs(channels, tracked, dtype, two_threads):
+    ours, theirs = norms(channels, track_running_stats=tracked)
+    results = []
+    for norm in (ours, theirs):
+        x = images(8, channels)
+        # Pixels that differ by where they are: those of a row have other means and variances.
+        x = (x * torch.linspace(0.5, 2, 8) + torch.linspace(-3, 5, 8)).detach().to(dtype).requires_grad_()
+        for _ in range(2):  # running statistics of two batches
+            y = norm(x)
+        assert by_rows(y) == (norm is ours and channels % 16 > 0)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)  # in contiguous layout
+        grads = torch.autograd.grad(F.relu(y, inplace=True), (x, norm.weight, norm.bias), grad)
+        results.append([y, *grads, *norm.buffers()])
+    assert len(results[0]) == (7 if tracked else 4)
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1, b.abs().max().item()))
+    with torch.no_grad():  # as in scoring
+        x = images(8, channels, dtype)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_batch_norm_can_be_differentiated_again(two_threads):
+    x, seconds = images(8), []
+    for norm in norms(20):
+        y = norm(x)
+        assert by_rows(y) == isinstance(norm, BatchNorm2d)
+        variables = (x, norm.weight, norm.bias)
+        first = torch.autograd.grad(y.sin().sum(), variables, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(part.square().sum() for part in first), variables))
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_batch_norm_is_left_to_torch_where_rows_do_not_fit_or_do_not_help(two_threads):
+    norm, x = BatchNorm2d(20), images(8)
+    assert by_rows(norm(x))
+    assert not by_rows(norm(images(7)))  # 147 pixels, not a multiple of four
+    assert not by_rows(norm(x.contiguous())) and not by_rows(norm.double()(x.double()))
+    assert not by_rows(norm.float().eval()(x))
+    torch.set_num_threads(1)
+    assert not by_rows(norm.train()(x))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("size", [4, 5, 6, 7, 8, 16])
@@ -40,7 +112,7 @@ def test_depthwise_convolution_and_its_gradients_are_torchs(size, kernel, stride
     x, weight = images(size), torch.randn(20, 1, kernel, kernel, requires_grad=True)
     ours, theirs = depthwise_conv(x, weight, stride), torch_conv(x, weight, stride)
     assert torch.equal(ours, theirs)
-    if kernel > 3 and size >= kernel:
+    if size >= kernel:
         assert "DepthwiseConv" in type(ours.grad_fn).__name__
     grad = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs)), strict=True):
@@ -142,7 +214,7 @@ def test_macs_do_not_depend_on_the_layout():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, monkeypatch):
+def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, monkeypatch, two_threads):
     """In channels_last against contiguous, where torch's own kernels are used. In float64, where hardly any ReLU or
     maximum is decided otherwise by rounding.
     """
