@@ -38,11 +38,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         pixels = CACHE_LINE // math.gcd(CACHE_LINE, x.shape[1])  # that fill cache lines
         if (
-            pixels == 1
+            torch.compiler.is_compiling()  # which makes kernels of its own
+            or pixels == 1
             or (x.numel() // x.shape[1]) % pixels
             or (self.track_running_stats and not self.training)
             or torch.get_num_threads() == 1
-            or torch.compiler.is_compiling()  # which makes kernels of its own
             or not fast_here(x)
         ):
             return super().forward(x)

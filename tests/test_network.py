@@ -126,6 +126,13 @@ def test_cell_with_an_unused_input_builds_a_network_that_learns():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_networks_compile_as_one_graph():
+    network = CifarNetwork(GENOTYPES["NAG_ENSEMBLE_C"], layers=1, channels=4).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert compiled(images, torch.tensor(0.5))[0].shape == (2, 10)
+
+
 def test_invalid_genotype_is_refused():
     cell = CellSpec([[0] * 3] * 3, ["input0", "input1", "output"])
     with pytest.raises(ValueError, match="not valid"):
