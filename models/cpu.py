@@ -127,7 +127,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 class DepthwiseConv(torch.autograd.Function):
     """The weight gradient column by column of the kernel: the middle three in one call, the others one by one.
 
-    Its gradients can be differentiated again: backward is made of functions that can.
+    The input gradient by a convolution of stride 1, except in float32 at larger strides, where torch's is fast.
+    Both can be differentiated again: backward is made of functions that can.
     """
 
     @staticmethod
@@ -146,8 +147,12 @@ class DepthwiseConv(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            if stride == 1:  # the convolution of the gradient with the kernel turned round
-                grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, half, 1, len(weight))
+            if stride == 1 or x.dtype == torch.bfloat16:  # convolved with the kernel turned round, zeros between
+                spread = grad
+                if stride > 1:
+                    spread = torch.zeros_like(x)
+                    spread[..., ::stride, ::stride] = grad
+                grad_x = F.conv2d(spread, weight.flip(2, 3), None, 1, half, 1, len(weight))
             else:
                 grad_x = convolution_backward(grad, x, weight, stride, (half, half), [True, False, False])[0]
         if ctx.needs_input_grad[1]:
@@ -180,7 +185,7 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     if not fast_here(x):
         return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
     ones = x.new_ones(x.shape[1], 1, 3, 3)
-    sums, count = (F.conv2d(of, ones, None, stride, 1, 1, len(ones)) for of in (x, torch.ones_like(x[:1])))
+    sums, count = (depthwise_conv(of, ones, stride) for of in (x, torch.ones_like(x[:1])))
     return sums / count  # 9, fewer at the borders
 
 
