@@ -25,11 +25,34 @@ class FactorizedReduce(nn.Module):
         self.norm = norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        shifted = F.pad(x, (-1, 1, -1, 1))  # drop the first row and column, append zeros
-        # Every second pixel by a pooling of one: the gradient of a slice would come in contiguous layout, and a
-        # convolution of stride 2 crashes on CPUs in its backward pass at fewer than 8 channels (oneDNN, torch 2.14).
-        halves = [conv(F.avg_pool2d(y, 1, 2)) for conv, y in ((self.conv0, x), (self.conv1, shifted))]
-        return self.norm(torch.cat(halves, dim=1))
+        # No convolutions of stride 2: on CPUs they crash in the backward pass at fewer than 8 channels (oneDNN,
+        # torch 2.14).
+        even, odd = EverySecondPixel.apply(x)
+        odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.norm(torch.cat([self.conv0(even), self.conv1(odd)], dim=1))
+
+
+class EverySecondPixel(torch.autograd.Function):
+    """(B, C, H, W) -> the pixels of even rows and columns, those of odd ones: (B, C, ceil(H/2), ceil(W/2)), floor.
+
+    Slices, but for the gradient: torch would make one of each, in contiguous layout, and add them up.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., ::2, ::2].clone(), x[..., 1::2, 1::2].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        (x,) = inputs
+        ctx.shape, ctx.channels_last = x.shape, x.is_contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, even: Tensor, odd: Tensor) -> Tensor:
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        grad = torch.empty(ctx.shape, dtype=even.dtype, device=even.device, memory_format=layout).zero_()
+        grad[..., ::2, ::2], grad[..., 1::2, 1::2] = even, odd
+        return grad
 
 
 class SeparableConv(nn.Module):
