@@ -25,8 +25,7 @@ class FactorizedReduce(nn.Module):
         self.norm = norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        # No convolutions of stride 2: on CPUs they crash in the backward pass at fewer than 8 channels (oneDNN,
-        # torch 2.14).
+        # Convolutions of stride 2 crash on CPUs in the backward pass at fewer than 8 channels (oneDNN, torch 2.14).
         even, odd = EverySecondPixel.apply(x)
         odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         return self.norm(torch.cat([self.conv0(even), self.conv1(odd)], dim=1))
