@@ -1,9 +1,9 @@
 """Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout.
 
 torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
-four of them are many times slower than their work: batch norm by several threads, the weight gradient of a depthwise
-convolution with a kernel wider than 3, max pooling, and average pooling of channel counts that do not fill the vector
-registers. benchmarks/NOTES.md has the times.
+some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
+convolution with a kernel wider than 3, and in bf16 the input gradient of one with stride 2; max pooling; average
+pooling of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
 """
 
 import math
@@ -29,7 +29,7 @@ def fast_here(x: Tensor) -> bool:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, on a CPU with the channels of several pixels as one row where that is faster.
+    """nn.BatchNorm2d, affine and with a momentum; on a CPU for rows of several pixels' channels where that is faster.
 
     torch's threads each add up their pixels in a row of a common buffer. Where a row is no multiple of a cache line
     long, two threads write to the line between theirs: at 20 channels two threads are slower than one.
@@ -81,9 +81,9 @@ class RowBatchNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, variance = ctx.saved_tensors
         norm_backward, pixels, eps = torch.ops.aten.native_batch_norm_backward, ctx.pixels, ctx.eps
-        deviation = (variance + eps).rsqrt()
+        inv_std = (variance + eps).rsqrt()
         if torch.is_grad_enabled():  # to be differentiated again, which torch's can
-            return *norm_backward(grad, x, weight, None, None, mean, deviation, True, eps, [True] * 3), None, None
+            return *norm_backward(grad, x, weight, None, None, mean, inv_std, True, eps, [True] * 3), None, None
         grad = grad.contiguous(memory_format=torch.channels_last)
         rows, grad_rows = as_rows(x, pixels), as_rows(grad, pixels)
         running = mean.repeat(pixels), variance.repeat(pixels)  # as if given, so that only sums are computed
@@ -91,8 +91,8 @@ class RowBatchNorm(torch.autograd.Function):
         grad_weight, grad_bias = (part.view(pixels, -1).sum(0) for part in sums)
         # Of x: scale * (grad - mean of grad - normalised x * mean of grad * normalised x).
         n = x.numel() // len(weight)
-        scale = weight * deviation
-        of_x = -scale * deviation * grad_weight / n
+        scale = weight * inv_std
+        of_x = -scale * inv_std * grad_weight / n
         grad_x = scale_and_shift(x, of_x, -scale * grad_bias / n - of_x * mean, pixels)
         grad_x += scale_and_shift(grad, scale, torch.zeros_like(scale), pixels)
         return grad_x, grad_weight, grad_bias, None, None
