@@ -2,7 +2,7 @@
 
 torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
 some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
-convolution with a kernel wider than 3, and in bf16 the input gradient of one with stride 2; max pooling; average
+convolution with XX average
 pooling of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
 """
 
@@ -127,7 +127,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 class DepthwiseConv(torch.autograd.Function):
     """The weight gradient column by column of the kernel: the middle three in one call, the others one by one.
 
-    The input gradient by a convolution of stride 1, except in float32 at larger strides, where torch's is fast.
+    The input gradient by a convolution, except in float32 at larger strides, where torch's is fast.
     Both can be differentiated again: backward is made of functions that can.
     """
 
@@ -145,14 +145,14 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, half = ctx.stride, weight.shape[-1] // 2
         grad = grad.contiguous(memory_format=torch.channels_last)
+        if stride > 1 and x.dtype == torch.bfloat16:  # oneDNN is slow there: as stride 1, with zeros between
+            spread = torch.zeros_like(x)
+            spread[..., ::stride, ::stride] = grad
+            grad, stride = spread, 1
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            if stride == 1 or x.dtype == torch.bfloat16:  # convolved with the kernel turned round, zeros between
-                spread = grad
-                if stride > 1:
-                    spread = torch.zeros_like(x)
-                    spread[..., ::stride, ::stride] = grad
-                grad_x = F.conv2d(spread, weight.flip(2, 3), None, 1, half, 1, len(weight))
+            if stride == 1:  # the convolution of the gradient with the kernel turned round
+                grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, half, 1, len(weight))
             else:
                 grad_x = convolution_backward(grad, x, weight, stride, (half, half), [True, False, False])[0]
         if ctx.needs_input_grad[1]:
