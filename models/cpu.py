@@ -2,8 +2,8 @@
 
 torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
 some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
-convolution with XX average
-pooling of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
+convolution with a kernel wider than 3, and in bf16 both gradients of one with stride 2; max pooling; average pooling
+of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
 """
 
 import math
@@ -29,7 +29,7 @@ def fast_here(x: Tensor) -> bool:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, affine and with a momentum; on a CPU for rows of several pixels' channels where that is faster.
+    """nn.BatchNorm2d, on a CPU for rows of several pixels' channels where that is faster.
 
     torch's threads each add up their pixels in a row of a common buffer. Where a row is no multiple of a cache line
     long, two threads write to the line between theirs: at 20 channels two threads are slower than one.
@@ -40,7 +40,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         if (
             torch.compiler.is_compiling()  # which makes kernels of its own
             or pixels == 1
+            or x.numel() == 0
             or (x.numel() // x.shape[1]) % pixels
+            or self.weight is None
+            or self.momentum is None
             or (self.track_running_stats and not self.training)
             or torch.get_num_threads() == 1
             or not fast_here(x)
@@ -89,12 +92,13 @@ class RowBatchNorm(torch.autograd.Function):
         running = mean.repeat(pixels), variance.repeat(pixels)  # as if given, so that only sums are computed
         sums = norm_backward(grad_rows, rows, None, *running, None, None, False, eps, [False, True, True])[1:]
         grad_weight, grad_bias = (part.view(pixels, -1).sum(0) for part in sums)
-        # Of x: scale * (grad - mean of grad - normalised x * mean of grad * normalised x).
+        # Of x: scale * (grad - mean of grad - normalised x * mean of grad * normalised x), both parts centred, so that
+        # in bf16 none is rounded that the other takes off again.
         n = x.numel() // len(weight)
         scale = weight * inv_std
         of_x = -scale * inv_std * grad_weight / n
-        grad_x = scale_and_shift(x, of_x, -scale * grad_bias / n - of_x * mean, pixels)
-        grad_x += scale_and_shift(grad, scale, torch.zeros_like(scale), pixels)
+        grad_x = scale_and_shift(grad, scale, -scale * grad_bias / n, pixels)
+        grad_x += scale_and_shift(x, of_x, -of_x * mean, pixels)
         return grad_x, grad_weight, grad_bias, None, None
 
 

@@ -83,6 +83,19 @@ def test_batch_norm_its_gradients_and_running_statistics_are_torchs(channels, tr
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("mean", [0, 1, 30])
+def test_bf16_gradients_of_batch_norm_are_as_exact_whatever_the_mean_of_the_next(mean, two_threads):
+    norm, _ = norms(20)
+    x = images(16, dtype=torch.bfloat16)
+    grad = (torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) + mean).bfloat16()
+    y = norm(x)
+    assert by_rows(y)
+    (given,) = torch.autograd.grad(y, x, grad)
+    (exact,) = torch.autograd.grad(copy.deepcopy(norm).double()(x.double()), x, grad.double())
+    assert (given.double() - exact).norm() < 0.005 * exact.norm()
+    assert (given.double().sum((0, 2, 3)).abs() < 0.005 * given.double().abs().sum((0, 2, 3))).all()
+
+
 def test_gradients_of_batch_norm_can_be_differentiated_again(two_threads):
     x, seconds = images(8), []
     for norm in norms(20):
@@ -101,6 +114,8 @@ def test_batch_norm_is_left_to_torch_where_rows_do_not_fit_or_do_not_help(two_th
     assert not by_rows(norm(images(7)))  # 147 pixels, not a multiple of four
     assert not by_rows(norm(x.contiguous())) and not by_rows(norm.double()(x.double()))
     assert not by_rows(norm.float().eval()(x))
+    assert BatchNorm2d(20)(x[:0]).shape == (0, 20, 8, 8)
+    assert BatchNorm2d(20, affine=False, momentum=None)(x).shape == x.shape
     torch.set_num_threads(1)
     assert not by_rows(norm.train()(x))
 
@@ -108,15 +123,19 @@ def test_batch_norm_is_left_to_torch_where_rows_do_not_fit_or_do_not_help(two_th
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("size", [4, 5, 6, 7, 8, 16])
-def test_depthwise_convolution_and_its_gradients_are_torchs(size, kernel, stride):
-    x, weight = images(size), torch.randn(20, 1, kernel, kernel, requires_grad=True)
-    ours, theirs = depthwise_conv(x, weight, stride), torch_conv(x, weight, stride)
-    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_depthwise_convolution_and_its_gradients_are_torchs(size, kernel, stride, dtype):
+    x, weight = images(size, dtype=dtype), torch.randn(20, 1, kernel, kernel).to(dtype).requires_grad_()
+    ours = depthwise_conv(x, weight, stride)
+    assert torch.equal(ours, torch_conv(x, weight, stride))
     if size >= kernel:
         assert "DepthwiseConv" in type(ours.grad_fn).__name__
     grad = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, theirs)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    theirs = torch_conv(x.float(), weight.float(), stride)  # whose gradients round once, at the end
+    gradients = torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(theirs, (x, weight), grad.float())
+    for a, b in zip(*gradients, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 0.01 * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0.01 if dtype == torch.bfloat16 else 1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("wanted", [(False, True), (True, False)], ids=str)
