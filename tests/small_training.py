@@ -1,17 +1,30 @@
-"""What the tests of train_cifar.py and build_nas_dataset/eval_archs.py share."""
+"""What tests of training share: images, commands, a number of threads."""
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
 TINY = ["--dataset", "folder", "--layers", 1, "--channels", 4, "--batch_size", 8, "--device", "cpu", "--amp", "off"]
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_images(folder: Path, classes: dict[str, int]) -> Path:

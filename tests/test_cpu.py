@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from small_training import threads
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,10 +37,8 @@ def torch_max(x, stride):
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def norms(channels, seed=0, **options):
@@ -116,8 +115,8 @@ def test_batch_norm_is_left_to_torch_where_rows_do_not_fit_or_do_not_help(two_th
     assert not by_rows(norm.float().eval()(x))
     assert BatchNorm2d(20)(x[:0]).shape == (0, 20, 8, 8)
     assert BatchNorm2d(20, affine=False, momentum=None)(x).shape == x.shape
-    torch.set_num_threads(1)
-    assert not by_rows(norm.train()(x))
+    with threads(1):
+        assert not by_rows(norm.train()(x))
 
 
 @pytest.mark.parametrize("stride", [1, 2])

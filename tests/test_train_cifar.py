@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import ROOT, TINY, TWO_PROCESSES, make_images, refused, start
+from small_training import ROOT, TINY, TWO_PROCESSES, make_images, refused, start, threads
 
 import train_cifar
 from genotypes import GENOTYPES
@@ -117,10 +117,8 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture
 def one_thread():
     """As torchrun gives each process: with another number, sums are rounded otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_training import threads
 
 import train_imagenet
 import training
@@ -69,10 +70,8 @@ def start(*command, launcher: tuple = (), ok: bool = True) -> str:
 @pytest.fixture(autouse=True)
 def one_thread():
     """As `start` gives each process: with another number, sums are rounded otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def train(*flags) -> None:
