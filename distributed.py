@@ -10,12 +10,16 @@ Every process reads the same flags and files, so bad input ends all of them alik
 """
 
 import contextlib
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see finish
 from torch import nn
 
 from utils import fail
@@ -42,7 +46,12 @@ def start(device: torch.device) -> torch.device:
 
 
 def finish() -> None:
+    """Leave the others. Nothing may hold the process group then: where gloo's threads live on, they sometimes abort
+    the interpreter as it ends. DistributedDataParallel may be part of a reference cycle; and it imports
+    torch.distributed.nn, whose functions have the group as default argument if there is one at that time.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -108,12 +117,21 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Within it, process 0 goes ahead while the others wait: for work that leaves files behind."""
+    """Within it, process 0 goes ahead while the others wait: for work that leaves files behind.
+
+    If process 0 fails, the others end too, and leave it to say why.
+    """
     if not is_main():
-        barrier()
-    yield
-    if is_main():
-        barrier()
+        if not same_everywhere(None):
+            sys.exit(2)
+        yield
+        return
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        same_everywhere(done)
 
 
 def merged(own: dict) -> dict:
@@ -125,9 +143,9 @@ def merged(own: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def same_everywhere(text: str) -> str:
+def same_everywhere(value: Any) -> Any:
     """What process 0 has: for names that hold the time."""
-    texts = [text]
+    values = [value]
     if world() > 1:
-        dist.broadcast_object_list(texts)
-    return texts[0]
+        dist.broadcast_object_list(values)
+    return values[0]

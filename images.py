@@ -103,7 +103,7 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
         parts = [source(str(data), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's answer, half a file, a full disk: each raises its own kind
         raise ValueError(
-            f"--data {data} holds no complete {source.base_folder}, and downloading {source.url} into it failed "
+            f"{data} holds no complete {source.base_folder}, and downloading {source.url} into it failed "
             f"({short_reason(error)}); put the extracted files there, or use --dataset folder with images of your own"
         ) from None
     mean, std = CIFAR_STATISTICS[dataset]

@@ -42,6 +42,7 @@ from training import (
     check_step_flags,
     check_sync_bn,
     evaluate,
+    open_log,
     own_part,
     train_steps,
     vote,
@@ -49,7 +50,6 @@ from training import (
 from training import build_optimizer as make_optimizer
 from utils import (
     ArgumentParser,
-    RunLog,
     add_common_flags,
     autocast,
     cosine,
@@ -374,7 +374,7 @@ def main(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train, then measure the test error. Process 0 writes and prints."""
     check_sync_bn(args, device)
-    state, log = None, None
+    state = None
     with user_input("--resume" if args.resume else "--arch"):
         state = load_checkpoint(args.resume, "cifar") if args.resume else None
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
@@ -396,9 +396,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         start_epoch, seconds = state["epoch"], state["seconds"]
 
     folder = output_folder(args)
-    if distributed.is_main():
-        with user_input("--output_dir"):
-            log = RunLog(folder, args, device, start_epoch if args.resume else None)
+    log = open_log(folder, args, device, start_epoch if args.resume else None)
     counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
     if log:

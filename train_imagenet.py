@@ -38,6 +38,7 @@ from training import (
     check_network_flags,
     check_step_flags,
     check_sync_bn,
+    open_log,
     train_steps,
 )
 from training import evaluate as evaluate_network
@@ -309,10 +310,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     config = {"num_classes": len(images.classes), "layers": args.layers, "channels": args.channels}
     config |= {"auxiliary": args.auxiliary_weight > 0}
     size = cost(network.genotype, config, args.image_size)
-    folder, log = Path(distributed.same_everywhere(str(output_folder(args)))), None
-    if distributed.is_main():
-        with user_input("--output_dir"):
-            log = RunLog(folder, args, device, reached["epoch"] if args.resume else None)
+    folder = Path(distributed.same_everywhere(str(output_folder(args))))
+    log = open_log(folder, args, device, reached["epoch"] if args.resume else None)
+    if log:
         print(
             f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "

@@ -10,6 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from cuda_graphs import Recorded
 from genotypes import Genotype, load_genotype
 from images import ImageSet
 from models.network import Network
-from utils import add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr, user_input
+from utils import RunLog, add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr, user_input
 
 ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
 ADABELIEF_EPSILON = 1e-8
@@ -117,6 +118,12 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)
             forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
     return torch.compile(forward) if args.compile else forward
+
+
+def open_log(folder: Path, args: argparse.Namespace, device: torch.device, step: int | None) -> RunLog | None:
+    """The record of the run, which process 0 alone keeps. step: as of RunLog. Ends the script on bad input."""
+    with user_input("--output_dir"), distributed.first_process_first():
+        return RunLog(folder, args, device, step) if distributed.is_main() else None
 
 
 # ------------------------------------------------------------------------------------------------------- steps

@@ -41,6 +41,7 @@ from train_cifar import (
     load_data,
     train,
 )
+from training import open_log
 from utils import (
     ArgumentParser,
     RunLog,
@@ -271,7 +272,8 @@ def main(args: argparse.Namespace) -> None:
         with user_input("--data"):
             check_split(images, held_out, load_checkpoint(args.resume, "candidates"), args.resume)
     distributed.barrier()  # until all have read what is there
-    log = start_log(folder, args, device, results) if distributed.is_main() else None
+    step = sum(rounds_done(results, key) for key in results) if args.resume else None
+    log = open_log(folder, args, device, step)
     done, keys, rounds = len(candidates.keys() & results.keys()), list(candidates), plan(len(candidates), args)
     if log:
         print(
@@ -332,11 +334,6 @@ def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) ->
     if args.halving and (count != len(candidates) or not results.keys() <= candidates.keys()):
         fail("--archs, --num_archs: a run with --halving is resumed with the candidates that it was started with")
     return results
-
-
-def start_log(folder: Path, args: argparse.Namespace, device: torch.device, results: dict[str, dict]) -> RunLog:
-    with user_input("--output_dir"):
-        return RunLog(folder, args, device, sum(rounds_done(results, key) for key in results) if args.resume else None)
 
 
 def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:

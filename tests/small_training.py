@@ -14,7 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
 TINY = ["--dataset", "folder", "--layers", 1, "--channels", 4, "--batch_size", 8, "--device", "cpu", "--amp", "off"]
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TWO_PROCESSES = (*TORCHRUN, "tests/two_processes.py")  # for scripts that are files
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_training import NAMES, TINY, TWO_PROCESSES, make_images, refused, start
+from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start
 
 from build_nas_dataset import eval_archs
 from build_nas_dataset.records import Record, write_records
@@ -144,7 +144,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
 def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     _, expected = halved
     flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
-    output = start(*TWO_PROCESSES, "-m", "build_nas_dataset.eval_archs", *flags)
+    output = start(*TORCHRUN, "-m", "build_nas_dataset.eval_archs", *flags)
     results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
     assert {name: result["training"]["rounds"] for name, result in results.items()} == {
         name: result["training"]["rounds"] for name, result in expected.items()

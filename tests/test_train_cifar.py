@@ -278,6 +278,18 @@ def test_bad_input_is_one_line_for_the_user(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--data", "--output_dir"])
+def test_what_the_first_of_two_processes_refuses_ends_both_with_one_line(images, tmp_path, flag):
+    (tmp_path / "file").write_text("")
+    flags = {"--data": images, "--output_dir": tmp_path / "out"} | {flag: tmp_path / "file"}
+    flags = [word for pair in flags.items() for word in pair]
+    command = [sys.executable, *TWO_PROCESSES, "train_cifar.py", *TINY, *flags]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode and not (tmp_path / "out").exists()
+    assert result.stderr.count(f"train_cifar.py: error: {flag}") == 1
+    assert result.stderr.count("Traceback (most recent call last)") == 1  # of torchrun itself
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag):
     save_checkpoint(tmp_path / "gan.pt", "gan", {})

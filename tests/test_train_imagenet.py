@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_training import threads
+from small_training import TWO_PROCESSES, threads
 
 import train_imagenet
 import training
@@ -242,7 +242,6 @@ for accumulate in (1, 2):
 distributed.finish()
 print("equal", flush=True)
 """
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
