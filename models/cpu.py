@@ -1,4 +1,4 @@
-"""Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout.
+"""Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout; and dropout.
 
 torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
 some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
@@ -26,6 +26,16 @@ def fast_here(x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_exporting()
     )
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU from uniform numbers, in a quarter of the time. Other elements are dropped then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
+            return super().forward(x)
+        kept = 1 - self.p
+        return x * torch.rand_like(x, dtype=torch.float32).lt_(kept).div_(kept).to(x.dtype)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, SearchSpace
+from models.cpu import Dropout
 from models.graph import CellBatch, GraphState, LabelEmbedding
 
 
@@ -18,7 +19,7 @@ class CellEncoder(nn.Module):
         # A linear layer rather than a table, since the tokens of generated cells are soft.
         self.tokens = nn.Linear(num_tokens, vertex_size, bias=False)
         self.convs = nn.ModuleList(nn.Linear(vertex_size, vertex_size, bias=False) for _ in range(num_layers))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.graph_state = GraphState(vertex_size, graph_size, aggregation)
 
     def forward(self, cells: CellBatch) -> Tensor:
@@ -67,7 +68,7 @@ class Discriminator(nn.Module):
         layers = []
         width = len(space.cells) * graph_size + sum(label_sizes)
         for _ in range(mlp_layers - 1):
-            layers += [nn.Dropout(mlp_dropout), nn.Linear(width, max(1, width // 2)), nn.LeakyReLU(0.2)]
+            layers += [Dropout(mlp_dropout), nn.Linear(width, max(1, width // 2)), nn.LeakyReLU(0.2)]
             width = max(1, width // 2)
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
+from models.cpu import Dropout
 from models.graph import CellBatch, GraphState, LabelEmbedding
 from utils import load_checkpoint, of_this_version
 
@@ -43,7 +44,7 @@ class MessagePassing(nn.Module):
     def __init__(self, vertex_size: int, dropout: float):
         super().__init__()
         width = 2 * vertex_size
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.message = nn.Linear(width, width)  # of edge j -> i, to i, from [h_j, h_i]
         self.message_reversed = nn.Linear(width, width)  # of the same edge, to j, from [h_i, h_j]
         self.update = nn.GRUCell(width, vertex_size)

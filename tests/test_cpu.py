@@ -1,4 +1,4 @@
-"""The CPU's own batch norm, depthwise convolution and pooling, against torch's."""
+"""The CPU's own dropout, batch norm, depthwise convolution and pooling, against torch's."""
 
 import copy
 from collections import Counter
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models.supernet
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models import cpu
-from models.cpu import BatchNorm2d, average_pool, depthwise_conv, fast_here, max_pool
+from models.cpu import BatchNorm2d, Dropout, average_pool, depthwise_conv, fast_here, max_pool
 from models.network import CifarNetwork, count_macs
 from models.supernet import Supernet
 
@@ -33,6 +33,23 @@ def torch_average(x, stride):
 
 def torch_max(x, stride):
     return F.max_pool2d(x, 3, stride, padding=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_dropout_zeroes_its_share_and_scales_the_rest(p, dtype):
+    x = torch.full((400, 500), 3.0, dtype=dtype, requires_grad=True)
+    dropout = Dropout(p)
+    torch.manual_seed(0)
+    y = dropout(x)
+    y.backward(torch.full_like(x, 7.0))
+    kept = y != 0
+    assert y.dtype == x.grad.dtype == dtype
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=5e-3)  # standard deviation: at most 1.2e-3
+    factor = torch.tensor(1 / (1 - p) if p < 1 else 0.0).to(dtype)
+    torch.testing.assert_close(y, torch.where(kept, 3 * factor, 0))
+    torch.testing.assert_close(x.grad, torch.where(kept, 7 * factor, 0))
+    assert dropout.eval()(x) is x
 
 
 @pytest.fixture
