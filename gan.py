@@ -557,8 +557,9 @@ def compile_parts(*networks: torch.nn.Module) -> None:
 
 def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     parameters = list(network.parameters())
-    on_gpu = {"fused": True, "capturable": True} if parameters[0].is_cuda else {}
-    return torch.optim.Adam(parameters, on_device(args.lr, parameters[0].device), (args.b1, args.b2), **on_gpu)
+    device = parameters[0].device
+    lr, betas = on_device(args.lr, device), (args.b1, args.b2)
+    return torch.optim.Adam(parameters, lr, betas, fused=True, capturable=device.type == "cuda")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -49,22 +49,33 @@ class MessagePassing(nn.Module):
         self.message_reversed = nn.Linear(width, width)  # of the same edge, to j, from [h_i, h_j]
         self.update = nn.GRUCell(width, vertex_size)
 
-    def forward(self, states: Tensor, adj: Tensor) -> Tensor:
-        """states (B, V, D), adj (B, V, V) of 0/1 -> new states (B, V, D)."""
-        states = self.dropout(states)
-        messages = self._sum(self.message, states, adj.mT) + self._sum(self.message_reversed, states, adj)
-        return self.update(messages.flatten(0, 1), states.flatten(0, 1)).view_as(states)
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Of the messages along and against the edges: (2D, 4D), and their biases (2, 2D)."""
+        both = self.message, self.message_reversed
+        return torch.cat([linear.weight for linear in both], dim=1), torch.stack([linear.bias for linear in both])
 
-    @staticmethod
-    def _sum(linear: nn.Linear, states: Tensor, senders: Tensor) -> Tensor:
-        """What every vertex i gets from its senders j, the sum of Linear([h_j, h_i]): (B, V, 2D).
+    def forward(self, states: Tensor, senders: Tensor, count: Tensor, weight: Tensor, biases: Tensor) -> Tensor:
+        """states (B, V, D) -> new states (B, V, D). The other arguments, which several calls share: of `neighbours` of
+        the cells, and of `weights`.
 
         The sum of a linear map is the linear map of the sum, so the map is applied once per vertex, not per edge.
-        senders: (B, receiver, sender) of 0/1.
         """
-        count = senders.sum(-1, keepdim=True)  # (B, V, 1)
-        inputs = torch.cat([senders @ states, count * states], dim=-1)  # (B, V, 2D)
-        return F.linear(inputs, linear.weight) + count * linear.bias
+        states = self.dropout(states)
+        inputs = (senders @ states).view(-1, weight.shape[1])  # (B * V, 4D)
+        messages = torch.addmm(count.flatten(0, 1) @ biases, inputs, weight.T)  # (B * V, 2D)
+        return self.update(messages, states.flatten(0, 1)).view_as(states)
+
+
+def neighbours(adj: Tensor) -> tuple[Tensor, Tensor]:
+    """adj (B, V, V) of 0/1 -> what turns states (B, V, D) into the inputs of the messages, and the numbers of edges.
+
+    (B, 4V, V), whose product with the states is, for each vertex i, the sum over the edges into it of h_j and of h_i,
+    and the same of the edges out of it; and (B, V, 2): how many there are.
+    """
+    others = torch.stack([adj.mT, adj], dim=2)  # (B, V, 2, V)
+    count = others.sum(-1)  # (B, V, 2)
+    own = count[..., None] * torch.eye(adj.shape[1], dtype=adj.dtype, device=adj.device)[:, None]
+    return torch.stack([others, own], dim=3).flatten(1, 3), count
 
 
 class CellGenerator(nn.Module):
@@ -110,62 +121,66 @@ class CellGenerator(nn.Module):
         """
         batch, size = len(condition), self.max_vertices
         sample = torch.arange(batch, device=condition.device)  # (b,) the sample that each row below belongs to
-        growing = torch.ones_like(sample, dtype=torch.bool)  # (b,)
         states = self._start_states(condition)  # (b, inputs, D)
         adj = condition.new_zeros(batch, self.num_inputs, self.num_inputs)  # (b, t, t) of 0/1, inputs unconnected
-        soft_tokens = [row.expand(batch, -1) for row in self.one_hot[self.input_tokens]]  # vertex by vertex, (B, T)
-        soft_edges = [condition.new_zeros(batch, size)] * self.num_inputs  # target by target, (B, V sources)
-        likelihood = condition.new_zeros(batch)
+        weights = [layer.weights() for layer in self.layers]
+        logits = []  # of each new vertex, (B, T + V)
 
         for t in range(self.num_inputs, size):  # t vertices exist, vertex t is added
             if t > self.num_inputs:  # there can be an edge
-                states = self._propagate(states, adj)
+                states = self._propagate(states, adj, weights)
+            token_noise, edge_noise = (0.0, None) if noise is None else self._split_noise(noise[sample, t], t)
             graph = self.graph_state(states)  # (b, S)
             token_logits = self._token_logits(graph, condition, last=t == size - 1)  # (b, T)
-            token_noise, edge_noise = (0.0, None) if noise is None else self._split_noise(noise[sample, t], t)
-            noisy = token_logits + token_noise
-            token = noisy.argmax(-1)  # (b,)
-            soft_tokens.append(self._scatter(noisy.softmax(-1), growing, sample, batch))
+            token = (token_logits + token_noise).argmax(-1)  # (b,)
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
             edge_logits = self._edge_logits(states, torch.cat([vertex, graph, condition], dim=-1), edge_noise)  # (b, t)
-            noisy = edge_logits if edge_noise is None else edge_logits + edge_noise
-            edges = (noisy > 0).to(adj.dtype)  # (b, t)
-            soft_edges.append(self._scatter(F.pad(noisy.sigmoid(), (0, size - t)), growing, sample, batch))
-            of_token = token_logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
-            of_edges = -F.binary_cross_entropy_with_logits(edge_logits, edges, reduction="none").sum(1)
-            likelihood = likelihood.index_add(0, sample, torch.where(growing, of_token + of_edges, 0))
+            edges = (edge_logits if edge_noise is None else edge_logits + edge_noise) > 0  # (b, t)
+            own = F.pad(torch.cat([token_logits, edge_logits], dim=-1), (0, size - t))  # (b, T + V)
+            if len(sample) < batch:
+                own = own.new_zeros(batch, own.shape[1]).index_copy(0, sample, own)
+            logits.append(own)
 
             states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
-            adj = F.pad(torch.cat([adj, edges[:, :, None]], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge
-            growing = growing & (token != self.output_token)
+            adj = torch.cat([adj, edges[:, :, None]], dim=2)
+            adj = F.pad(adj, (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge
             if not fixed_shape:
-                left = growing.nonzero().squeeze(1)
+                left = (token != self.output_token).nonzero().squeeze(1)
                 if len(left) < len(sample):
-                    sample, growing, condition, states, adj = (
-                        x.index_select(0, left) for x in (sample, growing, condition, states, adj)
-                    )
+                    sample, condition, states, adj = (x.index_select(0, left) for x in (sample, condition, states, adj))
+        return self._decisions(torch.stack(logits, dim=1), noise)
 
-        ops = torch.stack(soft_tokens, dim=1)  # (B, V, T)
-        num_nodes = (ops.detach() != 0).any(-1).sum(-1)  # the rows of absent vertices, and only they, are zero
-        return CellBatch(torch.stack(soft_edges, dim=2), ops, num_nodes), likelihood
+    def _decisions(self, logits: Tensor, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
+        """Logits (B, V - inputs, T + V) of the new vertices' tokens and edges, any after a cell's end -> as forward."""
+        noisy = logits if noise is None else logits + noise[:, self.num_inputs :]
+        tokens, size = self.one_hot.shape[0], self.max_vertices
+        token = noisy[..., :tokens].argmax(-1, keepdim=True)  # (B, N, 1)
+        is_output = token == self.output_token
+        present = is_output.cumsum(1) <= is_output  # (B, N, 1) up to the first output
+        vertices = torch.arange(size, device=logits.device)
+        possible = present & (vertices < vertices[self.num_inputs :, None])  # (B, N, V) edges, from vertices before
+
+        of_token = logits[..., :tokens].log_softmax(-1).gather(2, token)  # (B, N, 1)
+        edge_logits, edges = logits[..., tokens:], noisy[..., tokens:] > 0
+        of_edges = -F.binary_cross_entropy_with_logits(edge_logits, edges.to(logits.dtype), reduction="none")
+        likelihood = torch.where(present, of_token, 0).sum((1, 2)) + torch.where(possible, of_edges, 0).sum((1, 2))
+
+        inputs = self.one_hot[self.input_tokens].expand(len(logits), -1, -1)
+        ops = torch.cat([inputs, torch.where(present, noisy[..., :tokens].softmax(-1), 0)], dim=1)  # (B, V, T)
+        adj = F.pad(torch.where(possible, noisy[..., tokens:].sigmoid(), 0).mT, (self.num_inputs, 0))  # (B, V, V)
+        return CellBatch(adj, ops, self.num_inputs + present.sum((1, 2))), likelihood
 
     def _start_states(self, condition: Tensor) -> Tensor:
         """(B, C) -> states of the input vertices (B, inputs, D), not normalised."""
         tokens = self.tokens.weight[self.input_tokens].expand(len(condition), -1, -1)  # (B, inputs, D)
         return self.start(torch.cat([tokens, condition[:, None].expand(-1, self.num_inputs, -1)], dim=-1))
 
-    @staticmethod
-    def _scatter(values: Tensor, growing: Tensor, sample: Tensor, batch: int) -> Tensor:
-        """Values (b, N) of the samples left in the batch -> (B, N), zero for those that have finished."""
-        values = torch.where(growing[:, None], values, 0)
-        return values.new_zeros(batch, values.shape[1]).index_copy(0, sample, values)
-
-    def _propagate(self, states: Tensor, adj: Tensor) -> Tensor:
-        """Message passing over (b, t, D); a sample without any edge keeps its states."""
-        new = states
-        for layer in self.layers:
-            new = layer(new, adj)
+    def _propagate(self, states: Tensor, adj: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Message passing over (b, t, D); a sample without any edge keeps its states. weights: of each layer."""
+        new, (senders, count) = states, neighbours(adj)
+        for layer, own in zip(self.layers, weights, strict=True):
+            new = layer(new, senders, count, *own)
         has_edge = adj.sum((1, 2), keepdim=True) > 0  # (b, 1, 1)
         return torch.where(has_edge, F.normalize(new, dim=-1), states)
 
@@ -194,21 +209,21 @@ class CellGenerator(nn.Module):
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
         if self.chosen is not None:
-            return self._edges_in_turn(hidden, self.chosen(states), noise)
+            further = self.chosen(states)  # (b, t, D + S) what a chosen source adds for those after it
+            edges = self._decide_in_turn(hidden.detach(), further.detach(), noise)  # (b, t)
+            hidden = torch.baddbmm(hidden, edges[:, None].expand(-1, edges.shape[1], -1).tril(-1), further)
         return second(activation(hidden)).squeeze(-1)
 
-    def _edges_in_turn(self, hidden: Tensor, chosen: Tensor, noise: Tensor | None) -> Tensor:
-        """Edge logits (b, t), each in view of the decisions before it; these are hard, without gradient.
-
-        hidden (b, t, D + S): of the edge MLP. chosen (b, t, D + S): what a source adds for those after it.
-        """
+    @torch.no_grad()
+    def _decide_in_turn(self, hidden: Tensor, further: Tensor, noise: Tensor | None) -> Tensor:
+        """The edges (b, t) of 0/1, each in view of those before it. hidden, further (b, t, D + S), noise (b, t)."""
         _, activation, second = self.add_edge
-        before, logits = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
-        for j, (own, further) in enumerate(zip(hidden.unbind(1), chosen.unbind(1), strict=True)):
-            logits.append(second(activation(own + before)).squeeze(-1))  # (b,)
-            noisy = logits[-1] if noise is None else logits[-1] + noise[:, j]
-            before = before + further * (noisy > 0)[:, None]
-        return torch.stack(logits, dim=1)
+        before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
+        for j in range(hidden.shape[1]):
+            noisy = second(activation(hidden[:, j] + before)) + (0.0 if noise is None else noise[:, j, None])  # (b, 1)
+            edges.append((noisy > 0).to(hidden.dtype))
+            before = torch.addcmul(before, edges[-1], further[:, j])
+        return torch.cat(edges, dim=1)
 
 
 class Generator(nn.Module):

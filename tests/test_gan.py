@@ -269,10 +269,10 @@ def test_compiled_parts_are_four_graphs_that_train_as_without(tmp_path, monkeypa
     of cells that the discriminator is shown, and of weights that are not trained.
     """
     torch._dynamo.reset()
-    monkeypatch.setattr(Generator, "fixed_shape", True)  # as on CUDA; batches do not become as small as cells
+    monkeypatch.setattr(Generator, "fixed_shape", True)  # as on CUDA; no batch is as large as 1 or 4 x a cell
     pool = random_pool(12, seed=6)
     write_records(tmp_path / "a.jsonl", [Record(i, g, 0.1 + i / 50, *genotype_cost(g)) for i, g in enumerate(pool)], {})
-    flags = ["--recipe", "paper", "--nasbench_data", str(tmp_path / "a.jsonl"), "--batch_size", "12"]
+    flags = ["--recipe", "paper", "--nasbench_data", str(tmp_path / "a.jsonl"), "--batch_size", "11"]
     flags += ["--g_emb_size", "8", "--d_emb_size", "8", "--g_dropout", "0", "--d_gnn_dropout", "0", "--eval_size", "3"]
     flags += ["--n_epochs", "2", "--d_mlp_dropout", "0", "--lr", "0.01", "--clip_value", "0"]
     losses = []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from genotypes import NAG_SPACE, SearchSpace
 from models.discriminator import Discriminator
-from models.generator import Generator, MessagePassing
+from models.generator import Generator, MessagePassing, neighbours
 from models.graph import GraphState
 from utils import save_checkpoint
 
@@ -123,7 +123,7 @@ def test_messages_are_those_of_a_loop_over_edges():
             messages[i] += layer.message(torch.cat([states[b, j], states[b, i]]))
             messages[j] += layer.message_reversed(torch.cat([states[b, i], states[b, j]]))
         expected[b] = layer.update(messages, states[b])
-    torch.testing.assert_close(layer(states, adj), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(states, *neighbours(adj), *layer.weights()), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("aggregation", ["gsum", "mean"])
