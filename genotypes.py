@@ -225,8 +225,8 @@ def _discrete_colourings(colours: list[int], neighbours: list[list[int]]) -> Ite
     bits = size.bit_length()
     while count < size:
         # A number with, from the top, the vertex's own colour and how many neighbours it has of every colour.
-        unit = [1 << bits * c for c in colours]
-        keys = [(c << bits * size) + sum([unit[n] for n in near]) for c, near in zip(colours, neighbours, strict=True)]
+        unit = [1 << bits * c for c in colours].__getitem__
+        keys = [sum(map(unit, near), c << bits * size) for c, near in zip(colours, neighbours, strict=True)]
         before, count = count, len(set(keys))
         if count == before:
             break

@@ -124,19 +124,21 @@ class CellGenerator(nn.Module):
         states = self._start_states(condition)  # (b, inputs, D)
         adj = condition.new_zeros(batch, self.num_inputs, self.num_inputs)  # (b, t, t) of 0/1, inputs unconnected
         weights = [layer.weights() for layer in self.layers]
+        if noise is None:
+            noise = condition.new_zeros(batch, size, self.one_hot.shape[0] + size)
         logits = []  # of each new vertex, (B, T + V)
 
         for t in range(self.num_inputs, size):  # t vertices exist, vertex t is added
             if t > self.num_inputs:  # there can be an edge
                 states = self._propagate(states, adj, weights)
-            token_noise, edge_noise = (0.0, None) if noise is None else self._split_noise(noise[sample, t], t)
+            token_noise, edge_noise = self._split_noise(noise[sample, t], t)
             graph = self.graph_state(states)  # (b, S)
             token_logits = self._token_logits(graph, condition, last=t == size - 1)  # (b, T)
             token = (token_logits + token_noise).argmax(-1)  # (b,)
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
             edge_logits = self._edge_logits(states, torch.cat([vertex, graph, condition], dim=-1), edge_noise)  # (b, t)
-            edges = (edge_logits if edge_noise is None else edge_logits + edge_noise) > 0  # (b, t)
+            edges = edge_logits + edge_noise > 0  # (b, t)
             own = F.pad(torch.cat([token_logits, edge_logits], dim=-1), (0, size - t))  # (b, T + V)
             if len(sample) < batch:
                 own = own.new_zeros(batch, own.shape[1]).index_copy(0, sample, own)
@@ -151,9 +153,9 @@ class CellGenerator(nn.Module):
                     sample, condition, states, adj = (x.index_select(0, left) for x in (sample, condition, states, adj))
         return self._decisions(torch.stack(logits, dim=1), noise)
 
-    def _decisions(self, logits: Tensor, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
+    def _decisions(self, logits: Tensor, noise: Tensor) -> tuple[CellBatch, Tensor]:
         """Logits (B, V - inputs, T + V) of the new vertices' tokens and edges, any after a cell's end -> as forward."""
-        noisy = logits if noise is None else logits + noise[:, self.num_inputs :]
+        noisy = logits + noise[:, self.num_inputs :]
         tokens, size = self.one_hot.shape[0], self.max_vertices
         token = noisy[..., :tokens].argmax(-1, keepdim=True)  # (B, N, 1)
         is_output = token == self.output_token
@@ -197,7 +199,7 @@ class CellGenerator(nn.Module):
         logits[:, self.input_tokens] = -math.inf
         return logits
 
-    def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor | None = None) -> Tensor:
+    def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor) -> Tensor:
         """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t), without noise.
 
         The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
@@ -215,13 +217,13 @@ class CellGenerator(nn.Module):
         return second(activation(hidden)).squeeze(-1)
 
     @torch.no_grad()
-    def _decide_in_turn(self, hidden: Tensor, further: Tensor, noise: Tensor | None) -> Tensor:
+    def _decide_in_turn(self, hidden: Tensor, further: Tensor, noise: Tensor) -> Tensor:
         """The edges (b, t) of 0/1, each in view of those before it. hidden, further (b, t, D + S), noise (b, t)."""
         _, activation, second = self.add_edge
         before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
         for j in range(hidden.shape[1]):
-            noisy = second(activation(hidden[:, j] + before)) + (0.0 if noise is None else noise[:, j, None])  # (b, 1)
-            edges.append((noisy > 0).to(hidden.dtype))
+            logit = second(activation(hidden[:, j] + before))  # (b, 1)
+            edges.append((logit + noise[:, j, None] > 0).to(hidden.dtype))
             before = torch.addcmul(before, edges[-1], further[:, j])
         return torch.cat(edges, dim=1)
 
