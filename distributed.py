@@ -9,6 +9,7 @@
 Every process reads the same flags and files, so bad input ends all of them alike; process 0 alone writes and prints.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -42,6 +43,8 @@ def start(device: torch.device) -> torch.device:
             fail(f"torchrun: --nproc_per_node: expected at most the {there} CUDA devices there are", everywhere=True)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+    if device.type != "cuda":  # NCCL waits for the others
+        atexit.register(finish)  # after a failure too
     return device
 
 
@@ -126,12 +129,13 @@ def first_process_first() -> Iterator[None]:
             sys.exit(2)
         yield
         return
-    done = False
     try:
         yield
-        done = True
-    finally:
-        same_everywhere(done)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the others may be gone
+            same_everywhere(False)
+        raise
+    same_everywhere(True)
 
 
 def merged(own: dict) -> dict:
@@ -144,7 +148,7 @@ def merged(own: dict) -> dict:
 
 
 def same_everywhere(value: Any) -> Any:
-    """What process 0 has: for names that hold the time."""
+    """What process 0 has."""
     values = [value]
     if world() > 1:
         dist.broadcast_object_list(values)
