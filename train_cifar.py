@@ -374,7 +374,6 @@ def main(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Train, then measure the test error. Process 0 writes and prints."""
     check_sync_bn(args, device)
-    state = None
     with user_input("--resume" if args.resume else "--arch"):
         state = load_checkpoint(args.resume, "cifar") if args.resume else None
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)

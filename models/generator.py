@@ -55,9 +55,9 @@ class MessagePassing(nn.Module):
         return torch.cat([linear.weight for linear in both], dim=1), torch.stack([linear.bias for linear in both])
 
     def forward(self, states: Tensor, senders: Tensor, count: Tensor, weight: Tensor, biases: Tensor) -> Tensor:
-        """states (B, V, D) -> new states (B, V, D). The other arguments, which several calls share: of `neighbours` of
-        the cells, and of `weights`.
+        """states (B, V, D) -> new states (B, V, D).
 
+        senders, count: `neighbours` of the cells. weight, biases: `weights`. Several calls share them.
         The sum of a linear map is the linear map of the sum, so the map is applied once per vertex, not per edge.
         """
         states = self.dropout(states)
@@ -145,8 +145,7 @@ class CellGenerator(nn.Module):
             logits.append(own)
 
             states = torch.cat([states, vertex[:, None]], dim=1)  # (b, t + 1, D)
-            adj = torch.cat([adj, edges[:, :, None]], dim=2)
-            adj = F.pad(adj, (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge
+            adj = F.pad(torch.cat([adj, edges[:, :, None]], dim=2), (0, 0, 0, 1))  # (b, t + 1, t + 1), new row: no edge
             if not fixed_shape:
                 left = (token != self.output_token).nonzero().squeeze(1)
                 if len(left) < len(sample):
