@@ -28,10 +28,10 @@ from build_nas_dataset.sample import RandomCells
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from metrics import (
+    bootstrap_interval,
     cell_distributions,
     confusion,
     generation_metrics,
-    mean_interval,
     obtained_classes,
     total_variation,
 )
@@ -323,11 +323,11 @@ def evaluate(
             of_class = [accuracies[asked[valid, k] == c] for c in np.unique(asked[:, k])]
             entry["mean"] = [float(values.mean()) if len(values) else None for values in of_class]  # None: all invalid
         hits = obtained[:, k] == asked[:, k]
-        entry["obeys"], entry["interval"] = float(hits.mean()), mean_interval(hits)
+        entry["obeys"], entry["interval"] = float(hits.mean()), bootstrap_interval(np.mean, hits)
         classes = len(objective["boundaries"]) + 1
         entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[valid, k], classes).tolist()
     hits = (obtained == asked).all(1)
-    result["all"] = {"obeys": float(hits.mean()), "interval": mean_interval(hits)}
+    result["all"] = {"obeys": float(hits.mean()), "interval": bootstrap_interval(np.mean, hits)}
     real_labels = np.array(
         [[class_of(getattr(record, o["name"]), o["boundaries"]) for o in objectives] for record in records]
     )
@@ -433,8 +433,9 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
     if args.top and not args.supernet and "accuracy" not in [o["name"] for o in objectives]:
         fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
-    baseline = RandomCells(source.config["max_vertices"])
-    combinations, limits = wanted_labels(args, objectives), Limits(args, source.config["max_vertices"])
+    max_vertices = source.config["max_vertices"]
+    baseline = RandomCells(max_vertices)
+    combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices)
     limits.check_classes(combinations, objectives)
     source = baseline if args.random else source
     folder = output_folder(args)
@@ -448,6 +449,9 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if args.supernet:
         with user_input("--supernet"):
             supernet, settings = load_supernet(args.supernet, device)
+            real = [cell.num_vertices for record in records for cell in record.genotype.cells] if args.evaluate else []
+            if (most := supernet.config["max_vertices"]) < (largest := max([max_vertices, *real])):
+                raise ValueError(f"{args.supernet} scores cells of up to {most} vertices, expected one for {largest}")
         with user_input("--data"):
             scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
     results, best, drawn = [], None, {}

@@ -1,6 +1,6 @@
 """How good are generated cells, and how far can a ranking be trusted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -42,14 +42,15 @@ def tau(a: Sequence[float], b: Sequence[float]) -> float:
     return float(kendalltau(a, b).statistic)
 
 
-def tau_interval(
-    a: Sequence[float], b: Sequence[float], samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `tau`, resampling items. Resamples without two different values are left out."""
-    a, b, rng = np.asarray(a), np.asarray(b), np.random.default_rng(seed)
-    draws = rng.integers(len(a), size=(samples, len(a)))
-    taus = [value for index in draws if not np.isnan(value := tau(a[index], b[index]))]
-    low, high = np.quantile(taus, [(1 - level) / 2, (1 + level) / 2])
+def bootstrap_interval(statistic: Callable[..., float], *columns: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of statistic(*columns), resampling items, from 1,000 resamples.
+
+    Resamples for which the statistic is NaN are left out, as tau's without two different values.
+    """
+    arrays, generator = [np.asarray(column, float) for column in columns], np.random.default_rng(0)
+    n = len(arrays[0])
+    values = [statistic(*(array[index] for array in arrays)) for index in generator.integers(n, size=(1000, n))]
+    low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -81,16 +82,6 @@ def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -
     counts = np.zeros((num_classes, num_classes), dtype=int)
     np.add.at(counts, (np.asarray(asked), np.asarray(obtained)), 1)
     return counts
-
-
-def mean_interval(
-    values: Sequence[float], samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean."""
-    values, rng = np.asarray(values, float), np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def cell_distributions(genotypes: Iterable[Genotype], space: SearchSpace = NAG_SPACE) -> dict[str, np.ndarray]:

@@ -37,11 +37,14 @@ from training import (
     ADABELIEF_LR,
     Step,
     add_step_flags,
+    build_network,
     check_image_size,
     check_network_flags,
     check_step_flags,
     check_sync_bn,
     evaluate,
+    go_on_from,
+    network_from_checkpoint,
     open_log,
     own_part,
     train_steps,
@@ -58,11 +61,11 @@ from utils import (
     explicit_flags,
     fail,
     load_checkpoint,
-    load_optimizer,
     number,
     output_folder,
     parse_resumable,
     prepare,
+    refuse_used,
     save_checkpoint,
     set_seed,
     user_input,
@@ -71,21 +74,6 @@ from utils import (
 )
 
 SGD_LR, SGD_DECAY = 0.025, 3e-4
-
-
-def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device) -> CifarNetwork:
-    """A fresh network, whose weights depend on the seed only."""
-    set_seed(args.seed)
-    network = CifarNetwork(
-        genotype,
-        num_classes,
-        args.layers,
-        args.channels,
-        args.keep_prob,
-        args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    )
-    return network.to(device, memory_format=torch.channels_last)
 
 
 def build_optimizer(network: CifarNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -153,13 +141,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet,
     if args.batch_size > len(images):
         fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
     return images, held_out, test
-
-
-def network_from_checkpoint(state: dict, device: torch.device) -> CifarNetwork:
-    """The trained network of a "cifar" checkpoint, built from what the checkpoint says."""
-    network = CifarNetwork(Genotype.from_dict(state["genotype"]), **state["network_config"])
-    network.load_state_dict(state["network"])
-    return network.to(device, memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -245,7 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "cuda_graphs",
         "accumulate",
     )
-    args = parse_resumable(parser, argv, "cifar", may_change)
+    args = parse_resumable(parser, argv, "cifar", may_change, ("network", "optimizer", "epoch", "seconds"))
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
@@ -266,7 +247,8 @@ def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, arg
     given = explicit_flags(parser, argv)
     kept = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"} - given
     with user_input("--evaluate"):
-        states = [load_checkpoint(path, "cifar", ("args", "genotype", "network")) for path in args.evaluate]
+        needed = ("args", "genotype", "network", "network_config")
+        states = [load_checkpoint(path, "cifar", needed) for path in args.evaluate]
     for path, state in zip(args.evaluate, states, strict=True):
         check_network_flags(args, given, state, path)
     saved = [state["args"] for state in states]
@@ -285,18 +267,21 @@ def evaluation_args(parser: argparse.ArgumentParser, argv: list[str] | None, arg
 
 def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None:
     """Measure the test error of a checkpoint, or of several and of their vote."""
+    path = output_folder(args) / "evaluation.json"
+    refuse_used(path.parent, path.name)
     with user_input("--evaluate"):
         states = [load_checkpoint(path, "cifar") for path in args.evaluate]
     with user_input("--data"), distributed.first_process_first():
         _, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-        for path, state in zip(args.evaluate, states, strict=True):
-            check_classes(test, state["classes"], path)
-    networks = [network_from_checkpoint(state, device) for state in states]
+        for checkpoint, state in zip(args.evaluate, states, strict=True):
+            check_classes(test, state["classes"], checkpoint)
+    with user_input("--evaluate"):
+        networks = [network_from_checkpoint(*found, device) for found in zip(states, args.evaluate, strict=True)]
     correct = count_correct(networks, states, test, args)
     results = []
-    for path, state, count in zip(args.evaluate, states, correct, strict=False):  # the last count is the vote's
+    for checkpoint, state, count in zip(args.evaluate, states, correct, strict=False):  # the last count: the vote's
         result = outcome(state["genotype"], count / len(test), state["args"], args, len(test.classes))
-        results.append(result | {"checkpoint": path, "epochs": state["epoch"], "images": {"test": len(test)}})
+        results.append(result | {"checkpoint": checkpoint, "epochs": state["epoch"], "images": {"test": len(test)}})
     joint = {
         "voting": args.voting,
         "test_accuracy": correct[-1] / len(test),
@@ -308,7 +293,6 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     }
     if not distributed.is_main():
         return
-    path = output_folder(args) / "evaluation.json"
     with user_input("--output_dir"):
         write_json(path, joint if len(states) > 1 else results[0])
     for result in results:
@@ -380,7 +364,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
     images, held_out, test = load_data(args, device)
-    network = build_network(genotype, len(images.classes), args, device)
+    network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     start_epoch, seconds = 0, 0.0
     if state:
@@ -390,8 +374,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 raise ValueError(f"{len(images)} training images, the run to resume has {state['training_images']}")
         if state["epoch"] > args.epochs:
             fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
-        network.load_state_dict(state["network"])
-        load_optimizer(optimizer, state["optimizer"])
+        with user_input("--resume"):
+            go_on_from(state, args.resume, network, optimizer)
         start_epoch, seconds = state["epoch"], state["seconds"]
 
     folder = output_folder(args)

@@ -33,11 +33,14 @@ from training import (
     ADABELIEF_LR,
     Step,
     add_step_flags,
+    build_network,
     build_optimizer,
     check_image_size,
     check_network_flags,
     check_step_flags,
     check_sync_bn,
+    go_on_from,
+    network_from_checkpoint,
     open_log,
     train_steps,
 )
@@ -51,11 +54,11 @@ from utils import (
     explicit_flags,
     fail,
     load_checkpoint,
-    load_optimizer,
     number,
     output_folder,
     parse_resumable,
     prepare,
+    refuse_used,
     save_checkpoint,
     set_seed,
     user_input,
@@ -68,21 +71,6 @@ SGD_LR, SGD_DECAY = 0.1, 3e-5
 
 
 # ---------------------------------------------------------------------------------------- training and evaluation
-
-
-def build_network(genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device):
-    """A fresh network, whose weights depend on the seed only."""
-    set_seed(args.seed)
-    network = ImageNetNetwork(
-        genotype,
-        num_classes,
-        args.layers,
-        args.channels,
-        args.keep_prob,
-        args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    )
-    return network.to(device, memory_format=torch.channels_last)
 
 
 def optimizer_for(network: ImageNetNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -127,6 +115,9 @@ def load_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles, ImageFi
     if not args.select_on_val:
         if args.holdout is None:
             args.holdout = min(HELD_OUT_PER_CLASS * len(train.classes), len(train) // 10)
+            if not args.holdout:
+                fail(f"--data: a tenth of {len(train)} training images is none to choose the best epoch on; "
+                     "give --holdout or --select_on_val")  # fmt: skip
         with user_input("--holdout"):
             train, selection = split(train, args.holdout, args.seed)
     if args.num_images:
@@ -157,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="data/imagenet", help="folder that holds train and test (or val): folders or .zip files")
     add("--image_size", type=number(int, 32), default=224, help="pixels of the crops")
     add("--num_images", type=number(int, 0), default=0, help="train on that many images only (0: all)")
-    add("--holdout", type=count, help="training images kept out, to choose the best epoch on (default: 10 a class)")
+    add("--holdout", type=count, help="training images kept out, to select on (default: 10 a class, a tenth at most)")
     add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
     add("--skip_bad", action="store_true", help="go on without images that cannot be read")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -195,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             with user_input("--export"):
                 check_export(args.export)
         with user_input("--evaluate"):
-            state = load_checkpoint(args.evaluate, "imagenet", ("args", "genotype", "network"))
+            state = load_checkpoint(args.evaluate, "imagenet", ("args", "genotype", "network", "network_config"))
         given, saved = explicit_flags(parser, argv), state["args"]
         check_network_flags(args, given, state, args.evaluate)
         kept = {"data", "image_size", "skip_bad", "amp"} - given
@@ -225,29 +216,24 @@ def cost(genotype: Genotype, config: dict, image_size: int) -> dict[str, int]:
     return {"params": count_parameters(network), "macs": count_macs(network, image_size)}
 
 
-def network_from_checkpoint(state: dict, device: torch.device) -> ImageNetNetwork:
-    """The trained network of an "imagenet" checkpoint, built from what the checkpoint says."""
-    network = ImageNetNetwork(Genotype.from_dict(state["genotype"]), **state["network_config"])
-    network.load_state_dict(state["network"])
-    return network.to(device, memory_format=torch.channels_last)
-
-
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Measure the test accuracy of a checkpoint, and export its network if asked for."""
+    path = output_folder(args) / "evaluation.json"
+    refuse_used(path.parent, path.name)
     with user_input("--evaluate"):
         state = load_checkpoint(args.evaluate, "imagenet")
     with user_input("--data"):
         _, test = open_images(args.data)
         check_classes(test, state["classes"], args.evaluate)
     stream = streams(args, device)(EvalStream, test, args.eval_batch_size)
-    network = network_from_checkpoint(state, device)
+    with user_input("--evaluate"):
+        network = network_from_checkpoint(state, args.evaluate, device)
     measured, skipped = accuracy(network, stream, device, args.amp), distributed.merged(stream.broken)
     if not distributed.is_main():
         return
     size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
     result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
     result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": skipped}
-    path = output_folder(args) / "evaluation.json"
     with user_input("--output_dir"):
         write_json(path, result)
     print(f"{describe(measured)}, {state['epoch']} epochs of training\nwrote {path}")
@@ -272,10 +258,10 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
-    network = build_network(genotype, len(train.classes), args, device)
+    network = build_network(ImageNetNetwork, genotype, len(train.classes), args, device)
     optimizer = optimizer_for(network, args)
     if not state:
-        return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}}
+        return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}, "skipped": {}}
     with user_input("--data"):
         check_classes(train, state["classes"], args.resume)
         if len(train) != state["training_images"]:
@@ -285,9 +271,9 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
         epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed before checkpoint.pt was saved too
         if load_checkpoint(best, "imagenet")["epoch"] not in epochs:
             raise ValueError(f"{best} is not of epoch {epochs[0]}, the best one so far")
-    network.load_state_dict(state["network"])
-    load_optimizer(optimizer, state["optimizer"])
-    return network, optimizer, {name: state[name] for name in ("epoch", "seconds", "best")}
+        go_on_from(state, args.resume, network, optimizer)
+    reached = {name: state[name] for name in ("epoch", "seconds", "best")}
+    return network, optimizer, reached | {"skipped": state.get("skipped", {})}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -327,7 +313,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         selected = accuracy(network, selecting, device, args.amp)
         improved = selected["top1"] > reached["best"]["top1"]
         best = {"epoch": epoch + 1, **selected} if improved else reached["best"]
-        reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"], "best": best}
+        skipped = {
+            name: reached["skipped"].get(name, {}) | distributed.merged(part.broken)
+            for name, part in (("train", stream), ("selection", selecting))
+        }
+        seconds = reached["seconds"] + values["seconds"]
+        reached = {"epoch": epoch + 1, "seconds": seconds, "best": best, "skipped": skipped}
         if distributed.is_main():
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), **reached}
             state |= {"network_config": config, "genotype": network.genotype.to_dict(), "classes": images.classes}
@@ -338,14 +329,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
             print(
                 f"epoch {epoch + 1}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
-                f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} "
-                f"({values['seconds']:.0f} s, waited for data {values['data_wait']:.0%}, {len(stream.broken)} skipped)",
+                f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} ({values['seconds']:.0f} s, "
+                f"waited for data {values['data_wait']:.0%}, {len(skipped['train'])} skipped)",
                 flush=True,
             )
     distributed.barrier()  # until best.pt is there
-    skipped = {"train": distributed.merged(stream.broken), "selection": distributed.merged(selecting.broken)}
-    result = reached | size | {"skipped": skipped}
-    finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, result)
+    finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)
 
 
 def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog | None, result: dict) -> None:
@@ -354,9 +343,10 @@ def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog 
     if result["best"]["epoch"] == result["epoch"]:
         result["best"]["test"] = result["test"]
     else:
+        path = folder / "best.pt"
         with user_input("--output_dir"):
-            best = load_checkpoint(folder / "best.pt", "imagenet")
-        result["best"]["test"] = accuracy(network_from_checkpoint(best, device), stream, device, args.amp)
+            best = network_from_checkpoint(load_checkpoint(path, "imagenet"), path, device)
+        result["best"]["test"] = accuracy(best, stream, device, args.amp)
     result["skipped"]["test"] = distributed.merged(stream.broken)
     if log is None:
         return

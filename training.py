@@ -21,8 +21,22 @@ import distributed
 from cuda_graphs import Recorded
 from genotypes import Genotype, load_genotype
 from images import ImageSet
+from models.export import rebuild
 from models.network import Network
-from utils import RunLog, add_cuda_graphs_flag, autocast, fail, number, on_device, progress_bar, set_lr, user_input
+from utils import (
+    RunLog,
+    add_cuda_graphs_flag,
+    autocast,
+    fail,
+    load_optimizer,
+    number,
+    of_this_version,
+    on_device,
+    progress_bar,
+    set_lr,
+    set_seed,
+    user_input,
+)
 
 ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
 ADABELIEF_EPSILON = 1e-8
@@ -83,6 +97,39 @@ def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:
 # -------------------------------------------------------------------------------------------------- preparation
 
 
+def build_network(
+    kind: type[Network], genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device
+) -> Network:
+    """A fresh network, whose weights depend on the seed only."""
+    set_seed(args.seed)
+    network = kind(
+        genotype,
+        num_classes,
+        args.layers,
+        args.channels,
+        args.keep_prob,
+        args.drop_path_keep_prob,
+        auxiliary=args.auxiliary_weight > 0,
+    )
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def network_from_checkpoint(state: dict, path: str | Path, device: torch.device) -> Network:
+    """The trained network of a checkpoint (of kind "cifar" or "imagenet") in eval mode, built from what that says.
+
+    Raises ValueError naming `path`, where the checkpoint is from, when its weights are not those of such a network.
+    """
+    with of_this_version(path):
+        return rebuild(state, state["network"]).to(device, memory_format=torch.channels_last)
+
+
+def go_on_from(state: dict, path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the weights and the state of the optimizer from a checkpoint. Raises ValueError like the above."""
+    with of_this_version(path):
+        network.load_state_dict(state["network"])
+        load_optimizer(optimizer, state["optimizer"])
+
+
 def build_optimizer(
     name: str, network: nn.Module, lr: float, momentum: float, weight_decay: float, decoupled: bool = False
 ) -> torch.optim.Optimizer:
@@ -132,7 +179,8 @@ def open_log(folder: Path, args: argparse.Namespace, device: torch.device, step:
 class Step:
     """A step of training: the gradients of a batch, clipped, and the optimizer's update.
 
-    On CUDA it is replayed as a graph, but among several processes and with optimizers that compute on the host.
+    On CUDA it is replayed as a graph, but not where processes share a batch, nor with optimizers that compute on the
+    host.
     """
 
     def __init__(
@@ -226,13 +274,15 @@ def evaluate(
     batches: of this process's images. top-5: of min(5, classes) guesses.
     """
     network.eval()
-    counts = torch.zeros(3, dtype=torch.long, device=device)
+    correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
     for x, labels in batches:
         with autocast(amp, device):
             logits, _ = network(x)
         top1 = logits.argmax(1) == labels
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        counts += torch.stack([top1.sum(), top5.sum(), torch.tensor(len(labels), device=device)])
+        correct += torch.stack([top1.sum(), top5.sum()])
+        images += len(labels)
+    counts = torch.cat([correct, torch.tensor([images], device=device)])
     top1, top5, images = distributed.sum_over_ranks(counts).tolist()
     if not images:
         raise ValueError("there are no images to evaluate on")

@@ -328,7 +328,8 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
     """config.json: what is needed to run the same again."""
     config = {
         "args": vars(args),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": versions(),
         "device": device_name(device),
     }
@@ -347,7 +348,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
 
         if step is None:
-            refuse_used(folder, "checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl")
+            refuse_used(folder, "checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl", "genotypes.json")
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"

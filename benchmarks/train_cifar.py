@@ -24,7 +24,8 @@ from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_
 from benchmarks.supernet import random_images
 from genotypes import GENOTYPES
 from images import train_batches
-from training import Step
+from models.network import CifarNetwork
+from training import Step, build_network
 
 
 def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:
@@ -37,7 +38,7 @@ def comparison(args: argparse.Namespace, device: torch.device) -> Comparison:
     images = random_images(flags.batch_size, 32, device)
 
     def network(flags: argparse.Namespace):
-        return train_cifar.build_network(GENOTYPES["NAG_HIGH_ACC"], 10, flags, device)
+        return build_network(CifarNetwork, GENOTYPES["NAG_HIGH_ACC"], 10, flags, device)
 
     def plain() -> Run:
         net = plain_images.contiguous(network(flags)).train()

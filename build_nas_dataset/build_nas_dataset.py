@@ -42,6 +42,7 @@ from utils import (
     load_checkpoint,
     load_optimizer,
     number,
+    of_this_version,
     output_folder,
     parse_resumable,
     prepare,
@@ -54,6 +55,7 @@ from utils import (
     versions,
 )
 
+RESUMED = ("supernet", "optimizer", "epoch", "scores", "seconds")  # what a checkpoint has to hold
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
 
@@ -127,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score_amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the scorings")
     add("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
-    args = parse_resumable(parser, argv, "supernet", may_change=("data", "cache_dir"))
+    args = parse_resumable(parser, argv, "supernet", ("data", "cache_dir"), RESUMED)
     check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
     if args.score_images % args.score_batch_size:
         parser.error("argument --score_images: expected a multiple of --score_batch_size")
@@ -210,8 +212,9 @@ def main(args: argparse.Namespace) -> None:
         state = load_checkpoint(args.resume, "supernet")
         with user_input("--data"):
             check_split(train, held_out, state, args.resume)
-        supernet.load_state_dict(state["supernet"])
-        load_optimizer(optimizer, state["optimizer"])
+        with user_input("--resume"), of_this_version(args.resume):
+            supernet.load_state_dict(state["supernet"])
+            load_optimizer(optimizer, state["optimizer"])
         scores, epochs_done, seconds = state["scores"], state["epoch"], state["seconds"]
 
     folder = output_folder(args)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +31,23 @@ from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import check_split, split_of
 from genotypes import Genotype, read_genotypes
 from images import ImageSet
-from metrics import tau, tau_interval
-from models.network import genotype_cost
+from metrics import bootstrap_interval, tau
+from models.network import CifarNetwork, genotype_cost
 from train_cifar import (
     accuracy,
     add_training_flags,
-    build_network,
     build_optimizer,
     check_training_flags,
     load_data,
     train,
 )
-from training import open_log
+from training import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
     fail,
     load_checkpoint,
-    load_optimizer,
     number,
     output_folder,
     parse_resumable,
@@ -123,13 +122,12 @@ def train_candidate(
     started, start_epoch = time.monotonic(), 0
     if args.compile:
         torch.compiler.reset()  # else it gives up on the ninth network
-    network = build_network(genotype, len(images.classes), args, device)
+    network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     if weights[0]:
         with user_input("--resume", everywhere=True):  # each process has candidates of its own
             state = load_checkpoint(weights[0], "candidate", ("network", "optimizer", "epoch"))
-        network.load_state_dict(state["network"])
-        load_optimizer(optimizer, state["optimizer"])
+            go_on_from(state, weights[0], network, optimizer)
         start_epoch = state["epoch"]
     values = train(network, images, args, device, optimizer, start_epoch)
     measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
@@ -137,7 +135,8 @@ def train_candidate(
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": args.epochs}
         save_checkpoint(weights[1], "candidate", state)
     rounds = before["training"]["rounds"] if before else []
-    seconds = before["training"]["seconds"] if before else 0.0
+    seconds = (before["training"]["seconds"] if before else 0.0) + time.monotonic() - started
+    this_round = {"epochs": args.epochs, "held_out_accuracy": measured, "loss": values["loss"], "seconds": seconds}
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
     return {
         **known,
@@ -154,8 +153,8 @@ def train_candidate(
             "seed": args.seed,
             "training_images": len(images),
             "held_out_images": len(held_out),
-            "rounds": [*rounds, {"epochs": args.epochs, "held_out_accuracy": measured}],
-            "seconds": seconds + time.monotonic() - started,
+            "rounds": [*rounds, this_round],
+            "seconds": seconds,
         },
     }
 
@@ -231,7 +230,7 @@ def rank_correlations(results: list[dict]) -> dict[str, dict]:
         known = [i for i, value in enumerate(column) if value is not None]
         brief, values = [results[i]["held_out_accuracy"] for i in known], [column[i] for i in known]
         if len(known) > 2 and len(set(brief)) > 1 and len(set(values)) > 1:  # else there is no tau
-            interval = tau_interval(brief, values)
+            interval = bootstrap_interval(tau, brief, values)
             correlations[name] = {"tau": tau(brief, values), "interval": interval, "n": len(known)}
     return correlations
 
@@ -247,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(
-        parser, argv, "candidates", may_change=("data", "cache_dir", "num_archs", "archs", "cuda_graphs")
+        parser, argv, "candidates", ("data", "cache_dir", "num_archs", "archs", "cuda_graphs"), ("results",)
     )
     check_training_flags(parser, args, processes=1)
     if args.sync_bn:
@@ -272,18 +271,30 @@ def main(args: argparse.Namespace) -> None:
         with user_input("--data"):
             check_split(images, held_out, load_checkpoint(args.resume, "candidates"), args.resume)
     distributed.barrier()  # until all have read what is there
-    step = sum(rounds_done(results, key) for key in results) if args.resume else None
-    log = open_log(folder, args, device, step)
+    log = open_log(folder, args, device, 0 if args.resume else None)  # what was found before is logged again
+
+    def save() -> None:
+        state = {"results": list(own.values()), "candidates": len(candidates), "args": vars(args)}
+        save_checkpoint(own_file, "candidates", state | split_of(images, held_out))
+
+    if distributed.is_main() and not args.resume:
+        save()  # for --resume, where a run stops before process 0 has its first result
     done, keys, rounds = len(candidates.keys() & results.keys()), list(candidates), plan(len(candidates), args)
     if log:
         print(
             f"{len(candidates)} candidates, {done} of them done; {len(images)} training images, ranked on "
             f"{len(held_out)} held-out ones, {distributed.processes()} on {device}: {folder}"
         )
-    trained = sum(rounds_done(results, key) for key in results)
+    logged = count(1)
+
+    def log_rounds(keys: list[str], k: int) -> None:
+        for key in keys if log else ():
+            log.log(next(logged), **results[key]["training"]["rounds"][k])
+
     for k, (n, epochs) in enumerate(rounds):
         keys = best_of_round(keys, results, k - 1, n) if k else keys
         todo = [key for key in keys if rounds_done(results, key) <= k]
+        log_rounds([key for key in results if rounds_done(results, key) > k], k)
         if log:
             print(f"round {k + 1}/{len(rounds)}: {n} candidates up to epoch {epochs}, {len(todo)} to be trained")
         flags = argparse.Namespace(**{**vars(args), "epochs": epochs})
@@ -296,16 +307,11 @@ def main(args: argparse.Namespace) -> None:
             with distributed.alone():
                 before = results.get(key)
                 result = train_candidate(*candidates[key], images, held_out, flags, device, before, weights)
-            own[key] = result
+            own[key] = results[key] = result
+            log_rounds([key], k)
+            save()
             if log:
-                trained += 1
-                measured = {"held_out_accuracy": result["held_out_accuracy"], "loss": result["training"]["loss"]}
-                log.log(trained, **measured, epochs=epochs, seconds=result["training"]["seconds"])
-            state = {"results": list(own.values()), "candidates": len(candidates), "args": vars(args)}
-            state |= split_of(images, held_out)
-            save_checkpoint(own_file, "candidates", state)
-            if log:
-                write_json(folder / "results.json", by_accuracy(list({**results, **own}.values())))
+                write_json(folder / "results.json", by_accuracy(list(results.values())))
                 print(
                     f"candidate {i}/{len(own_todo)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
                     f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
@@ -313,31 +319,32 @@ def main(args: argparse.Namespace) -> None:
                 )
         distributed.barrier()
         results = read_parts(folder)
-        distributed.barrier()  # until all have read, before anyone writes again
         if missing := [key for key in keys if rounds_done(results, key) <= k]:
             fail(f"--output_dir: {len(missing)} results are missing in {folder}; all processes must share that folder")
+        log_rounds([key for key in todo if key not in own_todo], k)  # what the other processes found
         last = k + 1 == len(rounds)
         if log and (todo or last):  # nothing was done in a round before the one that a resumed run goes on with
             for path in folder.glob("weights/*.pt"):
                 if last or path not in {weights_file(folder, key, k) for key in keys}:
                     path.unlink()
+        distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
     if log:
-        finish(list(results.values()), folder, log, trained)
+        finish(list(results.values()), folder, log, next(logged))
     distributed.finish()
 
 
 def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) -> dict[str, dict]:
     """What the run to resume has found so far; its candidates are the same where they are compared round by round."""
     with user_input("--resume"):
-        count = load_checkpoint(args.resume, "candidates").get("candidates")
+        started_with = load_checkpoint(args.resume, "candidates").get("candidates")
         results = read_parts(folder)
-    if args.halving and (count != len(candidates) or not results.keys() <= candidates.keys()):
+    if args.halving and (started_with != len(candidates) or not results.keys() <= candidates.keys()):
         fail("--archs, --num_archs: a run with --halving is resumed with the candidates that it was started with")
     return results
 
 
 def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
-    """Write and print the ranking."""
+    """Write and print the ranking. step: of the log, for what is computed here."""
     ranked = by_accuracy(results)
     if not math.isfinite(ranked[0]["training"]["loss"]):
         fail("the loss of the best candidate is not finite; a smaller --lr_max may help")
@@ -345,8 +352,8 @@ def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
     correlations = rank_correlations(longest)
     write_json(folder / "results.json", ranked)
     write_json(folder / "best.json", ranked[0])
-    if correlations:  # a step of their own: not kept, but written again, when a finished run is resumed
-        log.log(step + 1, **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
+    if correlations:
+        log.log(step, **{f"tau with {name}": value["tau"] for name, value in correlations.items()})
     log.close()
     print_table(ranked)
     for name, value in correlations.items():

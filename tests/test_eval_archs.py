@@ -35,6 +35,7 @@ def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, arc
     folder = tmp_path / "run"
     flags = [*candidate_flags(images, folder, archs), "--num_archs", 2]
     start("-m", "build_nas_dataset.eval_archs", *flags)
+    assert "python -m build_nas_dataset.eval_archs " in json.loads((folder / "config.json").read_text())["command"]
     first = {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
     assert set(first) == set(NAMES[:2])
 
@@ -86,6 +87,11 @@ def eval_archs_results(*flags) -> dict[str, dict]:
     return {result["name"]: result for result in results}
 
 
+def rounds(result: dict) -> list[tuple]:
+    """What was measured of a candidate in each round, but for the time, and for the loss, which varies with threads."""
+    return [(r["epochs"], r["held_out_accuracy"]) for r in result["training"]["rounds"]]
+
+
 HALVING = ["--halving", "--epochs", 4, "--schedule_epochs", 5, "--eta", 2]
 
 
@@ -117,11 +123,11 @@ def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs
 
 
 def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_path, monkeypatch):
-    """Stopped in the first, the second and the third round, it finds what it finds without a stop."""
+    """Stopped before the first result and in each of three rounds, it finds what it finds without a stop."""
     _, expected = halved
     train_candidate = eval_archs.train_candidate
     resumed = [*candidate_flags(images, tmp_path, archs), *HALVING]
-    for allowed in (2, 2, 1):  # candidates until the stop; six trainings in all
+    for allowed in (0, 2, 2, 1):  # candidates until the stop; six trainings in all
 
         def stopping(*args, left=[allowed]):  # noqa: B006
             left[0] -= 1
@@ -136,7 +142,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
     monkeypatch.setattr(eval_archs, "train_candidate", train_candidate)
     results = eval_archs_results("--resume", tmp_path)
     for name, result in results.items():
-        assert result["training"]["rounds"] == expected[name]["training"]["rounds"]
+        assert rounds(result) == rounds(expected[name])
         assert result["training"]["loss"] == expected[name]["training"]["loss"]
     assert len(results) == 3
 
@@ -146,14 +152,19 @@ def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
     output = start(*TORCHRUN, "-m", "build_nas_dataset.eval_archs", *flags)
     results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
-    assert {name: result["training"]["rounds"] for name, result in results.items()} == {
-        name: result["training"]["rounds"] for name, result in expected.items()
-    }
+    found = {name: rounds(result) for name, result in results.items()}
+    assert found == {name: rounds(result) for name, result in expected.items()}
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]  # of all processes; one candidate left has no tau
+    losses = sorted(r["loss"] for result in results.values() for r in result["training"]["rounds"])
+    assert sorted(line["loss"] for line in logged) == losses
     assert output.count("round 1/3") == output.count("next:") == 1
     own = [load_checkpoint(tmp_path / name, "candidates")["results"] for name in ("checkpoint.pt", "checkpoint-1.pt")]
     assert all(own) and {result["name"] for results in own for result in results} == set(NAMES)
     eval_archs.main(eval_archs.parse_args(["--resume", str(tmp_path)]))  # one process reads the parts of two
     assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())} == set(NAMES)
+    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["loss"] for line in again) == losses
 
 
 @pytest.mark.parametrize(

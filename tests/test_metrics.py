@@ -10,14 +10,13 @@ from build_nas_dataset.records import class_of
 from build_nas_dataset.sample import random_pool
 from genotypes import CellSpec, Genotype
 from metrics import (
+    bootstrap_interval,
     cell_distributions,
     cell_statistics,
     confusion,
     generation_metrics,
-    mean_interval,
     obtained_classes,
     tau,
-    tau_interval,
     total_variation,
 )
 from models.network import genotype_cost
@@ -71,12 +70,12 @@ def test_intervals_hold_the_value_and_shrink_with_n():
     y = x + rng.normal(size=400)
     widths = []
     for n in (40, 400):
-        low, high = tau_interval(x[:n], y[:n])
+        low, high = bootstrap_interval(tau, x[:n], y[:n])
         assert low < tau(x[:n], y[:n]) < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
     hits = rng.random(400) < 0.9
-    low, high = mean_interval(hits)
+    low, high = bootstrap_interval(np.mean, hits)
     assert low < hits.mean() < high and high - low == pytest.approx(4 * (0.09 / 400) ** 0.5, rel=0.3)
 
 
@@ -85,5 +84,5 @@ def test_tau_counts_concordant_pairs():
     a, b = rng.random(30), rng.random(30)
     signs = [np.sign((a[i] - a[j]) * (b[i] - b[j])) for i, j in combinations(range(30), 2)]
     assert tau(a, b) == pytest.approx(np.mean(signs))
-    low, high = tau_interval(a, b)
+    low, high = bootstrap_interval(tau, a, b)
     assert -1 <= low < tau(a, b) < high <= 1

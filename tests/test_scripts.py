@@ -21,6 +21,8 @@ from genotypes import Genotype
 from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
+from models.supernet import Supernet
+from utils import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL_GAN = [
@@ -107,7 +109,7 @@ def robust(nasdata, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def odd(gan, nasdata, tmp_path_factory):
+def odd(gan, supernet, nasdata, tmp_path_factory):
     """Files that a script must refuse, or take for what they are."""
     folder = tmp_path_factory.mktemp("odd")
     files = {"FLAT": folder / "flat.jsonl", "OLD": folder / "old.pt", "PARAMS": folder / "params.pt"}
@@ -122,8 +124,15 @@ def odd(gan, nasdata, tmp_path_factory):
     state = torch.load(gan / "checkpoint.pt", weights_only=True)
     state["predictor"].popitem()
     torch.save(state, folder / "run.pt")
+    smaller = Supernet(layers=1, channels=4, max_vertices=5, auxiliary=False)
+    state = {"supernet": smaller.state_dict(), "supernet_config": smaller.config, "settings": {}}
+    save_checkpoint(folder / "smaller.pt", "supernet weights", state)
+    state = torch.load(supernet / "checkpoint.pt", weights_only=True)
+    state["supernet"].popitem()
+    torch.save(state, folder / "lacking.pt")
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "long.json").write_text("9" * 9999)
+    files |= {"SMALLER": folder / "smaller.pt", "LACKING": folder / "lacking.pt"}
     return files | {"DEEP": folder / "deep.json", "LONG": folder / "long.json", "RUN": folder / "run.pt"}
 
 
@@ -170,6 +179,8 @@ def test_a_shipped_generator_is_not_written_over(gan, nasdata, tmp_path):
     flags = ["--nasbench_data", nasdata, *SMALL_GAN, "--output_dir", tmp_path]
     assert "another run (generator.pt); choose another folder" in run("gan.py", *flags, ok=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "generator.pt"]
+    (tmp_path / "generator.pt").rename(tmp_path / "genotypes.json")  # nor are generated cells
+    assert "another run (genotypes.json)" in run("gan.py", *flags, ok=False)
 
 
 def test_a_run_that_diverges_says_so_and_saves_nothing(nasdata, tmp_path):
@@ -352,6 +363,7 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
         ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
         ("generate_archs.py --checkpoint GAN --supernet GAN", "expected kind supernet weights"),
+        ("generate_archs.py --checkpoint GAN --supernet SMALLER", "scores cells of up to 5 vertices, expected"),
         ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
         ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
         ("gan.py --n_epochs 18", "more than the 18 --warmup_epochs"),
@@ -375,6 +387,7 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("visualize.py --arch DEEP", "is not a JSON file"),
         ("visualize.py --arch LONG", "long.json is not a JSON file"),
         ("gan.py --resume RUN", "run.pt is of another version of these networks"),
+        ("-m build_nas_dataset --resume LACKING", "lacking.pt is of another version of these networks"),
         ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
         ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
         (

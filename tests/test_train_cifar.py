@@ -15,6 +15,7 @@ import train_cifar
 from genotypes import GENOTYPES
 from models.export import load_network
 from models.network import genotype_cost
+from training import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -147,7 +148,7 @@ def test_two_processes_evaluate_every_image_once(two, images):
     folder, _ = two
     args = train_cifar.parse_args([*map(str, PLAIN), "--epochs", "4", "--data", str(images)])
     _, held_out, test = train_cifar.load_data(args, torch.device("cpu"))
-    network = train_cifar.network_from_checkpoint(load_checkpoint(folder, "cifar"), torch.device("cpu"))
+    network = network_from_checkpoint(load_checkpoint(folder, "cifar"), folder, torch.device("cpu"))
     result = json.loads((folder / "result.json").read_text())
     assert result["test_accuracy"] == train_cifar.accuracy(network, test, 3, "off")
     assert result["held_out_accuracy"] == train_cifar.accuracy(network, held_out, 3, "off")
@@ -191,7 +192,7 @@ def test_an_ensemble_has_the_error_of_its_votes_and_the_sum_of_params(run, two, 
         args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
         test = train_cifar.load_data(args, torch.device("cpu"))[2]
         x = (test.images / 255 - torch.tensor(state["mean"])[:, None, None]) / torch.tensor(state["std"])[:, None, None]
-        network = train_cifar.network_from_checkpoint(state, torch.device("cpu")).eval()
+        network = network_from_checkpoint(state, folder, torch.device("cpu"))
         with torch.no_grad():
             logits.append(network(x.float())[0])
     right = (train_cifar.vote(torch.stack(logits), voting) == test.labels).float().mean().item()
@@ -297,6 +298,25 @@ def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag)
     before = sorted(tmp_path.rglob("*"))
     assert "expected kind cifar" in train_refused(capsys, "--data", images, flag, tmp_path / "gan.pt")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_a_checkpoint_of_other_weights_is_refused(capsys, run, images, tmp_path, flag):
+    state = load_checkpoint(run[0], "cifar")
+    state["network"].popitem()
+    save_checkpoint(tmp_path / "checkpoint.pt", "cifar", state)
+    line = refused(capsys, train_cifar.main, train_cifar.parse_args, [flag, tmp_path / "checkpoint.pt"])
+    assert f"{flag}: {tmp_path / 'checkpoint.pt'} is of another version of these networks" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_evaluation_is_not_written_over(capsys, run, tmp_path):
+    flags = ["--evaluate", run[0], "--output_dir", tmp_path, "--device", "cpu"]
+    train(*flags)
+    before = (tmp_path / "evaluation.json").read_bytes()
+    line = refused(capsys, train_cifar.main, train_cifar.parse_args, flags)
+    assert f"--output_dir: {tmp_path} holds another run (evaluation.json)" in line
+    assert (tmp_path / "evaluation.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("classes", [{"dark": 60, "bright": 180}, {"dark": 60, "light": 180, "medium": 120}])

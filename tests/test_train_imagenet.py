@@ -21,6 +21,7 @@ from genotypes import GENOTYPES
 from image_stream import EvalStream, open_images
 from models.export import load_network
 from models.network import ImageNetNetwork
+from training import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,7 @@ def test_the_best_epoch_is_measured_too_when_it_is_not_the_last(images, tmp_path
     state = load_checkpoint(tmp_path / "best.pt", "imagenet")
     assert (best["epoch"], best["top1"]) == (state["epoch"], state["best"]["top1"]) == (1, 0.9)
     stream = EvalStream(open_images(images)[1], 32, 24)
-    assert best["test"] == real(train_imagenet.network_from_checkpoint(state, CPU), stream, CPU, "off")
+    assert best["test"] == real(network_from_checkpoint(state, tmp_path, CPU), stream, CPU, "off")
 
 
 @pytest.mark.parametrize("epoch", [None, 7])
@@ -259,7 +260,7 @@ def test_two_processes_write_once_and_evaluate_every_image_once(images, tmp_path
     assert result["test"]["images"] == 24 and result["best"]["images"] == 12  # none counted twice
     state = load_checkpoint(tmp_path / "two", "imagenet")
     _, test = open_images(images)
-    network = train_imagenet.network_from_checkpoint(state, CPU)
+    network = network_from_checkpoint(state, tmp_path, CPU)
     alone = train_imagenet.accuracy(network, EvalStream(test, 32, 7), CPU, "off")
     assert alone == result["test"]
 
@@ -350,6 +351,20 @@ def test_bad_input_is_one_line_for_the_user(images, tmp_path):
     assert "1 skipped" in output and "red/3.jpg" in output
     skipped = json.loads((tmp_path / "out" / "result.json").read_text())["skipped"]
     assert list(skipped["train"]) == ["red/3.jpg"] and not skipped["test"]
+    start("train_imagenet.py", "--resume", tmp_path / "out")  # it reads no training image again
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["skipped"] == skipped
+
+
+def test_too_few_images_to_hold_some_out_are_refused_before_the_training(capsys, tmp_path):
+    make_images(tmp_path / "images", CLASSES[:2])
+    for name in ("4", "5", "6", "7"):
+        (tmp_path / "images" / "train" / CLASSES[0] / f"{name}.jpg").unlink()
+        (tmp_path / "images" / "train" / CLASSES[1] / f"{name}.jpg").unlink()
+    argv = ["--data", tmp_path / "images", "--batch_size", 2, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        train_imagenet.main(train_imagenet.parse_args(list(map(str, argv))))
+    assert "--data: a tenth of 8 training images is none to choose the best epoch on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
@@ -367,6 +382,17 @@ def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag)
     assert [path.name for path in tmp_path.iterdir()] == ["cifar.pt"]
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_a_checkpoint_of_other_weights_is_refused(capsys, run, tmp_path, flag):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    state = load_checkpoint(folder, "imagenet")
+    state["network"].popitem()
+    save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
+    with pytest.raises(SystemExit):
+        train_imagenet.main(train_imagenet.parse_args([flag, str(folder / "checkpoint.pt")]))
+    assert "is of another version of these networks" in capsys.readouterr().err
+
+
 def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
     other = make_images(tmp_path / "other", ("black", *CLASSES[1:]))
     flags = ["--data", other, "--evaluate", run[0] / "best.pt", "--output_dir", tmp_path / "out"]
@@ -380,7 +406,7 @@ def test_an_exported_network_has_the_logits_of_the_checkpoint(run, images, tmp_p
     flags = ["--data", images, "--export", path, "--output_dir", tmp_path / "out"]
     start("train_imagenet.py", "--evaluate", folder / "best.pt", *flags)
     x = torch.randn(2, 3, 32, 32)
-    expected = train_imagenet.network_from_checkpoint(load_checkpoint(folder / "best.pt", "imagenet"), CPU).eval()(x)
+    expected = network_from_checkpoint(load_checkpoint(folder / "best.pt", "imagenet"), folder, CPU)(x)
     torch.testing.assert_close(load_network(path)(x)[0], expected[0])
 
 
