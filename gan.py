@@ -70,6 +70,7 @@ from utils import (
     save_checkpoint,
     set_lr,
     set_seed,
+    shown,
     user_input,
     write_json,
 )
@@ -620,12 +621,12 @@ def main(args: argparse.Namespace) -> None:
             if not math.isfinite(value):
                 fail(f"epoch {epoch}: {name} is {value}, training diverged; try a lower --lr or lower weights")
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)", flush=True)
+        print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)")
         if epoch % args.eval_every == 0 or epoch == args.n_epochs:
             quality, samples = evaluate(generator, predictor, data, args.eval_size, args.seed, known)
             write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
             values |= quality
-            print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()), flush=True)
+            print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
         state = {
             "generator": generator.state_dict(),
             "generator_config": generator.config,
@@ -648,7 +649,7 @@ def main(args: argparse.Namespace) -> None:
     save_checkpoint(folder / "generator.pt", "gan", for_sampling)
     script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
-    print(f"next: python {script} --checkpoint {folder / 'generator.pt'}")
+    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 """
 
 import argparse
-import shlex
 from collections import Counter
 from itertools import product
 
@@ -49,6 +48,7 @@ from utils import (
     prepare,
     progress_bar,
     refuse_used,
+    shown,
     user_input,
     write_config,
     write_json,
@@ -120,15 +120,16 @@ class Limits:
             if low > max(costs):
                 fail(f"--min_{name}: no cell is that large: {reach}")
 
-    def check_classes(self, combinations: list[tuple[int, ...]], objectives: list[dict]) -> None:
-        """End the script when no class of #params or MACs that is asked for has cells within the limits."""
+    def allow(self, labels: tuple[int, ...], objectives: list[dict]) -> bool:
+        """Whether the classes of #params and MACs have cells within the limits."""
         if self.network != RECORDS_NETWORK:
-            return  # the classes are of other counts
-        for objective, labels in zip(objectives, zip(*combinations, strict=True), strict=True):
-            low, high = self.bounds.get(name := objective["name"], (0, float("inf")))
+            return True  # the classes are of other counts
+        for objective, label in zip(objectives, labels, strict=True):
+            low, high = self.bounds.get(objective["name"], (0, float("inf")))
             edges = [0, *objective["boundaries"], float("inf")]
-            if not any(edges[label] <= high and low < edges[label + 1] for label in labels):
-                fail(f"--{LABEL_FLAGS[name]}: {describe(combinations[0], objectives)} is not within the limits")
+            if edges[label] > high or low >= edges[label + 1]:
+                return False
+        return True
 
     def keep(self, genotype: Genotype) -> bool:
         counts = genotype_cost(genotype, *self.network)
@@ -436,14 +437,21 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     max_vertices = source.config["max_vertices"]
     baseline = RandomCells(max_vertices)
     combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices)
-    limits.check_classes(combinations, objectives)
+    within = [labels for labels in combinations if limits.allow(labels, objectives)]
+    if not within:
+        flags = ", ".join(f"--{LABEL_FLAGS[o['name']]}" for o in objectives if o["name"] in limits.bounds)
+        fail(f"{flags}: {describe(combinations[0], objectives)} is not within the limits")
     source = baseline if args.random else source
     folder = output_folder(args)
-    refuse_used(folder, "config.json", "genotypes.json")
+    refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")
     records = read_nas_dataset(args, checkpoint)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
+
+    for labels in combinations:
+        if labels not in within:
+            print(f"{describe(labels, objectives)} is left out: not within the limits")
 
     scorer = None
     if args.supernet:
@@ -455,7 +463,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         with user_input("--data"):
             scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
     results, best, drawn = [], None, {}
-    for labels in combinations:
+    for labels in within:
         drawn[labels] = genotypes = draw(source, labels, args, limits)
         entries = merge(genotypes, labels, known, limits)
         found = len(entries)
@@ -487,7 +495,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if not results:
         print("warning: none of the cells drawn is valid; longer training may help")
     if best is not None:
-        arch = shlex.quote(f"{path}:{best}")
+        arch = shown(f"{path}:{best}")
         print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
 
 

@@ -68,6 +68,7 @@ from utils import (
     refuse_used,
     save_checkpoint,
     set_seed,
+    shown,
     user_input,
     versions,
     write_json,
@@ -129,10 +130,17 @@ def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp
     return evaluate(network, eval_batches(own_part(images), batch_size), images.labels.device, amp)["top1"]
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """(training, held-out, test) images; the held-out part is empty without --holdout. Ends the script on bad input."""
+def load_data(
+    args: argparse.Namespace, device: torch.device, classes: list[str] | None = None
+) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """(training, held-out, test) images; the held-out part is empty without --holdout. Ends the script on bad input.
+
+    classes: those that they must have, of the run to resume.
+    """
     with user_input("--data"), distributed.first_process_first():  # it downloads and decodes, the others find the files
         images, test = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+        if classes:
+            check_classes(images, classes, args.resume)
     with user_input("--holdout"):
         images, held_out = split(images, args.holdout, args.seed)
     if args.num_images:
@@ -226,7 +234,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "cuda_graphs",
         "accumulate",
     )
-    args = parse_resumable(parser, argv, "cifar", may_change, ("network", "optimizer", "epoch", "seconds"))
+    args = parse_resumable(parser, argv, "cifar", may_change, ("network", "optimizer", "classes", "epoch"))
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
@@ -363,13 +371,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
-    images, held_out, test = load_data(args, device)
+    images, held_out, test = load_data(args, device, state and state["classes"])
     network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     start_epoch, seconds = 0, 0.0
     if state:
         with user_input("--data"):
-            check_classes(images, state["classes"], args.resume)
             if len(images) != state["training_images"]:
                 raise ValueError(f"{len(images)} training images, the run to resume has {state['training_images']}")
         if state["epoch"] > args.epochs:
@@ -401,7 +408,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             line += f", held-out {values['held_out_accuracy']:.4f}"
         if log is None:
             return
-        print(f"{line} ({values['seconds']:.0f} s)", flush=True)
+        print(f"{line} ({values['seconds']:.0f} s)")
         log.log(epoch, **values)
         if epoch % args.save_every == 0 or last:
             state = {
@@ -438,7 +445,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     print(
         f"{describe(result)} ({len(test)} images, {args.epochs} epochs, {seconds:.0f} s of training)\n"
         f"wrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"next: python train_cifar.py --evaluate {folder / 'checkpoint.pt'}"
+        f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
     )
 
 

@@ -61,6 +61,7 @@ from utils import (
     refuse_used,
     save_checkpoint,
     set_seed,
+    shown,
     user_input,
     versions,
     write_json,
@@ -107,10 +108,15 @@ def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device,
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def load_data(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
-    """(training, selection, test) images; selection is the held-out part, or the test part with --select_on_val."""
+def load_data(args: argparse.Namespace, classes: list[str] | None = None) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
+    """(training, selection, test) images; selection is the held-out part, or the test part with --select_on_val.
+
+    classes: those that they must have, of the run to resume.
+    """
     with user_input("--data"):
         train, test = open_images(args.data)
+        if classes:
+            check_classes(train, classes, args.resume)
     selection = test
     if not args.select_on_val:
         if args.holdout is None:
@@ -178,7 +184,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--export", metavar="FILE", help="with --evaluate: the network as FILE.safetensors, FILE.onnx or FILE.pt2")
     add_common_flags(parser)
     may_change = ("data", "workers", "decoder", "eval_batch_size", "compile", "cuda_graphs", "accumulate")
-    args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best"))
+    args = parse_resumable(parser, argv, "imagenet", may_change, ("network", "optimizer", "best", "classes"))
     if args.export and not args.evaluate:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
     if args.evaluate:
@@ -251,10 +257,9 @@ def describe(measured: dict) -> str:
     )
 
 
-def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
-    """(network, optimizer, what was reached so far) of a new or resumed run."""
+def start(args: argparse.Namespace, state: dict | None, train: ImageFiles, device: torch.device):
+    """(network, optimizer, what was reached so far) of a new run, or of one resumed from `state`."""
     with user_input("--resume" if args.resume else "--arch"):
-        state = load_checkpoint(args.resume, "imagenet") if args.resume else None
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
@@ -263,7 +268,6 @@ def start(args: argparse.Namespace, train: ImageFiles, device: torch.device):
     if not state:
         return network, optimizer, {"epoch": 0, "seconds": 0.0, "best": {"top1": -1.0}, "skipped": {}}
     with user_input("--data"):
-        check_classes(train, state["classes"], args.resume)
         if len(train) != state["training_images"]:
             raise ValueError(f"{len(train)} training images, the run to resume has {state['training_images']}")
     with user_input("--resume"):  # not at the end of the run, which needs it
@@ -288,8 +292,10 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """The whole run. Only process 0 writes."""
     check_sync_bn(args, device)
-    images, selection, test = load_data(args)
-    network, optimizer, reached = start(args, images, device)
+    with user_input("--resume"):
+        state = load_checkpoint(args.resume, "imagenet") if args.resume else None
+    images, selection, test = load_data(args, state and state["classes"])
+    network, optimizer, reached = start(args, state, images, device)
     make = streams(args, device)
     stream = make(TrainStream, images, args.batch_size)
     selecting = make(EvalStream, selection, args.eval_batch_size)
@@ -303,7 +309,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
             f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}",
-            flush=True,
         )
     step = Step(network, optimizer, args, device, args.label_smooth)
     for epoch in range(reached["epoch"], args.epochs):
@@ -331,7 +336,6 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 f"epoch {epoch + 1}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
                 f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} ({values['seconds']:.0f} s, "
                 f"waited for data {values['data_wait']:.0%}, {len(skipped['train'])} skipped)",
-                flush=True,
             )
     distributed.barrier()  # until best.pt is there
     finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)
@@ -357,7 +361,7 @@ def finish(args, network, stream: EvalStream, device, folder: Path, log: RunLog 
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"next: python train_imagenet.py --evaluate {folder / 'best.pt'}"
+        f"next: python train_imagenet.py --evaluate {shown(folder / 'best.pt')}"
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
@@ -176,7 +177,7 @@ def keep_freed_memory() -> None:
 
 
 def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
-    """What every script does first: settle the device, seed, keep memory.
+    """What every script does first: settle the device, seed, keep memory, print at once.
 
     shared: whether processes of torchrun can share the script's work.
     Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, or torchrun where it is no use.
@@ -192,6 +193,8 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     if args.tf32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into files and pipes too
     set_seed(args.seed)
     return device
 
@@ -314,13 +317,18 @@ def output_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) if args.output_dir else Path(RUNS) / name
 
 
+def shown(path: str | Path) -> str:
+    """A path as it is written in a command for the shell."""
+    return shlex.quote(str(path))
+
+
 def refuse_used(folder: Path, *patterns: str) -> None:
     """End the script when the folder it is to write to holds results already: files of these names."""
     for pattern in patterns:
         for path in folder.glob(pattern):
             fail(
                 f"--output_dir: {folder} holds another run ({path.name}); choose another folder"
-                + (f", or go on with that run by --resume {folder}" if path.name == "checkpoint.pt" else "")
+                + (f", or go on with that run by --resume {shown(folder)}" if path.name == "checkpoint.pt" else "")
             )
 
 

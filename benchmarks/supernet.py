@@ -27,6 +27,7 @@ from build_nas_dataset.scoring import score
 from genotypes import Genotype
 from images import ImageSet, normalize
 from models.supernet import Supernet
+from utils import settle_amp
 
 GENOTYPES = 4  # a run, one training step or scoring each
 LOADER_WORKERS = 16  # of the reference
@@ -118,13 +119,11 @@ def linearity(report: Report) -> None:
 
 
 def whole_run(report: Report, step: str, score_one: str) -> None:
-    """Extrapolated from one step and one scoring, in the faster of the precisions measured."""
+    """Extrapolated from one step and one scoring, in the precision that --amp auto means on this device."""
     n = 1 if report.args.quick else GENOTYPES
     steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
-    step, score_one = (
-        min(value / n for key, value in report.seconds.items() if key.startswith(work) and not key.endswith("plain"))
-        for work in (step, score_one)
-    )
+    precision = "bf16" if settle_amp("auto", report.device) == "bf16" else "float32"
+    step, score_one = (report.seconds[f"{work}|{precision}"] / n for work in (step, score_one))
     total = steps * step + scored * score_one
     report.figure(
         f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps, {scored} scorings",

@@ -26,7 +26,7 @@ from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.sample import random_pool
 from build_nas_dataset.scoring import check_split, label_checksum, score, scoring_batches, split_of
 from genotypes import NAG_SPACE, Genotype
-from images import ImageSet, balanced_batch, load_images, split, train_batches
+from images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
 from metrics import tau
 from models.network import CifarNetwork, genotype_cost
 from models.supernet import Supernet
@@ -51,6 +51,7 @@ from utils import (
     set_lr,
     set_seed,
     settle_amp,
+    shown,
     user_input,
     versions,
 )
@@ -140,10 +141,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_images_and_pool(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet, list[Genotype]]:
-    """Training images, held-out images and the pool. Ends the script when the flags ask for more than there is."""
+def load_images_and_pool(
+    args: argparse.Namespace, device: torch.device, classes: list[str] | None = None
+) -> tuple[ImageSet, ImageSet, list[Genotype]]:
+    """Training images, held-out images and the pool. Ends the script when the flags ask for more than there is.
+
+    classes: those that the images must have, of the run to resume.
+    """
     with user_input("--data"):
         train, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+        if classes:
+            check_classes(train, classes, args.resume)
     with user_input("--holdout"):
         train, held_out = split(train, args.holdout, args.seed)
         scoring_batches(held_out, args)  # are there enough?
@@ -194,7 +202,9 @@ def write_dataset(
 def main(args: argparse.Namespace) -> None:
     device = prepare(args)
     args.amp, args.score_amp = (settle_amp(amp, device) for amp in (args.amp, args.score_amp))  # a resumed run keeps it
-    train, held_out, pool = load_images_and_pool(args, device)
+    with user_input("--resume"):
+        state = load_checkpoint(args.resume, "supernet") if args.resume else {}
+    train, held_out, pool = load_images_and_pool(args, device, state.get("classes"))
     set_seed(args.seed)
     supernet = Supernet(
         len(train.classes),
@@ -209,7 +219,6 @@ def main(args: argparse.Namespace) -> None:
     scores = torch.full((args.scorings, len(pool)), float("nan"))
     epochs_done, seconds = 0, {"training": 0.0, "scoring": 0.0}
     if args.resume:
-        state = load_checkpoint(args.resume, "supernet")
         with user_input("--data"):
             check_split(train, held_out, state, args.resume)
         with user_input("--resume"), of_this_version(args.resume):
@@ -246,7 +255,7 @@ def main(args: argparse.Namespace) -> None:
             log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
             save()
             line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-            print(f"epoch {epochs_done}/{args.epochs}: {line}", flush=True)
+            print(f"epoch {epochs_done}/{args.epochs}: {line}")
         scoring = epoch - (args.epochs - args.scorings)
         if scoring >= 0 and scores[scoring].isnan().any():
             row = scores[scoring]
@@ -257,7 +266,6 @@ def main(args: argparse.Namespace) -> None:
                 f"scoring {scoring + 1}/{args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
                 f" ({row.min():.4f} to {row.max():.4f})"
                 + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values()),
-                flush=True,
             )
             save()
 
@@ -275,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
         f"tau with #params {summary['tau_with_params']:.3f}\n"
         f"training {seconds['training']:.0f} s, scoring {seconds['scoring']:.0f} s\n"
         f"wrote {folder / 'nasdata.jsonl'}\n"
-        f"next: python gan.py --nasbench_data {folder / 'nasdata.jsonl'}"
+        f"next: python gan.py --nasbench_data {shown(folder / 'nasdata.jsonl')}"
     )
 
 

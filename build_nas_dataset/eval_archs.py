@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import time
 from itertools import count
 from pathlib import Path
@@ -135,8 +136,9 @@ def train_candidate(
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": args.epochs}
         save_checkpoint(weights[1], "candidate", state)
     rounds = before["training"]["rounds"] if before else []
+    loss = values["loss"] if math.isfinite(values["loss"]) else None
     seconds = (before["training"]["seconds"] if before else 0.0) + time.monotonic() - started
-    this_round = {"epochs": args.epochs, "held_out_accuracy": measured, "loss": values["loss"], "seconds": seconds}
+    this_round = {"epochs": args.epochs, "held_out_accuracy": measured, "loss": loss, "seconds": seconds}
     params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
     return {
         **known,
@@ -144,7 +146,7 @@ def train_candidate(
         "training": {  # params and macs outside of it, if any, are those of the file the genotype came from
             "params": params,
             "macs": macs,
-            "loss": values["loss"],
+            "loss": loss,  # None: it diverged
             "epochs": args.epochs,
             "schedule_epochs": args.schedule_epochs,
             "layers": args.layers,
@@ -182,8 +184,16 @@ def rounds_done(results: dict[str, dict], key: str) -> int:
 
 
 def best_of_round(keys: list[str], results: dict[str, dict], k: int, n: int) -> list[str]:
-    """The n candidates of the highest held-out accuracy after round k, from 0; of equal ones the first."""
-    return sorted(keys, key=lambda key: -results[key]["training"]["rounds"][k]["held_out_accuracy"])[:n]
+    """The n best candidates after round k, from 0; of equal ones the first."""
+    return sorted(keys, key=lambda key: merit(results[key]["training"]["rounds"][k]), reverse=True)[:n]
+
+
+def merit(measured: dict) -> float:
+    """What candidates are ranked by: held-out accuracy, below all others where the training diverged.
+
+    measured: of a round. Those of older versions do not tell the loss.
+    """
+    return -1.0 if measured.get("loss", 0.0) is None else measured["held_out_accuracy"]
 
 
 def weights_file(folder: Path, key: str, k: int) -> Path:
@@ -193,7 +203,12 @@ def weights_file(folder: Path, key: str, k: int) -> Path:
 
 def by_accuracy(results: list[dict]) -> list[dict]:
     """Best first: those that were trained longer, and among them the more accurate ones."""
-    return sorted(results, key=lambda result: (-result["training"]["epochs"], -result["held_out_accuracy"]))
+
+    def key(result: dict) -> tuple[int, float]:
+        last_round = result["training"]["rounds"][-1]
+        return last_round["epochs"], merit(last_round)
+
+    return sorted(results, key=key, reverse=True)
 
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -266,10 +281,12 @@ def main(args: argparse.Namespace) -> None:
     results = resumed_results(folder, candidates, args) if args.resume else {}
     own_file = part_file(folder, distributed.rank())
     own = read_parts(folder, own_file.name) if args.resume else {}
-    images, held_out, _ = load_data(args, device)
+    with user_input("--resume"):
+        state = load_checkpoint(args.resume, "candidates") if args.resume else {}
+    images, held_out, _ = load_data(args, device, state.get("classes"))
     if args.resume:
         with user_input("--data"):
-            check_split(images, held_out, load_checkpoint(args.resume, "candidates"), args.resume)
+            check_split(images, held_out, state, args.resume)
     distributed.barrier()  # until all have read what is there
     log = open_log(folder, args, device, 0 if args.resume else None)  # what was found before is logged again
 
@@ -315,7 +332,6 @@ def main(args: argparse.Namespace) -> None:
                 print(
                     f"candidate {i}/{len(own_todo)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
                     f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
-                    flush=True,
                 )
         distributed.barrier()
         results = read_parts(folder)
@@ -327,9 +343,11 @@ def main(args: argparse.Namespace) -> None:
             for path in folder.glob("weights/*.pt"):
                 if last or path not in {weights_file(folder, key, k) for key in keys}:
                     path.unlink()
+            if last and (folder / "weights").is_dir():
+                (folder / "weights").rmdir()
         distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
     if log:
-        finish(list(results.values()), folder, log, next(logged))
+        finish(list(results.values()), args, folder, log, next(logged))
     distributed.finish()
 
 
@@ -343,11 +361,11 @@ def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) ->
     return results
 
 
-def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
+def finish(results: list[dict], args: argparse.Namespace, folder: Path, log: RunLog, step: int) -> None:
     """Write and print the ranking. step: of the log, for what is computed here."""
     ranked = by_accuracy(results)
-    if not math.isfinite(ranked[0]["training"]["loss"]):
-        fail("the loss of the best candidate is not finite; a smaller --lr_max may help")
+    if ranked[0]["training"]["loss"] is None:
+        fail("no candidate has a finite loss; a smaller --lr_max may help")
     longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(folder / "results.json", ranked)
@@ -360,7 +378,8 @@ def finish(results: list[dict], folder: Path, log: RunLog, step: int) -> None:
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {folder / 'results.json'} and {folder / 'best.json'}")
-    print(f"next: python train_cifar.py --arch {folder / 'best.json'}")
+    flags = ["--arch", folder / "best.json", "--dataset", args.dataset, "--data", args.data]
+    print(f"next: python train_cifar.py {shlex.join(map(str, flags))} --image_size {args.image_size}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """build_nas_dataset/eval_archs.py, started as a user would, on a tiny folder of images."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start
 
+import train_cifar
 from build_nas_dataset import eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
@@ -57,6 +59,9 @@ def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, arc
     assert best == results[0]
     assert load_genotype(str(folder / "best.json")) == GENOTYPES[best["name"]]
     assert [genotype for genotype, _ in read_genotypes(folder / "results.json")]
+    following = shlex.split(output[output.index("next: ") :])
+    assert following[2:5] == ["train_cifar.py", "--arch", str(folder / "best.json")]
+    assert train_cifar.parse_args(following[3:]).data == str(images)
 
 
 def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tmp_path):
@@ -165,6 +170,26 @@ def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())} == set(NAMES)
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sorted(line["loss"] for line in again) == losses
+
+
+def test_a_candidate_that_diverged_is_ranked_below_all_others():
+    def result(name, epochs, accuracy, loss):
+        rounds = [{"epochs": epochs, "held_out_accuracy": accuracy, "loss": loss}]
+        return {"name": name, "training": {"rounds": rounds}}
+
+    results = [result("a", 1, 0.5, None), result("b", 1, 0.5, 3.0), result("c", 1, 0.6, 2.0), result("d", 2, 0.1, 1.0)]
+    assert [r["name"] for r in eval_archs.by_accuracy(results)] == ["d", "c", "b", "a"]
+    by_name = {r["name"]: r for r in results}
+    assert eval_archs.best_of_round(list("abc"), by_name, 0, 2) == ["c", "b"]
+    del by_name["b"]["training"]["rounds"][0]["loss"]  # as older versions wrote it
+    assert eval_archs.best_of_round(list("abc"), by_name, 0, 3) == ["c", "b", "a"]
+
+
+def test_when_all_candidates_diverge_the_file_says_so_and_there_is_no_best(capsys, images, archs, tmp_path):
+    flags = [*candidate_flags(images, tmp_path, archs), "--num_archs", 1, "--lr_max", 1e30, "--grad_clip", 1e30]
+    assert "no candidate has a finite loss" in refused(capsys, eval_archs.main, eval_archs.parse_args, flags)
+    (result,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert result["training"]["loss"] is None and not (tmp_path / "best.json").exists()
 
 
 @pytest.mark.parametrize(

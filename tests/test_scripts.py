@@ -263,6 +263,23 @@ def test_limits_are_kept_exactly(robust, tmp_path):
     assert ranks == sorted(ranks, reverse=True)
 
 
+def test_classes_without_a_cell_within_the_limits_are_left_out(robust, tmp_path):
+    boundaries = weights(robust / "generator.pt", "objectives")[1]["boundaries"]
+    flags = ["--num_archs", 2, "--max_draws", 50, "--max_params", int(boundaries[0]) - 1, "--output_dir", tmp_path]
+    output = run("generate_archs_multiobj.py", "--checkpoint", robust / "generator.pt", *flags)
+    assert output.count("is left out: not within the limits") == 2 * 3  # of 3 x 3
+    labels = {tuple(entry["labels"]) for entry in json.loads((tmp_path / "genotypes.json").read_text())}
+    assert labels and all(label == 0 for _, label in labels)
+
+
+def test_lines_are_printed_at_once_into_files_too():
+    script = """if True:
+        import argparse, sys, utils
+        utils.prepare(argparse.Namespace(device="cpu", output_dir=None, tf32=False, seed=0))
+        print(sys.stdout.line_buffering)"""
+    assert run("-c", script).strip() == "True"
+
+
 def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, tmp_path):
     common = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate"]
     by_supernet = ["--supernet", supernet / "supernet.pt", "--data", images]
@@ -450,8 +467,8 @@ LAYERS = [
         "models.discriminator",
         "models.predictor",
     },
-    {"build_nas_dataset.records", "metrics"},
-    {"build_nas_dataset.scoring", "training", "models.export"},
+    {"build_nas_dataset.records", "metrics", "models.export"},
+    {"build_nas_dataset.scoring", "training"},
     {"gan", "generate_archs", "train_cifar", "train_imagenet", "visualize", "build_nas_dataset.build_nas_dataset"},
     {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
     {"benchmarks.common", "benchmarks.plain_gan", "benchmarks.plain_images"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory) -> tuple[Path, str]:
     """A finished run, and what it printed."""
-    folder = tmp_path_factory.mktemp("run") / "trained"
+    folder = tmp_path_factory.mktemp("run") / "trained here"
     flags = [*TINY, "--data", images, "--epochs", 2, "--holdout", 8, "--arch", "NAG_ENSEMBLE_B"]
     return folder, start("train_cifar.py", *flags, "--output_dir", folder)
 
@@ -49,6 +50,8 @@ def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
     assert [line["step"] for line in metrics] == [1, 2]
     assert metrics[-1]["held_out_accuracy"] == result["held_out_accuracy"]
     assert str(folder / "result.json") in output
+    following = shlex.split(output[output.index("next: ") :])  # a path with a space
+    assert following[1:] == ["python", "train_cifar.py", "--evaluate", str(folder / "checkpoint.pt")]
 
 
 def test_test_images_are_used_once_after_the_last_epoch(run):
@@ -320,10 +323,16 @@ def test_an_evaluation_is_not_written_over(capsys, run, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [{"dark": 60, "bright": 180}, {"dark": 60, "light": 180, "medium": 120}])
-def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path, classes):
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_images_of_other_classes_are_refused(capsys, run, tmp_path, classes, flag):
     other = make_images(tmp_path / "other", classes)
-    flags = ["--data", other, "--evaluate", run[0] / "checkpoint.pt", "--output_dir", tmp_path / "out"]
-    line = train_refused(capsys, *flags)
+    for path in other.glob("train/*/[2-9].png"):  # too few to hold 8 out, but that is not what is wrong
+        path.unlink()
+    for path in other.glob("train/*/??.png"):
+        path.unlink()
+    shutil.copy(run[0] / "checkpoint.pt", tmp_path)
+    flags = ["--data", other, flag, tmp_path / "checkpoint.pt"]
+    line = refused(capsys, train_cifar.main, train_cifar.parse_args, flags)
     assert "--data" in line
     assert "class" in line
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "other"]
