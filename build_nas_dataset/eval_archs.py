@@ -278,11 +278,11 @@ def main(args: argparse.Namespace) -> None:
     with user_input("--archs"):
         candidates = {key_of(found[0]): found for found in read_candidates(args.archs, args.num_archs)}
     folder = Path(distributed.same_everywhere(str(output_folder(args))))
-    results = resumed_results(folder, candidates, args) if args.resume else {}
-    own_file = part_file(folder, distributed.rank())
-    own = read_parts(folder, own_file.name) if args.resume else {}
     with user_input("--resume"):
         state = load_checkpoint(args.resume, "candidates") if args.resume else {}
+    results = resumed_results(folder, state, candidates, args) if args.resume else {}
+    own_file = part_file(folder, distributed.rank())
+    own = read_parts(folder, own_file.name) if args.resume else {}
     images, held_out, _ = load_data(args, device, state.get("classes"))
     if args.resume:
         with user_input("--data"):
@@ -351,12 +351,14 @@ def main(args: argparse.Namespace) -> None:
     distributed.finish()
 
 
-def resumed_results(folder: Path, candidates: dict, args: argparse.Namespace) -> dict[str, dict]:
-    """What the run to resume has found so far; its candidates are the same where they are compared round by round."""
+def resumed_results(folder: Path, state: dict, candidates: dict, args: argparse.Namespace) -> dict[str, dict]:
+    """What the run to resume has found so far; its candidates are the same where they are compared round by round.
+
+    state: its checkpoint.
+    """
     with user_input("--resume"):
-        started_with = load_checkpoint(args.resume, "candidates").get("candidates")
         results = read_parts(folder)
-    if args.halving and (started_with != len(candidates) or not results.keys() <= candidates.keys()):
+    if args.halving and (state.get("candidates") != len(candidates) or not results.keys() <= candidates.keys()):
         fail("--archs, --num_archs: a run with --halving is resumed with the candidates that it was started with")
     return results
 
