@@ -21,7 +21,7 @@ import torch
 from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory
 from build_nas_dataset.build_nas_dataset import parse_args as script_args
-from build_nas_dataset.build_nas_dataset import train_epoch
+from build_nas_dataset.build_nas_dataset import settle_training_amp, train_epoch
 from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import score
 from genotypes import Genotype
@@ -119,11 +119,14 @@ def linearity(report: Report) -> None:
 
 
 def whole_run(report: Report, step: str, score_one: str) -> None:
-    """Extrapolated from one step and one scoring, in the precision that --amp auto means on this device."""
+    """Extrapolated from one step and one scoring, in the precisions that `auto` means on this device."""
     n = 1 if report.args.quick else GENOTYPES
     steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
-    precision = "bf16" if settle_amp("auto", report.device) == "bf16" else "float32"
-    step, score_one = (report.seconds[f"{work}|{precision}"] / n for work in (step, score_one))
+    settled = settle_training_amp("auto", report.device), settle_amp("auto", report.device)
+    step, score_one = (
+        report.seconds[f"{work}|{'float32' if amp == 'off' else amp}"] / n
+        for work, amp in zip((step, score_one), settled, strict=True)
+    )
     total = steps * step + scored * score_one
     report.figure(
         f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps, {scored} scorings",

@@ -60,6 +60,14 @@ RESUMED = ("supernet", "optimizer", "epoch", "scores", "seconds")  # what a chec
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
 
+def settle_training_amp(amp: str, device: torch.device) -> str:
+    """What --amp means for the training. auto: as in utils.settle_amp, but float32 on CUDA.
+
+    There a step waits for the launches of its small kernels, and casts are a quarter more of them (RESULTS.md).
+    """
+    return "off" if amp == "auto" and device.type == "cuda" else settle_amp(amp, device)
+
+
 def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
     """One epoch over the training images, one genotype a step. Returns mean loss and training accuracy."""
     set_seed(derive_seed(args.seed, epoch))
@@ -201,7 +209,8 @@ def write_dataset(
 
 def main(args: argparse.Namespace) -> None:
     device = prepare(args)
-    args.amp, args.score_amp = (settle_amp(amp, device) for amp in (args.amp, args.score_amp))  # a resumed run keeps it
+    args.amp = settle_training_amp(args.amp, device)  # which a resumed run keeps
+    args.score_amp = settle_amp(args.score_amp, device)
     with user_input("--resume"):
         state = load_checkpoint(args.resume, "supernet") if args.resume else {}
     train, held_out, pool = load_images_and_pool(args, device, state.get("classes"))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import generate_archs
+from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.records import Record, read_records, write_records
 from build_nas_dataset.sample import random_pool
 from genotypes import Genotype
@@ -22,7 +23,7 @@ from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
 from models.supernet import Supernet
-from utils import save_checkpoint
+from utils import save_checkpoint, settle_amp
 
 ROOT = Path(__file__).parent.parent
 SMALL_GAN = [
@@ -328,6 +329,12 @@ def test_a_supernet_is_not_resumed_with_other_images(supernet, images, tmp_path)
     next(path for path in sorted(other.glob("train/*/*"))).unlink()
     line = run("-m", "build_nas_dataset", "--resume", tmp_path, "--data", other, ok=False)
     assert f"--data: the images are not those of {tmp_path}" in line
+
+
+def test_a_supernet_is_trained_in_float32_on_cuda_unless_asked_otherwise():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [settle_training_amp(amp, cuda) for amp in ("auto", "off", "bf16")] == ["off", "off", "bf16"]
+    assert settle_training_amp("auto", cpu) == settle_amp("auto", cpu)
 
 
 def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
