@@ -304,7 +304,7 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     with user_input("--output_dir"):
         write_json(path, joint if len(states) > 1 else results[0])
     for result in results:
-        print(f"{describe(result)} ({len(test)} images, {result['epochs']} epochs of training): {result['checkpoint']}")
+        print(f"{describe(result)} ({len(test)} images, after epoch {result['epochs']}): {result['checkpoint']}")
     if len(states) > 1:
         print(f"{args.voting} voting of {len(states)}: {describe(joint)}")
     print(f"wrote {path}")
@@ -443,7 +443,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     write_json(folder / "result.json", result)
     log.close()
     print(
-        f"{describe(result)} ({len(test)} images, {args.epochs} epochs, {seconds:.0f} s of training)\n"
+        f"{describe(result)} ({len(test)} images, after epoch {args.epochs}, {seconds:.0f} s of training)\n"
         f"wrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
         f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
     )

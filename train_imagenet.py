@@ -242,7 +242,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": skipped}
     with user_input("--output_dir"):
         write_json(path, result)
-    print(f"{describe(measured)}, {state['epoch']} epochs of training\nwrote {path}")
+    print(f"{describe(measured)}, after epoch {state['epoch']}\nwrote {path}")
     if args.export:
         known = {"kind": "imagenet", "arch": state["args"]["arch"], "image_size": args.image_size}
         known |= {name: state[name] for name in ("genotype", "network_config", "classes")}
