@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from images import ImageSet
+
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
 TINY = ["--dataset", "folder", "--layers", 1, "--channels", 4, "--batch_size", 8, "--device", "cpu", "--amp", "off"]
@@ -56,3 +58,15 @@ def refused(capsys, main, parse_args, argv: list) -> str:
     assert error.value.code == 2
     assert "Traceback" not in stderr
     return stderr.splitlines()[-1]
+
+
+def white_images(n: int) -> ImageSet:
+    """n images of 32 px, each of a class of its own; normalised, white is 1 and black -1."""
+    pixels = torch.full((n, 3, 32, 32), 255, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(n), list(map(str, range(n))), (0.5,) * 3, (0.5,) * 3)
+
+
+def augmented_by(x: torch.Tensor) -> tuple[int, int]:
+    """Of many augmented white images: by how many pixels they are shifted at most, and the side of a whole cutout."""
+    outside = (x[:, 0] < 0.5).all(2).sum(1).max()  # rows that no white pixel is left in: a cutout is narrower
+    return outside.item(), (x[:, 0] == 0).any(2).sum(1).max().item()

@@ -1,6 +1,8 @@
 """train_cifar.py, started as a user would, on a tiny folder of images."""
 
+import argparse
 import json
+import math
 import re
 import shlex
 import shutil
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import ROOT, TINY, TWO_PROCESSES, make_images, refused, start, threads
+from small_training import ROOT, TINY, TWO_PROCESSES, augmented_by, make_images, refused, start, threads, white_images
 
 import train_cifar
 from genotypes import GENOTYPES
+from images import ImageSet
 from models.export import load_network
-from models.network import genotype_cost
-from training import network_from_checkpoint
+from models.network import CifarNetwork, genotype_cost
+from training import Step, build_network, network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -101,6 +104,56 @@ def test_the_checkpoint_tells_what_is_needed_to_rebuild_the_network(run):
     assert state["classes"] == ["dark", "light"]
     assert len(state["mean"]) == len(state["std"]) == 3
     assert set(state["genotype"]) == {"normal", "reduction"}
+
+
+# ----------------------------------------------------------------------------------------- what reaches a training
+
+
+class WatchedStep(Step):
+    """Computes nothing, but keeps what it is given, and the learning rate."""
+
+    def __call__(self, x, labels, progress):
+        self.seen = [*getattr(self, "seen", ()), (x, labels, progress.item(), self.optimizer.param_groups[0]["lr"])]
+        return torch.zeros(2)
+
+
+def published(*flags) -> tuple[argparse.Namespace, CifarNetwork]:
+    """The published recipe, but for the size of the network."""
+    args = train_cifar.parse_args([*map(str, flags), "--layers", "1", "--channels", "4", "--device", "cpu"])
+    return args, build_network(CifarNetwork, GENOTYPES["NAG_ENSEMBLE_B"], 2, args, torch.device("cpu"))
+
+
+def test_the_published_recipe_reaches_network_and_optimizer():
+    args, network = published()
+    (group,) = train_cifar.build_optimizer(network, args).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.025, 0.9, 3e-4)
+    assert len(group["params"]) == len(list(network.parameters()))
+    assert network.dropout.p == pytest.approx(0.4)
+    assert network.drop_path_keep_prob == 0.8 and network.auxiliary is not None
+    assert (args.grad_clip, args.auxiliary_weight, args.schedule_epochs) == (5, 0.4, 600)
+
+
+def test_epochs_go_on_with_the_schedules_and_see_other_orders_of_augmented_images():
+    args, network = published("--epochs", 4)
+    step = WatchedStep(network, train_cifar.build_optimizer(network, args), args, torch.device("cpu"))
+    for epoch in (0, 1):
+        train_cifar.train_epoch(step, white_images(200), args, epoch, torch.device("cpu"))
+    x, labels, progress, rates = zip(*step.seen, strict=True)  # of 2 epochs of 2 steps
+    assert augmented_by(torch.cat(x)) == (4, 16)
+    assert [len(part) for part in labels] == [96] * 4
+    first, second = torch.cat(labels[:2]), torch.cat(labels[2:])
+    assert first.unique().numel() == second.unique().numel() == 2 * 96
+    assert not first.equal(second) and not x[0].equal(x[2])
+    assert progress == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
+    assert rates == pytest.approx([0.025 * math.cos(math.pi * i / 16) ** 2 for i in range(4)])
+
+
+def test_held_out_images_are_not_trained_on(images):
+    args = train_cifar.parse_args([*map(str, TINY), "--data", str(images), "--holdout", "8"])
+    training, held_out, test = train_cifar.load_data(args, torch.device("cpu"))
+    assert (len(training), len(held_out), len(test)) == (48 - 8, 8, 20)
+    seen, kept = ({image.numpy().tobytes() for image in part.images} for part in (training, held_out))
+    assert len(seen) == 40 and not seen & kept
 
 
 # ----------------------------------------------------------------------------------------------- several processes
@@ -202,6 +255,23 @@ def test_an_ensemble_has_the_error_of_its_votes_and_the_sum_of_params(run, two, 
     assert result["test_accuracy"] == pytest.approx(right)
     assert result["voting"] == voting
     assert result["params"] == sum(member["params"] for member in result["members"])
+
+
+class IsBright(torch.nn.Module):
+    """Class 1 where the mean pixel, normalised, is above 1."""
+
+    def forward(self, x):
+        logit = x.mean((1, 2, 3)) - 1
+        return torch.stack([-logit, logit], 1), None
+
+
+def test_each_member_of_an_ensemble_sees_images_normalised_as_in_its_training():
+    """Members that find a pixel bright above 0.3, 0.5 and 0.7 of images of 0.2, 0.4 and 0.6."""
+    pixels = torch.tensor([51, 102, 153], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 32, 32)
+    test = ImageSet(pixels, torch.ones(3, dtype=torch.long), ["dark", "bright"], (0.0,) * 3, (0.9,) * 3)
+    states = [{"mean": [mean] * 3, "std": [std] * 3} for mean, std in ((0.1, 0.2), (0.2, 0.3), (0.5, 0.2))]
+    args = argparse.Namespace(eval_batch_size=2, amp="off", voting="hard")
+    assert train_cifar.count_correct([IsBright()] * 3, states, test, args) == [2, 1, 0, 1]
 
 
 def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path, capsys):
