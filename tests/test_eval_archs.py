@@ -3,9 +3,11 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start
 
 import train_cifar
@@ -13,6 +15,8 @@ from build_nas_dataset import eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
 from utils import load_checkpoint
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,29 @@ def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, arc
     following = shlex.split(output[output.index("next: ") :])
     assert following[2:5] == ["train_cifar.py", "--arch", str(folder / "best.json")]
     assert train_cifar.parse_args(following[3:]).data == str(images)
+
+
+def test_candidates_are_ranked_by_their_accuracy_on_held_out_images(images, archs, tmp_path, monkeypatch):
+    """One image, seven times, of either class in turn: right 3 or 4 times of 7, as no share of 48 training images is.
+
+    Which, is recomputed from the network that was trained.
+    """
+    flags = [*candidate_flags(images, tmp_path, archs), "--num_archs", 2]
+    training, _, test = train_cifar.load_data(train_cifar.parse_args(list(map(str, [*TINY, "--data", images]))), CPU)
+    held_out = replace(test, images=test.images[:1].expand(7, -1, -1, -1), labels=torch.arange(7) % 2)
+    networks, build = [], eval_archs.build_network
+    monkeypatch.setattr(eval_archs, "load_data", lambda *args: (training, held_out, test))
+    monkeypatch.setattr(eval_archs, "build_network", lambda *args: networks.append(build(*args)) or networks[-1])
+    results = eval_archs_results(*flags)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (training.mean, training.std))
+    assert len(networks) == len(results) == 2
+    for name, network in zip(NAMES, networks, strict=False):
+        with torch.no_grad():
+            predicted = network.eval()((test.images[:1] / 255 - mean) / std)[0].argmax().item()
+        assert results[name]["held_out_accuracy"] == (3 if predicted else 4) / 7
+        assert results[name]["training"]["rounds"][0]["held_out_accuracy"] == results[name]["held_out_accuracy"]
+    ranks = [r["held_out_accuracy"] for r in json.loads((tmp_path / "results.json").read_text())]
+    assert ranks == sorted(ranks, reverse=True)
 
 
 def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tmp_path):

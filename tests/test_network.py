@@ -11,6 +11,7 @@ from build_nas_dataset.sample import random_pool
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models.graph import CellBatch
 from models.network import (
+    Cell,
     CifarNetwork,
     ImageNetNetwork,
     batch_cost,
@@ -19,7 +20,7 @@ from models.network import (
     drop_path_keep,
     genotype_cost,
 )
-from models.ops import FactorizedReduce
+from models.ops import FactorizedReduce, drop_path
 from models.supernet import Supernet
 
 DATA = Path(__file__).parent / "data"
@@ -144,6 +145,77 @@ def test_drop_path_grows_with_depth_and_progress():
     assert drop_path_keep(1.0, 3, 20, 0.5) is None
     assert drop_path_keep(0.8, 19, 20, 1.0) == pytest.approx(0.8)
     assert drop_path_keep(0.8, 9, 20, 0.5) == pytest.approx(0.95)
+
+
+def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.rand(2000, 3, 2, 2) + 1
+    ratio = drop_path(x, 0.25) / x
+    assert ratio.unique().tolist() == [0, 4]
+    assert ratio.flatten(1).std(1).max() == 0
+    assert ratio.mean() == pytest.approx(1, abs=0.2)  # five standard errors
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize(("op", "exempt"), [("identity", True), ("maxpool3x3", False), ("seqconv3x3", False)])
+def test_drop_path_leaves_identities_alone(op, exempt, reduction):
+    """Of stride 1 and 2: vertex 2 reads inputs, vertex 3 reads vertex 2."""
+    rows = [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5]
+    torch.manual_seed(0)
+    cell = Cell(CellSpec(rows, ["input0", "input1", op, op, "output"]), 4, 4, 4, reduction, False)
+    inputs = torch.randn(2, 16, 4, 8, 8)
+    assert cell(*inputs, 0.5).equal(cell(*inputs, None)) == exempt
+
+
+def small_network(keep_prob=1.0, drop_path_keep_prob=1.0):
+    return CifarNetwork(GENOTYPES["NAG_ENSEMBLE_B"], 10, 1, 16, keep_prob, drop_path_keep_prob)
+
+
+def small_supernet(keep_prob=1.0, drop_path_keep_prob=1.0):
+    return Supernet(10, 1, 16, 5, keep_prob, drop_path_keep_prob)
+
+
+@pytest.mark.parametrize("build", [small_network, small_supernet])
+def test_the_classifier_drops_what_it_is_told_to(build):
+    """100 samples of ones in the place of the pooled features."""
+    model, seen = build(keep_prob=0.75), []
+    model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.dropout.register_forward_pre_hook(lambda module, args: (torch.ones(100, model.classifier.in_features),))
+    genotype = [GENOTYPES["NAG_ENSEMBLE_B"].prune()] if build is small_supernet else []
+    model(torch.randn(2, 3, 32, 32), *genotype)
+    assert seen[0].unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert seen[0].bool().float().mean() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("build", [small_network, small_supernet])
+def test_drop_path_starts_from_nothing_and_ends_at_its_keep_probability(build, monkeypatch):
+    """5 cells, the last of which keeps 0.5 at the end of the training; in eval mode, all keep all."""
+    model, kept = build(drop_path_keep_prob=0.5), []
+    genotype = [GENOTYPES["NAG_ENSEMBLE_B"].prune()] if build is small_supernet else []
+    for cell in model.cells:
+        cell.register_forward_pre_hook(lambda module, args: kept.append(args[-1]))
+    x = torch.randn(2, 3, 32, 32)
+    for progress in (0.0, 0.5, 1.0):
+        model(x, *genotype, progress=progress)
+        assert kept == pytest.approx([1 - 0.5 * (layer + 1) / 5 * progress for layer in range(5)])
+        kept.clear()
+    model.eval()(x, *genotype)
+    assert kept == [None] * 5
+
+
+@pytest.mark.parametrize("build", [small_network, small_supernet])
+def test_weights_are_kaiming_normal_at_the_start(build):
+    """Deviation sqrt(2 / fan-in), of inputs a kernel reads; weights beyond 3 deviations tell it from uniform."""
+    torch.manual_seed(0)
+    beyond = total = 0
+    for name, weight in build().named_parameters():
+        if weight.ndim >= 2:
+            scaled = weight.detach() * math.sqrt(weight[0].numel() / 2)
+            assert scaled.std() == pytest.approx(1, abs=5 / math.sqrt(2 * weight.numel())), name
+            beyond, total = beyond + (scaled.abs() > 3).sum().item(), total + weight.numel()
+        elif name in ("classifier.bias", "auxiliary.9.bias"):
+            assert not weight.any()
+    assert beyond / total == pytest.approx(0.0027, abs=0.0005)
 
 
 def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():

@@ -1,0 +1,88 @@
+"""scoring.py: which images genotypes are scored on, and the classes of what a supernet finds."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from build_nas_dataset import scoring
+from build_nas_dataset.records import Record
+from build_nas_dataset.sample import random_pool
+from build_nas_dataset.scoring import SupernetScorer, label_checksum, scoring_batches
+from images import ImageSet, split
+from models.supernet import Supernet
+
+SETTINGS = argparse.Namespace(
+    dataset="folder", image_size=8, skip_bad=False, seed=5, holdout=26, scorings=2,
+    score_images=4, score_batch_size=2, score_amp="off",
+)  # fmt: skip
+
+
+def numbered_images(n: int) -> ImageSet:
+    """Images of two classes; all pixels of image k are k."""
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8)
+    return ImageSet(pixels, torch.arange(n) % 2, ["even", "odd"], (0.5,) * 3, (0.25,) * 3)
+
+
+def numbers(batches: list) -> list[int]:
+    """Which of the images are in normalised batches."""
+    return [round(255 * (0.5 + 0.25 * image.mean().item())) for x, _ in batches for image in x]
+
+
+def test_scorings_take_other_images_until_all_are_used_up():
+    """26 held-out images, 13 of each class, are 6 scorings of 2 + 2."""
+    held_out = numbered_images(26)
+    taken = [numbers(scoring_batches(held_out, SETTINGS, k)) for k in range(6)]
+    assert all(len(images) == 4 and sum(k % 2 for k in images) == 2 for images in taken)
+    assert len({k for images in taken for k in images}) == 24
+    assert numbers(scoring_batches(held_out, SETTINGS, 6)) == taken[0]
+    for x, labels in scoring_batches(held_out, SETTINGS):
+        assert len(x) == 2 and labels.tolist() == [k % 2 for k in numbers([(x, labels)])]
+        assert x.std((1, 2, 3)).max() == 0
+
+
+@pytest.fixture
+def make_scorer(monkeypatch):
+    """A function from a number of scorings to the scorer of a supernet; of 60 images, 26 are held out."""
+    images = numbered_images(60)
+    monkeypatch.setattr(scoring, "load_images", lambda *args: (images, images))
+
+    def make(scorings: int) -> SupernetScorer:
+        checksum = label_checksum(split(images, SETTINGS.holdout, SETTINGS.seed)[1])
+        settings = argparse.Namespace(**{**vars(SETTINGS), "scorings": scorings, "held_out_checksum": checksum})
+        return SupernetScorer(Supernet(2, 1, 4, auxiliary=False).eval(), settings, "images", None)
+
+    return make
+
+
+def test_generated_cells_are_scored_on_held_out_images_that_did_not_make_the_labels(make_scorer, capsys):
+    _, held_out = split(numbered_images(60), SETTINGS.holdout, SETTINGS.seed)
+    taken = [numbers(scoring_batches(held_out, SETTINGS, i)) for i in range(6)]
+    assert {k for images in taken for k in images} < set(held_out.images[:, 0, 0, 0].tolist())
+    assert numbers(make_scorer(2).batches) == taken[2] + taken[3]
+    assert numbers(make_scorer(5).batches) == taken[5]
+    assert "took all" not in capsys.readouterr().out
+    assert numbers(make_scorer(6).batches) == taken[5]  # none are left
+    assert "the NAS dataset took all held-out images" in capsys.readouterr().out
+
+
+def test_classes_are_cut_at_the_quantiles_of_real_cells_and_the_ceiling_is_their_agreement(make_scorer):
+    """9 cells, whose accuracies by the NAS dataset are in order; on new images two cells have changed places.
+
+    A boundary that is a cell's own accuracy belongs to the class above.
+    """
+    scorer, pool = make_scorer(2), random_pool(9, seed=0)
+    records = [Record(i, genotype, 0.1 * i, 1, 1) for i, genotype in enumerate(pool)]
+    now = [0.0, 0.125, 0.25, 0.375, 0.75, 0.625, 0.5, 0.875, 1.0]  # cells 4 and 6 have changed places
+    scorer.scored = {genotype: torch.tensor(value) for genotype, value in zip(pool, now, strict=True)}
+    assert scorer(pool[::-1]).tolist() == now[::-1]
+    scorer.cut_classes(records, [0.15, 0.5], seed=0)
+    assert scorer.boundaries == pytest.approx([1 / 3, 2 / 3])
+    assert scorer.percentile80 == pytest.approx(np.sort(now)[6] * 0.6 + np.sort(now)[7] * 0.4)
+    # by the NAS dataset        0, 0, 1, 1, 1, 2, 2, 2, 2
+    # by the new images         0, 0, 0, 1, 2, 1, 1, 2, 2
+    assert scorer.ceiling == pytest.approx(5 / 9)
+    scorer.cut_classes(records, [0.5], seed=0)
+    assert scorer.boundaries == [0.5]
+    assert scorer.classes(np.array([0.4999, 0.5, 0.5001])).tolist() == [0, 1, 1]
