@@ -7,6 +7,7 @@ The stack, with N = `layers`:
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from typing import NamedTuple
@@ -154,8 +155,27 @@ def is_reduction(layer: int, layers: int) -> bool:
     return layer in (layers, 2 * layers + 1)
 
 
-class Network(nn.Module):
-    """The stack of cells over a stem, which subclasses build: `stem(images) -> (s0, s1)`."""
+class Stack(nn.Module):
+    """Cells, an auxiliary head and a classifier, which subclasses build."""
+
+    def run(
+        self, cells: Sequence[Callable[..., Tensor]], s0: Tensor, s1: Tensor, progress: float | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """From what the stem gives to logits (B, classes) and, in train mode, the auxiliary head's.
+
+        cells: called with the outputs of the two before and the drop-path keep probability.
+        """
+        auxiliary = None
+        for layer, cell in enumerate(cells):
+            keep = drop_path_keep(self.drop_path_keep_prob, layer, len(cells), progress) if self.training else None
+            s0, s1 = s1, cell(s0, s1, keep)
+            if layer == self.auxiliary_layer and self.training and self.auxiliary is not None:
+                auxiliary = self.auxiliary(s1)
+        return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary
+
+
+class Network(Stack):
+    """The stack of one genotype's cells over a stem, which subclasses build: `stem(images) -> (s0, s1)`."""
 
     def __init__(
         self,
@@ -196,14 +216,7 @@ class Network(nn.Module):
 
         progress: (step + 1) / steps of the run, in (0, 1]: strength of drop path. A tensor avoids recompilation.
         """
-        s0, s1 = self.stem(images)
-        auxiliary = None
-        for layer, cell in enumerate(self.cells):
-            keep = drop_path_keep(self.drop_path_keep_prob, layer, len(self.cells), progress) if self.training else None
-            s0, s1 = s1, cell(s0, s1, keep)
-            if layer == self.auxiliary_layer and self.training and self.auxiliary is not None:
-                auxiliary = self.auxiliary(s1)
-        return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary
+        return self.run(self.cells, *self.stem(images), progress)
 
 
 class CifarNetwork(Network):

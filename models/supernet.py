@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.cpu import BatchNorm2d, fast_here
-from models.network import AuxiliaryHead, CellBase, calibrate, drop_path_keep, init_weights, is_reduction
+from models.network import AuxiliaryHead, CellBase, Stack, calibrate, init_weights, is_reduction
 from models.ops import FactorizedReduce, make_op
 
 # Batch statistics in every batch norm, in training and in scoring: cells share weights, so running statistics would
@@ -55,7 +55,7 @@ class SupernetCell(CellBase):
         return self.final_norm(x)
 
 
-class Supernet(nn.Module):
+class Supernet(Stack):
     """Stem, 3N + 2 shared cells, auxiliary head, classifier. Same macro layout as CifarNetwork."""
 
     def __init__(
@@ -105,12 +105,6 @@ class Supernet(nn.Module):
 
         genotype: pruned, at most `max_vertices` vertices a cell. progress: as in Network.forward.
         """
-        s0 = s1 = self.stem(images)
-        auxiliary = None
-        for layer, cell in enumerate(self.cells):
-            spec = genotype.reduction if cell.reduction else genotype.normal
-            keep = drop_path_keep(self.drop_path_keep_prob, layer, len(self.cells), progress) if self.training else None
-            s0, s1 = s1, cell(spec, s0, s1, keep)
-            if layer == self.auxiliary_layer and self.training and self.auxiliary is not None:
-                auxiliary = self.auxiliary(s1)
-        return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary
+        s = self.stem(images)
+        cells = [partial(cell, genotype.reduction if cell.reduction else genotype.normal) for cell in self.cells]
+        return self.run(cells, s, s, progress)
