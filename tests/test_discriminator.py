@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
+from models.cpu import Dropout
 from models.discriminator import CellEncoder, Discriminator
 from models.graph import CellBatch
 
@@ -113,6 +114,26 @@ def test_a_score_depends_on_every_cell_and_label():
         others = labels.clone()
         others[:, objective] = 1
         assert not torch.isclose(discriminator((normal, reduction), others), scores).any()
+
+
+def test_dropout_is_before_every_graph_convolution_and_every_linear_layer_but_the_last():
+    torch.manual_seed(0)
+    discriminator = Discriminator(12, 6, gcn_dropout=0.3, mlp_dropout=0.6).double().train()
+    seen = []
+
+    def record(module, inputs, output):
+        dropped = (output == 0) & (inputs[0] != 0)
+        torch.testing.assert_close(output, (inputs[0] / (1 - module.p)).where(~dropped, 0))
+        seen.append((module.p, inputs[0].shape[-1]))
+        assert dropped.any()
+
+    for module in discriminator.modules():
+        if isinstance(module, Dropout):
+            module.register_forward_hook(record)
+    labels = torch.zeros(5, 1, dtype=torch.long)
+    scores = [discriminator(published_cells(), labels) for _ in range(2)]
+    assert seen == 2 * ([(0.3, 12)] * 3 * 2 + [(0.6, 22), (0.6, 11), (0.6, 5)])  # 22: two graph states and a label
+    assert not torch.isclose(*scores).any()
 
 
 def test_gradient_reaches_every_parameter():

@@ -1,13 +1,14 @@
 """Cells and genotypes: validation, pruning, canonical form, files."""
 
 import json
+from itertools import combinations
 
 import networkx as nx
 import numpy as np
 import pytest
 
 from build_nas_dataset.sample import random_cell, random_pool
-from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, load_genotype, read_genotypes
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace, load_genotype, read_genotypes
 
 OPS = ["input0", "input1", "identity", "output"]
 
@@ -75,6 +76,14 @@ def test_canonical_form_of_look_alikes():
             m[src][dst] = 1
     ops = ["input0", "input1", *["identity"] * 5, "output"]
     assert CellSpec(two_pairs, ops).canonical() == CellSpec(crossed, ops).canonical()
+    forms = set()
+    for first in combinations(range(2, 6), 2):  # four vertices, two of which feed vertex 6, the others vertex 7
+        matrix = [[0] * 9 for _ in range(9)]
+        for v in range(2, 6):
+            matrix[0][v] = matrix[v][6 if v in first else 7] = 1
+        matrix[6][8] = matrix[7][8] = 1
+        forms.add(CellSpec(matrix, ["input0", "input1", *["identity"] * 6, "output"]).canonical())
+    assert len(forms) == 1
 
 
 def test_pruning_keeps_the_vertices_on_a_path_and_all_inputs():
@@ -95,6 +104,18 @@ def test_pruning_keeps_the_vertices_on_a_path_and_all_inputs():
 def test_an_unused_input_survives_pruning():
     cell = CellSpec([[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0] * 4], OPS)
     assert cell.prune().ops == tuple(OPS)
+
+
+@pytest.mark.parametrize("limit", [None, 4, 3, 2])
+def test_a_cell_has_at_most_max_edges_after_pruning(limit):
+    space = SearchSpace("limited", ("cell",), ("input",), ("conv",), max_vertices=5, max_edges=limit)
+    matrix = [[0] * 5 for _ in range(5)]
+    for src, dst in [(0, 1), (1, 4), (0, 4), (0, 2), (2, 3)]:  # the last two lead nowhere
+        matrix[src][dst] = 1
+    cell = CellSpec(matrix, ["input", "conv", "conv", "conv", "output"], space)
+    assert cell.is_valid == (limit != 2)
+    assert (cell.prune() is None) == (cell.canonical() is None) == (limit == 2)
+    assert limit == 2 or cell.prune() == CellSpec([[0, 1, 1], [0, 0, 1], [0] * 3], ["input", "conv", "output"], space)
 
 
 @pytest.mark.parametrize(

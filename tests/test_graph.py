@@ -1,5 +1,6 @@
 """CellBatch: padded tensors and back."""
 
+import dataclasses
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
 from models.graph import CellBatch
 
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)
+LIMITED_SPACE = dataclasses.replace(TOY_SPACE, name="limited", max_edges=6)
 
 
 def random_cell(rng, space):
@@ -29,13 +31,17 @@ def test_decoding_inverts_encoding(space):
     assert soft.decode(space) == cells
 
 
-@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE, LIMITED_SPACE], ids=lambda space: space.name)
 def test_pruning_a_batch_is_pruning_its_cells(space):
     rng = random.Random(1)
     cells = [random_cell(rng, space) for _ in range(400)]
     pruned, valid = CellBatch.encode(cells).prune(space)
     assert valid.tolist() == [cell.is_valid for cell in cells] and 0 < valid.sum() < 400
     assert any(cell.prune() not in (None, cell) for cell in cells)
+    if space is LIMITED_SPACE:  # from the limit to the one above it, and before pruning more than that
+        edges = pruned.adj.sum((1, 2))
+        assert valid[edges == 6].any() and not valid[edges > 6].any() and (edges == 7).any()
+        assert valid[torch.tensor([cell.num_edges > 6 for cell in cells])].any()
     expected = CellBatch.encode([cell.prune() for cell in cells if cell.is_valid], space.max_vertices)
     kept = pruned[valid]
     assert kept.adj.sum() == expected.adj.sum() and not torch.equal(kept.adj, expected.adj)  # kept their places

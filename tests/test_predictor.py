@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from build_nas_dataset.sample import random_pool
+from genotypes import NAG_SPACE
 from models.graph import CellBatch
 from models.predictor import Predictor
 from utils import save_checkpoint
@@ -12,14 +14,34 @@ from utils import save_checkpoint
 POOL = random_pool(40, seed=3)
 
 
-def encode(genotypes, size=10):
-    return tuple(CellBatch.encode([g[name] for g in genotypes], size) for name in ("normal", "reduction"))
+def encode(genotypes, size=10, dtype=None):
+    return tuple(CellBatch.encode([g[name] for g in genotypes], size, dtype) for name in ("normal", "reduction"))
 
 
 @pytest.fixture
 def predictor():
     torch.manual_seed(0)
     return Predictor(2, vertex_size=16).requires_grad_(False)
+
+
+def test_quantiles_are_those_of_a_loop_over_vertices_and_edges(predictor):
+    """Of each vertex with its own state, the sum over the vertices before it, and that over the ones after it."""
+    predictor.double()
+    for genotype, quantiles in zip(POOL[:8], predictor(encode(POOL[:8], dtype=torch.float64)), strict=True):
+        features = []
+        for cell, encoder in zip(genotype.cells, predictor.encoders.values(), strict=True):
+            states = [encoder.tokens.weight[:, NAG_SPACE.token_id[op]] for op in cell.ops]
+            for layer in encoder.layers:
+                before, after = ([torch.zeros_like(state) for state in states] for _ in range(2))
+                for src, row in enumerate(cell.matrix):
+                    for dst, edge in enumerate(row):
+                        if edge:
+                            before[dst] = before[dst] + states[src]
+                            after[src] = after[src] + states[dst]
+                messages = map(torch.cat, zip(states, before, after, strict=True))
+                states = [s + F.leaky_relu(layer(m), 0.2) for s, m in zip(states, messages, strict=True)]
+            features += [sum(states) / 10, states[-1]]
+        torch.testing.assert_close(quantiles, predictor.head(torch.cat(features)), rtol=0, atol=1e-12)
 
 
 def test_isomorphic_genotypes_get_the_same_quantiles(predictor):
