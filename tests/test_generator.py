@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from genotypes import NAG_SPACE, SearchSpace
+from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.discriminator import Discriminator
-from models.generator import Generator, MessagePassing, neighbours
+from models.generator import CLOSE, CellGenerator, Generator, MessagePassing, neighbours
 from models.graph import GraphState
 from utils import save_checkpoint
 
@@ -357,15 +357,60 @@ def test_a_checkpoint_gives_back_the_generator(tmp_path):
         Generator.from_checkpoint(tmp_path / "other.pt")
 
 
+def grown(generator, labels, z, noise):
+    """The pruned genotypes of one growth in float64, without `sample`."""
+    asked = torch.tensor([labels]).expand(len(z), -1)
+    with torch.no_grad():
+        cells = generator.double()(z.double(), asked, None if noise is None else tuple(part.double() for part in noise))
+    return [Genotype(*specs).prune() for specs in zip(*(batch.decode() for batch in cells), strict=True)]
+
+
 @pytest.mark.parametrize("changes", [{}, ADDITIONS], ids=["paper", "additions"])
 def test_decisions_are_those_of_float64(changes, monkeypatch):
-    """Growing in float32 first must not show, however many samples have a close decision and are grown again."""
-    generator = varied_generator(**changes).float()
-    monkeypatch.setattr("models.generator.CLOSE", float("inf"))  # all are grown again
-    exact = generator.sample((2, 1), n=200, seed=5)
-    for close in (1e-4, 0.1):
+    """Growing in float32 first must not show, however inexact it is, where close decisions are looked at again."""
+    generator = varied_generator(**changes)
+    exact = grown(generator, (2, 1), *generator.draw_noise(200, torch.Generator().manual_seed(5)))
+    errors = torch.Generator().manual_seed(0)
+
+    def inexact(own):
+        def logits_with_errors(*args, **kwargs):
+            logits = own(*args, **kwargs)
+            error = 0.02 * (2 * torch.rand(logits.shape, generator=errors) - 1)
+            return logits + error if logits.dtype == torch.float32 else logits
+
+        return logits_with_errors
+
+    for name in ("_token_logits", "_edge_logits"):
+        monkeypatch.setattr(CellGenerator, name, inexact(getattr(CellGenerator, name)))
+    generator.float()
+    for close, found in ((0.0, False), (0.1, True)):  # a decision that two errors change is closer than 4 x 0.02
         monkeypatch.setattr("models.generator.CLOSE", close)
-        assert generator.sample((2, 1), n=200, seed=5) == exact
+        assert (generator.sample((2, 1), n=200, seed=5, batch_size=64) == exact) == found
+
+
+def test_float32_is_closer_than_what_is_looked_at_again():
+    generator = varied_generator(**ADDITIONS)
+    z, labels = inputs(200, generator)
+    _, noise = generator.draw_noise(200, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = generator(z, labels, tuple(part.double() for part in noise))
+        cells = generator.float()(z.float(), labels, noise)
+    for a, b in zip(exact, cells, strict=True):
+        same = (a.num_nodes == b.num_nodes) & ((a.adj > 0.5) == (b.adj > 0.5)).all(2).all(1)
+        assert same.float().mean() > 0.9
+        assert (a.margin() - b.margin())[same].abs().max() < CLOSE / 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 2.0}], ids=["rounded", "drawn"])
+def test_samples_are_drawn_at_the_temperature_asked_for(changes):
+    """The noise of temperature 1, of which test_gan.py has the distribution, times the temperature."""
+    generator = varied_generator(**changes)
+    z, noise = generator.draw_noise(40, torch.Generator().manual_seed(3), temperature=1.0)
+    expected = {t: grown(generator, (2, 1), z, [t * part for part in noise]) for t in (0.0, 0.5, 1.0, 2.0)}
+    for temperature, genotypes in expected.items():
+        assert generator.sample((2, 1), n=40, seed=3, temperature=temperature) == genotypes
+        assert sum(genotypes == others for others in expected.values()) == 1
+    assert generator.sample((2, 1), n=40, seed=3) == expected[changes.get("temperature", 0.0)]
 
 
 def test_close_decisions_are_found():
