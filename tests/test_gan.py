@@ -1,8 +1,10 @@
 """gan.py: likelihoods, how obedience is counted, what is taught, that training trains, and runs that go on."""
 
+import copy
 import json
+import math
 from collections import Counter
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -94,6 +96,40 @@ def test_obedience_to_an_accuracy_label_is_its_probability_given_the_predictors_
         assert high[i].item() == pytest.approx((true >= 2 / 3).double().mean().item(), abs=0.01)
 
 
+def test_quantiles_and_labels_rise_with_the_value():
+    accuracies, params = (0.5, 0.2, 0.4, 0.2, 0.9), (30, 10, 50, 20, 40)
+    records = [Record(i, g, accuracies[i], params[i], 0) for i, g in enumerate(random_pool(5, seed=1))]
+    data = gan.TrainingData(records, {"accuracy": 2, "params": 2}, 10, torch.device("cpu"))
+    quantiles = [[0.7, 0.5], [0.2, 0.1], [0.5, 0.9], [0.2, 0.3], [0.9, 0.7]]  # fifths, from their middles
+    torch.testing.assert_close(data.quantiles, torch.tensor(quantiles))
+    assert data.labels.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0], [1, 1]]
+
+
+def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch):
+    pool, trained_on = random_pool(50, seed=6), set()
+    rng = np.random.default_rng(0)
+    records = [Record(i, g, rng.random(), *genotype_cost(g)) for i, g in enumerate(pool)]
+    data = gan.TrainingData(records, {"accuracy": 2, "params": 2}, 10, torch.device("cpu"))
+
+    class Spy(Predictor):
+        def forward(self, cells):
+            if any(parameter.requires_grad for parameter in self.parameters()):
+                trained_on.update(Genotype(*specs) for specs in zip(*(batch.decode() for batch in cells), strict=True))
+            return super().forward(cells)
+
+    monkeypatch.setattr(gan, "Predictor", Spy)
+    predictor, taus = gan.train_predictor(data, 16, seed=3)
+    held_out = [i for i, genotype in enumerate(pool) if genotype not in trained_on]
+    assert len(held_out) == 5
+    predicted, truth = predictor.quantiles([pool[i] for i in held_out]), data.quantiles[held_out].numpy()
+    np.testing.assert_allclose(predictor.error, ((predicted - truth) ** 2).mean(0) ** 0.5, rtol=1e-5)
+    for k in range(2):
+        signs = [
+            np.sign((predicted[i] - predicted[j]) * (truth[i] - truth[j]))[k] for i, j in combinations(range(5), 2)
+        ]
+        assert taus[k] == pytest.approx(np.mean(signs))
+
+
 @pytest.mark.parametrize("max_vertices", [None, 6])
 def test_a_random_batch_is_random_genotypes(max_vertices):
     n = 4000
@@ -179,6 +215,161 @@ def test_the_policy_gradient_alone_makes_the_cells_obey():
     trainer = small_trainer(*flags)
     rewards = [trainer.train_epoch(epoch)["reward"] for epoch in range(8)]
     assert min(rewards[-3:]) > rewards[0] + 0.15
+
+
+def adversarial_trainer(*flags):
+    """As small_trainer, with a discriminator that is trained from the first epoch on."""
+    trainer = small_trainer("--adversarial_weight", "1", "--warmup_epochs", "0", *flags)
+    trainer.optimizers["discriminator"] = gan.build_optimizer(trainer.discriminator, trainer.args)
+    return trainer
+
+
+def recorded_updates(trainer, monkeypatch):
+    """Takes the work of the updates away; returns the list of what each is given, in the order of their calls."""
+    updates = []
+
+    def recorder(network):
+        def update(real, *drawn):
+            genotypes = [Genotype(*specs) for specs in zip(*(batch.decode() for batch in real[0]), strict=True)]
+            z = [(part if isinstance(part, torch.Tensor) else part[0]).sum().item() for part in drawn]
+            lr = trainer.optimizers[network].param_groups[0]["lr"]
+            dropout = torch.rand(()).item()
+            updates.append({"network": network, "genotypes": genotypes, "z": z, "lr": lr, "dropout": dropout})
+            return {"loss": torch.zeros(())}
+
+        return update
+
+    monkeypatch.setattr(trainer, "update_discriminator", recorder("discriminator"))
+    monkeypatch.setattr(trainer, "update_generator", (recorder("generator"),) * 2)
+    return updates
+
+
+def test_the_discriminator_wants_1_for_real_and_0_for_generated():
+    def labels_as_scores(cells, labels):
+        assert [batch.num_nodes.tolist() for batch in cells] == [sizes[:5] for sizes in both]
+        return labels
+
+    pool = random_pool(5, seed=2)
+    cells = tuple(CellBatch.encode([genotype[name] for genotype in pool]) for name in NAG_SPACE.cells)
+    both = [batch.num_nodes.tolist() for batch in cells]
+    real, fake = (tuple(batch[part] for batch in cells) for part in (slice(2), slice(2, 5)))
+    scores = torch.tensor([[1.0], [0.5]]), torch.tensor([[0.0], [0.3], [0.9]])
+    values = gan.discriminator_loss(labels_as_scores, real, scores[0], fake, scores[1])
+    assert [value.item() for value in values] == pytest.approx([((0.5**2) / 2 + (0.3**2 + 0.9**2) / 3) / 2, 0.75, 0.4])
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_losses_are_what_the_flags_weigh(hard, monkeypatch):
+    flags = ["--adversarial_weight", "0.3", "--likelihood_weight", "0.7", "--control_weight", "2", "--kl_weight", "0.2"]
+    flags += ["--warmup_epochs", "1", "--straight_through" if hard else "--no-straight_through"]
+    trainer, losses = adversarial_trainer(*flags), []
+    monkeypatch.setattr(gan, "update", lambda optimizer, loss, clip_value: losses.append(loss))
+    generator, discriminator, data = trainer.generator, trainer.discriminator.eval(), trainer.data
+    trainer.reference = reference = copy.deepcopy(generator)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.5)
+    source = torch.Generator().manual_seed(0)
+    requests = []
+    for n in (6, 32):
+        z, noise = generator.draw_noise(n, source, 1.0)
+        requests.append((z, data.random_labels(n, source), noise))
+    judged, controlled = requests
+    real, z = (tuple(cells[:5] for cells in data.cells), data.labels[:5]), torch.randn(5, 100, generator=source)
+    trainer._update_discriminator(real, judged)
+    values = trainer._update_generator(real, z, judged, controlled)
+
+    fake, drawn = generator(*judged), tuple(batch.straight_through() for batch in generator(*controlled))
+    scores = discriminator(tuple(batch.straight_through() for batch in fake) if hard else fake, judged[1])
+    likelihood, before = (network.likelihood(*controlled[:2], drawn) for network in (generator, reference))
+    reward = []
+    for *specs, label in zip(*(batch.decode() for batch in drawn), controlled[1].tolist(), strict=True):
+        genotype = Genotype(*specs).prune()
+        params = None if genotype is None else genotype_cost(genotype)[0]
+        reward.append(-1.0 if genotype is None else float((params >= data.boundaries["params"]) == label[0]))
+    assert set(reward) == {-1, 0, 1}
+    advantage = torch.tensor(reward) - 0.2 * (likelihood - before).detach()
+    advantage = advantage - advantage.mean()
+    g_loss, nll = (scores - 1).square().mean(), -generator.likelihood(z, real[1], real[0]).mean()
+    expected = 0.3 * g_loss + 0.7 * nll - 2 * (advantage * likelihood).mean()
+    of_discriminator = ((discriminator(*real) - 1).square().mean() + scores.square().mean()) / 2
+    torch.testing.assert_close(losses, [of_discriminator, expected])
+    divergence, reward = (likelihood - before).mean(), torch.tensor(reward).mean()
+    torch.testing.assert_close(values, {"g_loss": g_loss, "nll": nll, "reward": reward, "divergence": divergence})
+    ours, theirs = list(generator.parameters()), list(discriminator.parameters())
+    grads = [torch.autograd.grad(loss, ours, retain_graph=True) for loss in (losses[1], expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+    assert set(torch.autograd.grad(losses[1], theirs, allow_unused=True)) == {None}
+    assert set(torch.autograd.grad(losses[0], ours, retain_graph=True, allow_unused=True)) == {None}
+    assert all(grad.abs().max() > 0 for grad in torch.autograd.grad(losses[0], theirs))
+
+
+@pytest.mark.parametrize(("clip_value", "length"), [(0, 5.0), (10, 5.0), (0.5, 0.5)])
+def test_gradients_are_clipped_to_a_norm_or_not_at_all(clip_value, length):
+    weight, gradient = torch.zeros(2, requires_grad=True), torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([weight], lr=1)
+    for steps in (1, 2):
+        gan.update(optimizer, (weight * gradient).sum(), clip_value)
+        torch.testing.assert_close(weight.detach(), -steps * length * gradient / 5)
+
+
+def test_adam_has_the_rates_of_the_flags():
+    for optimizer in adversarial_trainer("--b1", "0.3", "--b2", "0.7").optimizers.values():
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (0.01, (0.3, 0.7))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_falls_and_the_generator_steps_at_every_nth_step_of_the_whole_run(schedule, monkeypatch):
+    trainer = adversarial_trainer("--n_critic", "3", "--n_epochs", "3", "--pool", "0", "--lr_schedule", schedule)
+    updates = recorded_updates(trainer, monkeypatch)
+    for epoch in range(3):
+        trainer.train_epoch(epoch)  # of four steps
+    names = [("discriminator",) * 3 + ("generator",)] * 4
+    assert [update["network"] for update in updates] == [name for part in names for name in part]
+    falling = [0.01 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    rates = falling if schedule == "cosine" else [0.01] * 12
+    for name, steps in (("discriminator", slice(None)), ("generator", slice(2, None, 3))):
+        found = [update["lr"] for update in updates if update["network"] == name]
+        assert found == pytest.approx(rates[steps], abs=1e-9)
+
+
+def test_every_epoch_has_an_order_a_pool_noise_and_dropout_of_its_own(monkeypatch):
+    trainer, epochs = adversarial_trainer("--pool", "1000"), []
+    updates = recorded_updates(trainer, monkeypatch)
+    for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        trainer.args.seed = seed
+        trainer.train_epoch(epoch)
+        epochs.append(updates.copy())
+        updates.clear()
+    *others, again = epochs
+    assert again == others[0]  # so that a run goes on after a stop
+    drawn = [value for epoch in others for update in epoch for value in (update["dropout"], *update["z"])]
+    assert len(set(drawn)) == len(drawn) == 3 * 4 * (2 + 4)
+    orders, taught = (
+        [[g for update in epoch if update["network"] == name for g in update["genotypes"]] for epoch in others]
+        for name in ("discriminator", "generator")
+    )
+    for i, k in combinations(range(3), 2):
+        assert orders[i] != orders[k] and set(orders[i]) == set(orders[k]) and len(set(orders[i])) == 64
+        assert len(set(taught[i]) & set(taught[k])) < 0.3 * len(set(taught[i]))
+
+
+def test_the_reference_is_the_generator_as_the_warm_up_left_it(tmp_path, monkeypatch):
+    def add_one(trainer, epoch):
+        for parameter in trainer.generator.parameters():
+            parameter.data.add_(1)
+        return {}
+
+    monkeypatch.setattr(gan.Trainer, "train_epoch", add_one)
+    pool = random_pool(16, seed=6)
+    write_records(tmp_path / "a.jsonl", [Record(i, g, 0.1 + i / 50, *genotype_cost(g)) for i, g in enumerate(pool)], {})
+    flags = ["--nasbench_data", tmp_path / "a.jsonl", "--output_dir", tmp_path / "run", "--batch_size", "8"]
+    flags += ["--n_epochs", "4", "--warmup_epochs", "2", "--g_emb_size", "8", "--eval_size", "3"]
+    gan.main(gan.parse_args(list(map(str, flags))))
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for name, weight in state["generator"].items():
+        torch.testing.assert_close(state["reference"][name], weight - 2, rtol=0, atol=1e-5)
 
 
 def test_the_place_of_an_objective_makes_no_difference_to_its_classes():
