@@ -457,17 +457,21 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if args.supernet:
         with user_input("--supernet"):
             supernet, settings = load_supernet(args.supernet, device)
-            real = [cell.num_vertices for record in records for cell in record.genotype.cells] if args.evaluate else []
-            if (most := supernet.config["max_vertices"]) < (largest := max([max_vertices, *real])):
-                raise ValueError(f"{args.supernet} scores cells of up to {most} vertices, expected one for {largest}")
         with user_input("--data"):
             scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
-    results, best, drawn = [], None, {}
-    for labels in within:
-        drawn[labels] = genotypes = draw(source, labels, args, limits)
-        entries = merge(genotypes, labels, known, limits)
-        found = len(entries)
-        entries = entries[: args.num_archs]  # the last batch drawn may have brought more
+        if args.evaluate:  # of real and random cells too
+            with user_input("--supernet"):
+                scorer.check(max_vertices)
+    drawn = {labels: draw(source, labels, args, limits) for labels in within}
+    merged = {labels: merge(genotypes, labels, known, limits) for labels, genotypes in drawn.items()}
+    if scorer:
+        kept = [Genotype.from_dict(entry) for entries in merged.values() for entry in entries[: args.num_archs]]
+        with user_input("--supernet"):
+            scorer.check(max((cell.num_vertices for genotype in kept for cell in genotype.cells), default=0))
+    results, best = [], None
+    for labels, genotypes in drawn.items():
+        found = len(merged[labels])
+        entries = merged[labels][: args.num_archs]  # the last batch drawn may have brought more
         rank(entries, predictor, objectives, scorer)
         entries = entries[: args.top]
         for entry in entries:

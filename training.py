@@ -120,7 +120,8 @@ def network_from_checkpoint(state: dict, path: str | Path, device: torch.device)
     Raises ValueError naming `path`, where the checkpoint is from, when its weights are not those of such a network.
     """
     with of_this_version(path):
-        return rebuild(state, state["network"]).to(device, memory_format=torch.channels_last)
+        network = rebuild(state, state["network"])
+    return network.to(device, memory_format=torch.channels_last)
 
 
 def go_on_from(state: dict, path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -20,7 +20,9 @@ import hashlib
 import json
 import math
 import shlex
+import shutil
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from train_cifar import (
     load_data,
     train,
 )
+from train_cifar import parse_args as parse_training_args
 from training import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
@@ -166,17 +169,20 @@ def part_file(folder: Path, rank: int) -> Path:
     return folder / (f"checkpoint-{rank}.pt" if rank else "checkpoint.pt")
 
 
-def read_parts(folder: Path, names: str = "checkpoint*.pt") -> dict[str, dict]:
-    """The latest result of every candidate, by its key, whichever process trained it."""
+def read_parts(folder: Path, names: str = "checkpoint*.pt", order: Iterable[str] = ()) -> dict[str, dict]:
+    """The latest result of every candidate, by its key, whichever process trained it. order: keys to come first."""
     results = {}
     for path in sorted(folder.glob(names)):
         for result in load_checkpoint(path, "candidates", ("results",))["results"]:
             key, training = key_of(Genotype.from_dict(result)), result["training"]
-            last = {"epochs": training["epochs"], "held_out_accuracy": result["held_out_accuracy"]}
-            training.setdefault("rounds", [last])  # files of older versions have none
+            if training["loss"] is not None and not math.isfinite(training["loss"]):  # of an older version
+                training["loss"] = None
+            last = {name: training[name] for name in ("epochs", "loss", "seconds")}
+            last["held_out_accuracy"] = result["held_out_accuracy"]
+            training["rounds"] = [*training.get("rounds", [])[:-1], last]  # older versions tell less, or nothing
             if key not in results or rounds_done(results, key) < len(training["rounds"]):
                 results[key] = result
-    return results
+    return {key: results[key] for key in dict.fromkeys([*order, *results]) if key in results}
 
 
 def rounds_done(results: dict[str, dict], key: str) -> int:
@@ -188,12 +194,9 @@ def best_of_round(keys: list[str], results: dict[str, dict], k: int, n: int) -> 
     return sorted(keys, key=lambda key: merit(results[key]["training"]["rounds"][k]), reverse=True)[:n]
 
 
-def merit(measured: dict) -> float:
-    """What candidates are ranked by: held-out accuracy, below all others where the training diverged.
-
-    measured: of a round. Those of older versions do not tell the loss.
-    """
-    return -1.0 if measured.get("loss", 0.0) is None else measured["held_out_accuracy"]
+def merit(measured: dict) -> tuple[bool, float]:
+    """What candidates are ranked by after a round: whether the training has not diverged, held-out accuracy."""
+    return measured.get("loss", 0.0) is not None, measured["held_out_accuracy"]  # older versions tell less
 
 
 def weights_file(folder: Path, key: str, k: int) -> Path:
@@ -202,11 +205,12 @@ def weights_file(folder: Path, key: str, k: int) -> Path:
 
 
 def by_accuracy(results: list[dict]) -> list[dict]:
-    """Best first: those that were trained longer, and among them the more accurate ones."""
+    """Best first: those that were trained longer, and among them the more accurate ones; last those that diverged."""
 
-    def key(result: dict) -> tuple[int, float]:
-        last_round = result["training"]["rounds"][-1]
-        return last_round["epochs"], merit(last_round)
+    def key(result: dict) -> tuple[bool, int, float]:
+        last = result["training"]["rounds"][-1]
+        converged, accuracy = merit(last)
+        return converged, last["epochs"], accuracy
 
     return sorted(results, key=key, reverse=True)
 
@@ -334,17 +338,17 @@ def main(args: argparse.Namespace) -> None:
                     f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
                 )
         distributed.barrier()
-        results = read_parts(folder)
+        results = read_parts(folder, order=candidates)
         if missing := [key for key in keys if rounds_done(results, key) <= k]:
             fail(f"--output_dir: {len(missing)} results are missing in {folder}; all processes must share that folder")
         log_rounds([key for key in todo if key not in own_todo], k)  # what the other processes found
         last = k + 1 == len(rounds)
         if log and (todo or last):  # nothing was done in a round before the one that a resumed run goes on with
             for path in folder.glob("weights/*.pt"):
-                if last or path not in {weights_file(folder, key, k) for key in keys}:
+                if path not in {weights_file(folder, key, k) for key in keys}:
                     path.unlink()
-            if last and (folder / "weights").is_dir():
-                (folder / "weights").rmdir()
+            if last:
+                shutil.rmtree(folder / "weights", ignore_errors=True)  # with what a kill has left of a file
         distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
     if log:
         finish(list(results.values()), args, folder, log, next(logged))
@@ -357,7 +361,7 @@ def resumed_results(folder: Path, state: dict, candidates: dict, args: argparse.
     state: its checkpoint.
     """
     with user_input("--resume"):
-        results = read_parts(folder)
+        results = read_parts(folder, order=candidates)
     if args.halving and (state.get("candidates") != len(candidates) or not results.keys() <= candidates.keys()):
         fail("--archs, --num_archs: a run with --halving is resumed with the candidates that it was started with")
     return results
@@ -380,8 +384,11 @@ def finish(results: list[dict], args: argparse.Namespace, folder: Path, log: Run
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {folder / 'results.json'} and {folder / 'best.json'}")
-    flags = ["--arch", folder / "best.json", "--dataset", args.dataset, "--data", args.data]
-    print(f"next: python train_cifar.py {shlex.join(map(str, flags))} --image_size {args.image_size}")
+    flags, default = ["--arch", folder / "best.json"], parse_training_args([])
+    for name in ("dataset", "data", "cache_dir", "skip_bad", "image_size", "auxiliary_weight"):
+        if (value := getattr(args, name)) != getattr(default, name):
+            flags += [f"--{name}"] if value is True else [f"--{name}", value]
+    print(f"next: python train_cifar.py {shlex.join(map(str, flags))}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from build_nas_dataset.records import Record, class_boundaries, class_of
 from genotypes import Genotype
-from images import ImageSet, balanced_batch, check_classes, load_images, normalize, num_balanced, split
+from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from models.supernet import Supernet
 from utils import autocast, load_checkpoint, of_this_version, progress_bar
 
@@ -65,7 +65,6 @@ def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Pa
     """Raise ValueError when the images are not those of a checkpoint, or others of them are held out."""
     found = split_of(train, held_out)
     saved = {name: state.get(name, value) for name, value in found.items()}  # older checkpoints do not tell all
-    check_classes(train, saved["classes"], path)
     if saved != found:
         raise ValueError(f"the images are not those of {path}, or in another order")
 
@@ -113,6 +112,14 @@ class SupernetScorer:
         for genotype in progress_bar(new, desc="supernet"):
             self.scored[genotype] = score(self.supernet, genotype, self.batches, self.amp)
         return torch.stack([self.scored[genotype] for genotype in genotypes]).cpu().numpy()
+
+    def check(self, max_vertices: int) -> None:
+        """Raise ValueError when cells of that many vertices cannot be scored."""
+        most = self.supernet.config["max_vertices"]
+        if max_vertices > most:
+            raise ValueError(
+                f"it scores cells of up to {most} vertices, --max_step of its run; {max_vertices} are wanted"
+            )
 
     def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
         """Classes at the quantiles of real cells, scored on the same images.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start
+from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start, white_images
 
 import train_cifar
 from build_nas_dataset import eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
-from utils import load_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -159,6 +159,8 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
     _, expected = halved
     train_candidate = eval_archs.train_candidate
     resumed = [*candidate_flags(images, tmp_path, archs), *HALVING]
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / ".half-0.pt.1.tmp").touch()  # as a kill leaves it
     for allowed in (0, 2, 2, 1):  # candidates until the stop; six trainings in all
 
         def stopping(*args, left=[allowed]):  # noqa: B006
@@ -176,7 +178,19 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
     for name, result in results.items():
         assert rounds(result) == rounds(expected[name])
         assert result["training"]["loss"] == expected[name]["training"]["loss"]
-    assert len(results) == 3
+    assert len(results) == 3 and not (tmp_path / "weights").exists()
+
+
+def test_seconds_are_those_of_all_rounds(monkeypatch):
+    monkeypatch.setattr(eval_archs, "train", lambda *args: {"loss": 2.0})
+    monkeypatch.setattr(eval_archs, "accuracy", lambda *args: 0.5)
+    args = eval_archs.parse_args(["--layers", "1", "--channels", "4"])
+    first = {"epochs": 1, "held_out_accuracy": 0.4, "loss": 3.0, "seconds": 100.0}
+    before = {"training": {"rounds": [first], "seconds": 100.0}}
+    images, cpu = white_images(4), torch.device("cpu")
+    training = eval_archs.train_candidate(GENOTYPES[NAMES[0]], {}, images, images, args, cpu, before)["training"]
+    last = {"epochs": 50, "held_out_accuracy": 0.5, "loss": 2.0, "seconds": training["seconds"]}
+    assert training["rounds"] == [first, last] and 100 < training["seconds"] < 200
 
 
 def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
@@ -206,10 +220,31 @@ def test_a_candidate_that_diverged_is_ranked_below_all_others():
 
     results = [result("a", 1, 0.5, None), result("b", 1, 0.5, 3.0), result("c", 1, 0.6, 2.0), result("d", 2, 0.1, 1.0)]
     assert [r["name"] for r in eval_archs.by_accuracy(results)] == ["d", "c", "b", "a"]
+    results[3]["training"]["rounds"][0]["loss"] = None  # the only one that was trained for two epochs
+    assert [r["name"] for r in eval_archs.by_accuracy(results)] == ["c", "b", "d", "a"]
     by_name = {r["name"]: r for r in results}
     assert eval_archs.best_of_round(list("abc"), by_name, 0, 2) == ["c", "b"]
     del by_name["b"]["training"]["rounds"][0]["loss"]  # as older versions wrote it
     assert eval_archs.best_of_round(list("abc"), by_name, 0, 3) == ["c", "b", "a"]
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    """They tell no more of a round than epochs and accuracy, or have no rounds; a loss may be NaN."""
+    results = []
+    for name, loss, before in zip(NAMES, (1.0, float("nan"), 2.0), ([1], [1], None), strict=True):
+        training = {"epochs": 2, "loss": loss, "seconds": 3.0}
+        if before:
+            training["rounds"] = [{"epochs": n, "held_out_accuracy": 0.5} for n in (*before, 2)]
+        results.append({**GENOTYPES[name].to_dict(), "held_out_accuracy": 0.7, "training": training})
+    save_checkpoint(tmp_path / "checkpoint.pt", "candidates", {"results": results})
+    keys = [eval_archs.key_of(GENOTYPES[name]) for name in NAMES]
+    found = eval_archs.read_parts(tmp_path, order=keys[::-1])
+    assert list(found) == keys[::-1]
+    for key, loss, rounds in zip(keys, (1.0, None, 2.0), (2, 2, 1), strict=True):
+        last = {"epochs": 2, "held_out_accuracy": 0.7, "loss": loss, "seconds": 3.0}
+        assert found[key]["training"]["rounds"][-1] == last and found[key]["training"]["loss"] == loss
+        assert len(found[key]["training"]["rounds"]) == rounds
+    assert eval_archs.best_of_round(keys[:2], found, 0, 1) == keys[:1]
 
 
 def test_when_all_candidates_diverge_the_file_says_so_and_there_is_no_best(capsys, images, archs, tmp_path):

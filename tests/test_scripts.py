@@ -23,7 +23,7 @@ from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
 from models.supernet import Supernet
-from utils import save_checkpoint, settle_amp
+from utils import settle_amp
 
 ROOT = Path(__file__).parent.parent
 SMALL_GAN = [
@@ -125,9 +125,9 @@ def odd(gan, supernet, nasdata, tmp_path_factory):
     state = torch.load(gan / "checkpoint.pt", weights_only=True)
     state["predictor"].popitem()
     torch.save(state, folder / "run.pt")
-    smaller = Supernet(layers=1, channels=4, max_vertices=5, auxiliary=False)
-    state = {"supernet": smaller.state_dict(), "supernet_config": smaller.config, "settings": {}}
-    save_checkpoint(folder / "smaller.pt", "supernet weights", state)
+    state = torch.load(supernet / "supernet.pt", weights_only=True)
+    smaller = Supernet(**{**state["supernet_config"], "max_vertices": 5})
+    torch.save({**state, "supernet": smaller.state_dict(), "supernet_config": smaller.config}, folder / "smaller.pt")
     state = torch.load(supernet / "checkpoint.pt", weights_only=True)
     state["supernet"].popitem()
     torch.save(state, folder / "lacking.pt")
@@ -273,6 +273,14 @@ def test_classes_without_a_cell_within_the_limits_are_left_out(robust, tmp_path)
     assert labels and all(label == 0 for _, label in labels)
 
 
+def test_a_supernet_of_smaller_cells_ranks_what_is_small_enough(robust, odd, images, tmp_path):
+    flags = ["--supernet", odd["SMALLER"], "--data", images, "--max_params", "0.4M", "--perf_label", 0]
+    flags += ["--params_label", 0, "--num_archs", 1, "--random", "--output_dir", tmp_path]
+    run("generate_archs_multiobj.py", "--checkpoint", robust, *flags)
+    (entry,) = json.loads((tmp_path / "genotypes.json").read_text())
+    assert 0 <= entry["supernet_accuracy"] <= 1
+
+
 def test_lines_are_printed_at_once_into_files_too():
     script = """if True:
         import argparse, sys, utils
@@ -387,7 +395,8 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
         ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
         ("generate_archs.py --checkpoint GAN --supernet GAN", "expected kind supernet weights"),
-        ("generate_archs.py --checkpoint GAN --supernet SMALLER", "scores cells of up to 5 vertices, expected"),
+        ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --random", "cells of up to 5 vertices"),
+        ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --evaluate", "cells of up to 5 vertices"),
         ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
         ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
         ("gan.py --n_epochs 18", "more than the 18 --warmup_epochs"),

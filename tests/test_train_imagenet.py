@@ -355,6 +355,24 @@ def test_bad_input_is_one_line_for_the_user(images, tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["skipped"] == skipped
 
 
+def test_images_that_were_skipped_before_a_stop_are_told_at_the_end(images, tmp_path, monkeypatch):
+    broken = shutil.copytree(images, tmp_path / "images")
+    (broken / "train" / "red" / "3.jpg").write_bytes(b"no image")
+    train_epoch = train_imagenet.train_epoch
+
+    def stop_in_the_second(step, stream, args, epoch, device):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(step, stream, args, epoch, device)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_imagenet, "train_epoch", stop_in_the_second)
+        train("--data", broken, "--skip_bad", "--output_dir", tmp_path / "out")
+    shutil.copy(images / "train" / "red" / "3.jpg", broken / "train" / "red" / "3.jpg")
+    train_imagenet.main(train_imagenet.parse_args(["--resume", str(tmp_path / "out")]))
+    assert list(json.loads((tmp_path / "out" / "result.json").read_text())["skipped"]["train"]) == ["red/3.jpg"]
+
+
 def test_too_few_images_to_hold_some_out_are_refused_before_the_training(capsys, tmp_path):
     make_images(tmp_path / "images", CLASSES[:2])
     for name in ("4", "5", "6", "7"):
