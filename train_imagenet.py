@@ -308,7 +308,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         print(
             f"{args.arch}: {size['params'] / 1e6:.3f} M parameters, {size['macs'] / 1e6:.1f} M MACs; {len(images)} "
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
-            f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}",
+            f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}"
         )
     step = Step(network, optimizer, args, device, args.label_smooth)
     for epoch in range(reached["epoch"], args.epochs):
@@ -335,7 +335,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             print(
                 f"epoch {epoch + 1}/{args.epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
                 f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} ({values['seconds']:.0f} s, "
-                f"waited for data {values['data_wait']:.0%}, {len(skipped['train'])} skipped)",
+                f"waited for data {values['data_wait']:.0%}, {len(skipped['train'])} skipped)"
             )
     distributed.barrier()  # until best.pt is there
     finish(args, network, make(EvalStream, test, args.eval_batch_size), device, folder, log, reached | size)

@@ -335,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
                 write_json(folder / "results.json", by_accuracy(list(results.values())))
                 print(
                     f"candidate {i}/{len(own_todo)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)",
+                    f"{result['training']['params'] / 1e6:.3f} M parameters ({result['training']['seconds']:.0f} s)"
                 )
         distributed.barrier()
         results = read_parts(folder, order=candidates)
