@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
+from build_nas_dataset.records import Record, class_of
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.network import genotype_cost
 from models.predictor import Predictor
@@ -102,3 +103,51 @@ def cell_distributions(genotypes: Iterable[Genotype], space: SearchSpace = NAG_S
 def total_variation(p: np.ndarray, q: np.ndarray) -> float:
     """Total-variation distance of two distributions, 0 to 1: what they do not share. 1 when one of them is empty."""
     return float(1 - np.minimum(p, q).sum())
+
+
+def evaluate_cells(
+    drawn: dict[tuple, list], objectives: list[dict], records: list[Record], predictor: Predictor, scorer=None
+) -> dict:
+    """How far genotypes drawn for each combination of labels obey, and how like the real cells they are.
+
+    An invalid genotype obeys no label. Distances are of total variation, to the real cells of the class asked for,
+    the mean over the combinations.
+    scorer: a SupernetScorer that has cut the classes of accuracy, in the place of the predictor.
+    """
+    known = {record.genotype.canonical() for record in records}
+    flat = [genotype for genotypes in drawn.values() for genotype in genotypes]
+    asked = np.array([labels for labels, genotypes in drawn.items() for _ in genotypes])  # (n, K)
+    quality = generation_metrics(flat, known)
+    result = {"drawn": len(flat), **quality, "new": quality["validity"] * quality["uniqueness"] * quality["novelty"]}
+    valid = np.array([genotype is not None for genotype in flat])
+    genotypes = [genotype for genotype in flat if genotype is not None]
+    if not genotypes:
+        return result
+    obtained = obtained_classes(flat, objectives, predictor)  # (n, K)
+    for k, objective in enumerate(objectives):
+        entry = result[objective["name"]] = {"by": "predictor" if objective["name"] == "accuracy" else "exact count"}
+        if objective["name"] == "accuracy" and scorer is not None:
+            accuracies = scorer(genotypes)
+            obtained[valid, k] = scorer.classes(accuracies)
+            entry |= {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
+            of_class = [accuracies[asked[valid, k] == c] for c in np.unique(asked[:, k])]
+            entry["mean"] = [float(values.mean()) if len(values) else None for values in of_class]  # None: all invalid
+        hits = obtained[:, k] == asked[:, k]
+        entry["obeys"], entry["interval"] = float(hits.mean()), bootstrap_interval(np.mean, hits)
+        classes = len(objective["boundaries"]) + 1
+        entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[valid, k], classes).tolist()
+    hits = (obtained == asked).all(1)
+    result["all"] = {"obeys": float(hits.mean()), "interval": bootstrap_interval(np.mean, hits)}
+    real_labels = np.array(
+        [[class_of(getattr(record, o["name"]), o["boundaries"]) for o in objectives] for record in records]
+    )
+    distances = {"vertices": [], "ops": [], "density": []}
+    for labels, genotypes in drawn.items():
+        real = [record.genotype for record, own in zip(records, real_labels, strict=True) if tuple(own) == labels]
+        made = [genotype for genotype in genotypes if genotype is not None]
+        if real and made:
+            a, b = cell_distributions(real), cell_distributions(made)
+            for name in distances:
+                distances[name].append(total_variation(a[name], b[name]))
+    result["distance"] = {name: float(np.mean(values)) for name, values in distances.items() if values}
+    return result

@@ -274,7 +274,7 @@ def main(args: argparse.Namespace) -> None:
             print(
                 f"scoring {scoring + 1}/{args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
                 f" ({row.min():.4f} to {row.max():.4f})"
-                + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values()),
+                + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values())
             )
             save()
 

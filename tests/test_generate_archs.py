@@ -13,6 +13,7 @@ from build_nas_dataset.records import Record
 from build_nas_dataset.sample import RandomCells, random_pool
 from generate_archs import Limits
 from genotypes import GENOTYPES, Genotype
+from metrics import evaluate_cells
 from models.network import CifarNetwork, count_macs, count_parameters, genotype_cost
 from utils import derive_seed
 
@@ -140,7 +141,7 @@ def test_evaluation_of_cells_that_are_the_real_ones_but_for_three():
     ]
     predictor = predictor_of(dict.fromkeys(low, 0.1) | dict.fromkeys(high, 0.9) | {high[0]: 0.2})
     drawn = {(0, 0): low, (1, 1): high, (0, 1): [low[0], None]}
-    result = generate_archs.evaluate(drawn, objectives, records, predictor, None)
+    result = evaluate_cells(drawn, objectives, records, predictor, None)
     assert result["accuracy"]["obeys"] == pytest.approx(8 / 10)
     assert result["accuracy"]["asked_by_obtained"] == [[5, 0], [1, 3]]
     assert result["params"]["obeys"] == pytest.approx(8 / 10)
@@ -148,6 +149,6 @@ def test_evaluation_of_cells_that_are_the_real_ones_but_for_three():
     assert result["all"]["obeys"] == pytest.approx(7 / 10)
     assert result["distance"] == pytest.approx({"vertices": 0, "ops": 0, "density": 0})
     assert (result["drawn"], result["validity"], result["novelty"], result["new"]) == (10, 0.9, 0, 0)
-    swapped = generate_archs.evaluate({(0, 0): high, (1, 1): low}, objectives, records, predictor, None)
+    swapped = evaluate_cells({(0, 0): high, (1, 1): low}, objectives, records, predictor, None)
     assert all(value > 0.05 for value in swapped["distance"].values())
     assert swapped["all"]["obeys"] == 0

@@ -1,6 +1,5 @@
-"""Every script as a user starts it, on small inputs made here; and who imports whom."""
+"""Every script as a user starts it, on small inputs made here."""
 
-import ast
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.records import Record, read_records, write_records
 from build_nas_dataset.sample import random_pool
 from genotypes import Genotype
+from metrics import evaluate_cells
 from models.generator import Generator
 from models.network import genotype_cost
 from models.predictor import Predictor
@@ -313,7 +313,7 @@ def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys)
     scorer.classes = lambda accuracies: np.zeros(len(accuracies), int)
     drawn = {(0,): [None, None], (1,): [record.genotype for record in records[:3]]}
     predictor = Predictor.from_checkpoint(gan / "generator.pt", "cpu")
-    result = generate_archs.evaluate(drawn, objectives, records, predictor, scorer)
+    result = evaluate_cells(drawn, objectives, records, predictor, scorer)
     assert result["accuracy"]["mean"] == [None, 0.5]
     generate_archs.print_evaluation("generated", result, objectives)
     assert "mean accuracy by class asked -, 0.5000;" in capsys.readouterr().out
@@ -466,52 +466,3 @@ def test_a_default_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_p
     with pytest.raises(SystemExit):
         generate_archs.main(generate_archs.parse_args(["--device", "cpu"]))
     assert "--output_dir: expected a folder that can be written to, got runs" in capsys.readouterr().err
-
-
-# Who may import whom: a module may use those of lower layers only, and only these scripts may use scripts.
-LAYERS = [
-    {"genotypes", "utils"},
-    {"distributed", "cuda_graphs"},
-    {"models.cpu"},
-    {"models.graph", "models.ops", "images"},
-    {
-        "build_nas_dataset.sample",
-        "image_stream",
-        "models.network",
-        "models.supernet",
-        "models.generator",
-        "models.discriminator",
-        "models.predictor",
-    },
-    {"build_nas_dataset.records", "metrics", "models.export"},
-    {"build_nas_dataset.scoring", "training"},
-    {"gan", "generate_archs", "train_cifar", "train_imagenet", "visualize", "build_nas_dataset.build_nas_dataset"},
-    {"gan_multiobj", "generate_archs_multiobj", "build_nas_dataset.eval_archs"},
-    {"benchmarks.common", "benchmarks.plain_gan", "benchmarks.plain_images"},
-    {"benchmarks.gan", "benchmarks.supernet", "benchmarks.image_stream", "benchmarks.startup"},
-    {"benchmarks.generate", "benchmarks.train_cifar"},
-    {"benchmarks.all", "benchmarks.as_module"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-
-
-def imports(tree: ast.Module) -> set[str]:
-    """Modules imported anywhere in a file: of `from a import b`, both a and a.b."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            own = {alias.name for alias in node.names}
-            names |= {node.module, *(f"{node.module}.{name}" for name in own)} if hasattr(node, "module") else own
-    return names
-
-
-def test_modules_import_lower_layers_only():
-    files = [path for part in (".", "models", "build_nas_dataset", "benchmarks") for path in (ROOT / part).glob("*.py")]
-    found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
-    assert LEVEL.keys() == {name for name in found if not name.endswith("__")}  # all but __init__ and __main__
-    for name, level in LEVEL.items():
-        modules = imports(ast.parse(found[name].read_text()))
-        for imported in modules & LEVEL.keys():
-            same_package = name.startswith("models.") and LEVEL[imported] == level < len(LAYERS) - 1
-            assert LEVEL[imported] < level or same_package, f"{name} imports {imported}"
-        assert name != "genotypes" or not any(imported.startswith("torch") for imported in modules)
