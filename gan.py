@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from build_nas_dataset.records import Record, class_of, objectives_of, read_records
 from build_nas_dataset.sample import random_batch
-from cuda_graphs import Recorded
+from cuda_graphs import Branch, Recorded
 from genotypes import NAG_SPACE
 from metrics import cell_statistics, generation_metrics, obtained_classes, tau
 from models.discriminator import Discriminator
@@ -247,7 +247,7 @@ class Trainer:
         recorded = Recorded if data.labels.is_cuda and args.cuda_graphs else lambda function: function
         self.update_discriminator = recorded(self._update_discriminator)
         # Of the warm-up, and of the epochs after it: other terms, so another graph.
-        self.update_generator = recorded(self._update_generator), recorded(self._update_generator)
+        self.step = recorded(self._step), recorded(self._step)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the NAS dataset. Returns the means of losses and scores."""
@@ -280,9 +280,11 @@ class Trainer:
                 for optimizer in self.optimizers.values():
                     set_lr(optimizer, cosine(done, args.n_epochs * steps, args.lr))
             real = tuple(cells[index] for cells in data.cells), data.labels[index]
-            if adversarial:
-                record(self.update_discriminator(real, request(args.batch_size, args.temperature)))
-            if (done + 1) % args.n_critic == 0:
+            criticised = (real, request(args.batch_size, args.temperature)) if adversarial else None
+            if (done + 1) % args.n_critic:
+                if adversarial:
+                    record(self.update_discriminator(*criticised))
+            else:
                 if args.pool:
                     index, labels = taught[step]
                     real = tuple(cells[index] for cells in pool), labels
@@ -292,7 +294,7 @@ class Trainer:
                     z, _ = self.generator.draw_noise(len(real[1]), source, temperature=0)
                 if control:
                     controlled = request(draws, 1.0)
-                record(self.update_generator[judged](real, z, judged_request, controlled))
+                record(self.step[judged](criticised, real, z, judged_request, controlled))
         return {name: torch.stack(values).mean().item() for name, values in history.items()}
 
     @torch.no_grad()
@@ -329,22 +331,28 @@ class Trainer:
         update(self.optimizers["discriminator"], loss, self.args.clip_value)
         return {"d_loss": loss.detach(), "real_score": real_score.detach(), "fake_score": fake_score.detach()}
 
-    def _update_generator(
+    def _step(
         self,
+        criticised: tuple[tuple[tuple[CellBatch, ...], Tensor], Request] | None,
         real: tuple[tuple[CellBatch, ...], Tensor],
         z: Tensor | None,
         judged: Request | None,
         controlled: Request | None,
     ) -> dict[str, Tensor]:
-        """One step on all that the recipe asks for.
+        """A step of the discriminator, if it is trained, and one of the generator on all that the recipe asks for.
 
-        real: cells that are made likelier given z and their labels. judged: cells to generate for the discriminator.
-        controlled: cells to draw for the policy gradient.
+        criticised: of _update_discriminator. real: cells that are made likelier given z and their labels.
+        judged: cells to generate for the discriminator. controlled: cells to draw for the policy gradient.
         """
         args, values = self.args, {}
         loss = torch.zeros((), device=self.data.labels.device)
+        growth = Branch("growth", loss)  # does not wait for the discriminator
+        if criticised is not None:
+            values = self._update_discriminator(*criticised)
         if judged is not None:
-            fake = self._generate(*judged, args.straight_through)
+            with growth.work(judged):
+                fake = self._generate(*judged, args.straight_through)
+            growth.join(fake)
             self.discriminator.requires_grad_(False)  # no gradients for weights that this step leaves alone
             scores = self.discriminator(fake, judged[1])
             self.discriminator.requires_grad_(True)
@@ -363,10 +371,15 @@ class Trainer:
             if controlled is not None:  # policy gradient: what obeys better than the rest becomes likelier
                 with torch.no_grad():
                     drawn = tuple(batch[size:].straight_through() for batch in cells)
+                    if self.reference is not None:
+                        retracing = Branch("retracing", asked)
+                        with retracing.work(drawn_z, asked, drawn):
+                            before = self.reference.likelihood(drawn_z, asked, drawn)
                     reward = obedience(drawn, asked, self.data.boundaries, self.predictor)
                     values["reward"] = reward.mean()
                     if self.reference is not None:
-                        divergence = likelihood[size:] - self.reference.likelihood(drawn_z, asked, drawn)
+                        retracing.join(before)
+                        divergence = likelihood[size:] - before
                         values["divergence"] = divergence.mean()  # estimates the KL
                         reward = reward - args.kl_weight * divergence
                     advantage = reward - reward.mean()

@@ -53,7 +53,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", type=number(int, 1), default=1, help="parts in which a batch is computed, to save memory")
     add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
     add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--compile", action="store_true", help="torch.compile the network for training")
+    add("--compile", action="store_true", help="torch.compile the network's cells for training")
     add_cuda_graphs_flag(parser)
 
 
@@ -158,6 +158,8 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
     The network itself stays what checkpoints and evaluation use; its parameters are shared.
     """
     forward = network
+    if args.compile:
+        network.compile_cells()
     if distributed.world() > 1:
         if args.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # exchanges the modules within the network
@@ -165,7 +167,7 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
         with warnings.catch_warnings():  # newer releases of torch call broadcast_buffers forward_sync_buffers
             warnings.simplefilter("ignore", FutureWarning)
             forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
-    return torch.compile(forward) if args.compile else forward
+    return forward
 
 
 def open_log(folder: Path, args: argparse.Namespace, device: torch.device, step: int | None) -> RunLog | None:

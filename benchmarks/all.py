@@ -42,8 +42,8 @@ Median of the rounds, plain and fast in turn in one process; the ratio is that o
 largest value. GFLOP: counted in the matrix products and convolutions of the fast variant. GFLOP-eq: seconds times the
 rate of a float32 matrix product measured in the same rounds, so that figures of different machines compare. Share of
 floor: GFLOP over seconds times the rate of a matrix product of the same precision. Memory: on the CPU, of a process
-with Python and torch; on CUDA, of tensors. What is plain: the docstrings of benchmarks/plain_gan.py, plain_images.py.
-Written by benchmarks/all.py; empty columns have not been run.
+with Python and torch; on CUDA, what the allocator takes of the device, beside the weights. What is plain: the
+docstrings of benchmarks/plain_gan.py, plain_images.py. Written by benchmarks/all.py; empty columns have not been run.
 """
 
 

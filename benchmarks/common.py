@@ -29,6 +29,7 @@ from utils import ArgumentParser, device_name, keep_freed_memory, number, select
 Run = Callable[[], object]
 Build = Callable[[], Run]  # makes networks and data, and returns what is to be timed
 
+CUDA_STEPS = 10  # in a run on CUDA, where a step is short and what an epoch begins and ends with is not
 GROWTH_ROUNDS = 3  # at most, where only the growth of cost with size is shown
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
@@ -37,8 +38,11 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch
 class Comparison:
     """One piece of work, in a plain and in fast variants.
 
-    work: what is done, sizes included. fast: by precision. goals: by precision.
+    work: what is done, sizes included. fast: by precision, "bf16" or "bf16, and what else". goals: likewise.
     per: how many things (images, genotypes) one run handles, of what name; 0: none worth a rate.
+    repeats: times that a run of a fast variant does the work; figures are of one.
+    once: does it once, in float32 and without a recording that was made before: what FLOPs are counted of. Default: the
+        first of the fast variants.
     """
 
     work: str
@@ -46,9 +50,16 @@ class Comparison:
     fast: dict[str, Build]
     goals: dict[str, str] = field(default_factory=dict)
     per: tuple[int, str] = (0, "")
+    repeats: int = 1
+    once: Build | None = None
 
     def variants(self) -> dict[str, Build]:
         return {"plain": self.plain, **self.fast}
+
+
+def steps_of(device: torch.device) -> int:
+    """In a run of a fast variant."""
+    return CUDA_STEPS if device.type == "cuda" else 1
 
 
 def parse_args(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -143,6 +154,10 @@ def matmul_runs(args: argparse.Namespace, device: torch.device, precisions: set[
     return {f"matmul {p}": product(PRECISIONS[p]) for p in sorted(precisions)}, 2 * size**3
 
 
+def precision_of(variant: str) -> str:
+    return variant.partition(",")[0]
+
+
 def has_bf16(device: torch.device) -> bool:
     return settle_amp("auto", device) == "bf16"
 
@@ -211,17 +226,19 @@ class Report:
         """Measure a comparison: one row for each fast variant."""
         variants = comparison.variants()
         if not has_bf16(self.device):
-            variants.pop("bf16", None)
+            variants = {name: build for name, build in variants.items() if precision_of(name) != "bf16"}
         runs = {name: build() for name, build in variants.items()}
-        flops = count_flops(runs[next(iter(comparison.fast))])  # the same work in every precision
+        flops = count_flops(comparison.once() if comparison.once else runs[next(iter(comparison.fast))])
         memory = {name: self._cuda_memory(run) for name, run in runs.items()} if self.device.type == "cuda" else {}
-        precisions = {"float32", *variants} & set(PRECISIONS)
+        precisions = {"float32", *map(precision_of, variants)} & set(PRECISIONS)
         products, product_flops = matmul_runs(self.args, self.device, precisions)
         times = interleave({**runs, **products}, self.args.rounds, self.device)
         if not memory:
             runs = dict.fromkeys(runs)  # the networks are let go: the processes below need room
             default_malloc()
             memory = {name: self._cpu_memory(comparison, name) for name in runs}
+        for name in comparison.fast.keys() & runs.keys():
+            times[name] = [value / comparison.repeats for value in times[name]]
         rates = {name: product_flops / statistics.median(times[f"matmul {name}"]) for name in precisions}
         self.seconds[f"{comparison.work}|plain"] = statistics.median(times["plain"])
         for name in runs:
@@ -239,18 +256,20 @@ class Report:
                 "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 "GFLOP": f"{flops / 1e9:.4g}",
                 "GFLOP-eq, plain / fast": " / ".join(f"{t * rates['float32'] / 1e9:.3g}" for t in (plain, fast)),
-                "share of floor": f"{flops / (fast * rates[name]):.2f}",
+                "share of floor": f"{flops / (fast * rates[precision_of(name)]):.2f}",
                 "peak GiB, plain / fast": f"{memory['plain']:.2f} / {memory[name]:.2f}",
-                "matmul, GFLOP/s": f"{rates[name] / 1e9:.0f}",
+                "matmul, GFLOP/s": f"{rates[precision_of(name)] / 1e9:.0f}",
             }
             self.rows.append(row)
             print("  ".join(f"{k}: {v}" for k, v in row.items() if v), flush=True)
 
     def _cuda_memory(self, run: Run) -> float:
-        """Peak of tensors in a run, in GiB; of a step that is not replayed yet."""
+        """What the first two runs take of the device, in GiB: tensors beside the weights, and what recordings keep."""
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        run()
-        return torch.cuda.max_memory_allocated(self.device) / 2**30
+        before = torch.cuda.memory_reserved(self.device)
+        run(), run()
+        return (torch.cuda.max_memory_reserved(self.device) - before) / 2**30
 
     def _cpu_memory(self, comparison: Comparison, variant: str) -> float:
         """Peak of a process for this alone (Python, torch included), in GiB."""

@@ -20,7 +20,6 @@ import torch
 
 import gan
 from benchmarks.common import (
-    Build,
     Comparison,
     Report,
     Run,
@@ -29,6 +28,7 @@ from benchmarks.common import (
     interleave,
     parse_args,
     print_memory,
+    steps_of,
 )
 from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
 from build_nas_dataset.records import Record, read_records
@@ -65,12 +65,14 @@ def repeated(items: list, n: int) -> list:
 
 
 class Step:
-    """Everything that one step takes.
+    """Everything that one step takes, or a few.
 
     recipe: of gan.py. genotypes: that growth retraces, one a sample.
     """
 
-    def __init__(self, recipe: str, genotypes: list[Genotype], records: list[Record], args, device: torch.device):
+    def __init__(
+        self, recipe: str, genotypes: list[Genotype], records: list[Record], args, device: torch.device, steps: int = 1
+    ):
         flags = ["--recipe", recipe, "--batch_size", str(len(genotypes))]
         if recipe == "robust":
             flags += ["--pool", "0"]  # drawn once an epoch, not once a step: pool_share
@@ -78,7 +80,8 @@ class Step:
             flags += ["--g_emb_size", "16", "--d_emb_size", "16", "--g_hidden_size", "8", "--d_hidden_size", "8"]
         self.args = gan.parse_args(flags)
         torch.manual_seed(0)
-        self.data = gan.TrainingData(repeated(records, len(genotypes)), {"accuracy": 3}, 10, device)
+        records = repeated(records, steps * len(genotypes))
+        self.data = gan.TrainingData(records, {"accuracy": 3}, 10, device)
         self.generator, self.discriminator = (n.to(device) for n in gan.build_networks(self.args, (3,)))
         self.predictor = Predictor(1).to(device).requires_grad_(False)
         self.predictor.error.fill_(0.2)
@@ -100,13 +103,14 @@ class Step:
     def run_discriminator(self) -> None:
         """The discriminator's part of a step of the paper's recipe: its own update, and its verdict in the other."""
         fake = tuple(CellBatch(c.adj.clone(), c.ops.clone(), c.num_nodes) for c in self.cells)
-        loss, *_ = gan.discriminator_loss(self.discriminator, self.cells, self.data.labels, fake, self.data.labels)
+        labels = self.data.labels[: len(fake[0])]
+        loss, *_ = gan.discriminator_loss(self.discriminator, self.cells, labels, fake, labels)
         gan.update(self.optimizers["discriminator"], loss, self.args.clip_value)
         for batch in fake:
             batch.adj.requires_grad_()
             batch.ops.requires_grad_()
         self.discriminator.requires_grad_(False)
-        self.discriminator(fake, self.data.labels).sub(1).square().mean().backward()
+        self.discriminator(fake, labels).sub(1).square().mean().backward()
         self.discriminator.requires_grad_(True)
 
 
@@ -141,22 +145,33 @@ def as_float32(output):
     return output.float()
 
 
-def step_builds(recipe: str, genotypes, records, args, device) -> tuple[Build, dict[str, Build]]:
-    """The plain build, and the fast ones by precision."""
+def comparison(work: str, recipe: str, genotypes, goals: dict[str, str], records, args, device) -> Comparison:
+    steps = steps_of(device)
 
     def plain() -> Run:
         step = Step(recipe, genotypes, records, args, device)
         step.args.cuda_graphs = False
         return step.runs_with(PlainGenerator(step.generator), PlainDiscriminator(step.discriminator))
 
-    def float32() -> Run:
-        return Step(recipe, genotypes, records, args, device).run
+    def float32(steps: int = steps) -> Run:
+        return Step(recipe, genotypes, records, args, device, steps).run
+
+    def tf32() -> Run:
+        run = float32()
+
+        def run_with_tf32() -> None:
+            torch.backends.cuda.matmul.allow_tf32 = True
+            run()
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+        return run_with_tf32
 
     def bf16() -> Run:
-        step = Step(recipe, genotypes, records, args, device)
+        step = Step(recipe, genotypes, records, args, device, steps)
         return step.runs_with(Autocast(step.generator, device), Autocast(step.discriminator, device))
 
-    return plain, {"float32": float32, "bf16": bf16}
+    fast = {"float32": float32, **({"float32, TF32": tf32} if device.type == "cuda" else {}), "bf16": bf16}
+    return Comparison(work, plain, fast, goals, (1, "steps"), steps, lambda: float32(steps=1))
 
 
 def comparisons(records: list[Record], args: argparse.Namespace, device: torch.device) -> list[Comparison]:
@@ -169,7 +184,7 @@ def comparisons(records: list[Record], args: argparse.Namespace, device: torch.d
         "robust recipe, real cells' sizes": ("robust", real, {}),
     }
     return [
-        Comparison(f"{work}, batch {size}", *step_builds(recipe, cells, records, args, device), goals, (1, "steps"))
+        comparison(f"{work}, batch {size}", recipe, cells, goals, records, args, device)
         for work, (recipe, cells, goals) in works.items()
     ]
 
@@ -205,7 +220,14 @@ def linearity(report: Report, records: list[Record]) -> None:
     small = 4 if report.args.quick else 32 if report.device.type == "cpu" else 64
     sizes = [small * factor for factor in (1, 2, 4)]
     runs = {
-        str(n): Step("paper", [r.genotype for r in repeated(records, n)], records, report.args, report.device).run
+        str(n): Step(
+            "paper",
+            [r.genotype for r in repeated(records, n)],
+            records,
+            report.args,
+            report.device,
+            steps_of(report.device),
+        ).run
         for n in sizes
     }
     report.figure(f"step of the paper's recipe at batch {sizes}, relative to batch x smallest", growth(runs, report))

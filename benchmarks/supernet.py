@@ -19,7 +19,7 @@ import argparse
 import torch
 
 from benchmarks import plain_images
-from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory
+from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory, steps_of
 from build_nas_dataset.build_nas_dataset import parse_args as script_args
 from build_nas_dataset.build_nas_dataset import settle_training_amp, train_epoch
 from build_nas_dataset.records import read_records
@@ -65,24 +65,34 @@ def scoring_run(genotypes: list[Genotype], images: ImageSet, batch_size: int, am
 
 def training(args: argparse.Namespace, device: torch.device) -> Comparison:
     batch = 8 if args.quick else 128
-    images, genotypes = random_images(batch, 32, device), median_genotypes(1 if args.quick else GENOTYPES)
+    genotypes, steps = median_genotypes(1 if args.quick else GENOTYPES), steps_of(device)
+    images = random_images(batch * steps, 32, device)
 
     def plain() -> Run:
         supernet = plain_images.contiguous(make_supernet(args.quick, device)).train()
         optimizer = torch.optim.SGD(supernet.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
-        x = normalize(images.images, images.mean, images.std).contiguous()
-        return lambda: [plain_images.train_step(supernet, optimizer, x, images.labels, g) for g in genotypes]
+        x = normalize(images.images[:batch], images.mean, images.std).contiguous()
+        return lambda: [plain_images.train_step(supernet, optimizer, x, images.labels[:batch], g) for g in genotypes]
 
-    def fast(amp: str) -> Run:
+    def fast(amp: str, recorded: bool = False, images: ImageSet = images) -> Run:
         supernet = make_supernet(args.quick, device)
         flags = script_args(["--batch_size", str(batch), "--amp", amp])
         optimizer = torch.optim.SGD(supernet.parameters(), flags.lr_max, momentum=0.9, weight_decay=flags.l2_reg)
+        if recorded:
+            supernet.record_parts()
         return lambda: [train_epoch(supernet, optimizer, images, [g], flags, 0, device) for g in genotypes]
 
-    fast_builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
-    goals = {"float32": "ratio 4", "bf16": "ratio 4"}
+    def once() -> Run:
+        return fast("off", images=images.subset(torch.arange(batch)))
+
+    builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
+    if device.type == "cuda":
+        builds["float32, recorded"] = lambda: fast("off", recorded=True)
+        builds["bf16, recorded"] = lambda: fast("bf16", recorded=True)
     work = f"{len(genotypes)} training steps, batch {batch}, 32 px"
-    return Comparison(work, plain, fast_builds, goals, (len(genotypes) * batch, "images"))
+    return Comparison(
+        work, plain, builds, dict.fromkeys(builds, "ratio 4"), (len(genotypes) * batch, "images"), steps, once
+    )
 
 
 def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
@@ -123,16 +133,17 @@ def whole_run(report: Report, step: str, score_one: str) -> None:
     n = 1 if report.args.quick else GENOTYPES
     steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
     settled = settle_training_amp("auto", report.device), settle_amp("auto", report.device)
-    step, score_one = (
-        report.seconds[f"{work}|{'float32' if amp == 'off' else amp}"] / n
-        for work, amp in zip((step, score_one), settled, strict=True)
-    )
-    total = steps * step + scored * score_one
-    report.figure(
-        f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps, {scored} scorings",
-        f"{scored * score_one / total:.0%} of {total / 3600:.1f} h",
-        "stated",
-    )
+    training, scoring = ("float32" if amp == "off" else amp for amp in settled)
+    scoring = scored * report.seconds[f"{score_one}|{scoring}"] / n
+    for variant in (training, f"{training}, recorded"):
+        if (seconds := report.seconds.get(f"{step}|{variant}")) is not None:
+            total = steps * seconds / n + scoring
+            report.figure(
+                f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps ({variant}), "
+                f"{scored} scorings",
+                f"{scoring / total:.0%} of {total / 3600:.1f} h",
+                "stated",
+            )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cuda_graphs import Branch
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.cpu import Dropout
 from models.graph import CellBatch, GraphState, LabelEmbedding
@@ -111,11 +112,14 @@ class CellGenerator(nn.Module):
         self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
         self.chosen = nn.Linear(vertex_size, hidden) if edges_in_turn else None
 
-    def forward(self, condition: Tensor, fixed_shape: bool, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
+    def forward(
+        self, condition: Tensor, fixed_shape: bool, noise: Tensor | None, known: CellBatch | None
+    ) -> tuple[CellBatch, Tensor]:
         """condition (B, C) -> CellBatch of B cells, soft; and the log-likelihood (B,) of the hard ones, without noise.
 
         Growth follows the hard decisions; the soft values returned carry the gradient.
         noise: (B, V, T + V) added to the logits of each new vertex's token and edges, see Generator.draw_noise.
+        known: the hard cells, where noise forces them.
         fixed_shape: keep finished samples in the batch, masked, so that no shape depends on a value. Otherwise they
             leave it, and b <= B samples are left at a step. The result is the same.
         """
@@ -137,7 +141,9 @@ class CellGenerator(nn.Module):
             token = (token_logits + token_noise).argmax(-1)  # (b,)
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
-            edge_logits = self._edge_logits(states, torch.cat([vertex, graph, condition], dim=-1), edge_noise)  # (b, t)
+            context = torch.cat([vertex, graph, condition], dim=-1)
+            forced = None if known is None else known.adj[sample, :t, t].detach()  # (b, t)
+            edge_logits = self._edge_logits(states, context, edge_noise, forced)  # (b, t)
             edges = edge_logits + edge_noise > 0  # (b, t)
             own = F.pad(torch.cat([token_logits, edge_logits], dim=-1), (0, size - t))  # (b, T + V)
             if len(sample) < batch:
@@ -198,20 +204,20 @@ class CellGenerator(nn.Module):
         logits[:, self.input_tokens] = -math.inf
         return logits
 
-    def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor) -> Tensor:
+    def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor, forced: Tensor | None) -> Tensor:
         """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t), without noise.
 
         The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
         The reference mixes the contexts of different samples here, which cuts the edges off from the labels.
-        With `edges_in_turn`, every edge also sees the sum over the sources that, with the noise (b, t), were chosen
-        before it.
+        With `edges_in_turn`, every edge also sees the sum over the sources that were chosen before it: with the noise
+        (b, t), or those that are `forced` (b, t).
         """
         first, activation, second = self.add_edge
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
         if self.chosen is not None:
             further = self.chosen(states)  # (b, t, D + S) what a chosen source adds for those after it
-            edges = self._decide_in_turn(hidden.detach(), further.detach(), noise)  # (b, t)
+            edges = self._decide_in_turn(hidden.detach(), further.detach(), noise) if forced is None else forced
             hidden = torch.baddbmm(hidden, edges[:, None].expand(-1, edges.shape[1], -1).tril(-1), further)
         return second(activation(hidden)).squeeze(-1)
 
@@ -317,23 +323,34 @@ class Generator(nn.Module):
 
     def likelihood(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> Tensor:
         """The log-likelihood of hard cells (B,), as from draw: growth is made to retrace them (teacher forcing)."""
-        return self.draw(z, labels, forcing_noise(cells))[1]
+        return self._grow(z, labels, forcing_noise(cells), given=True, known=cells)[1]
 
-    def _grow(self, z: Tensor, labels: Tensor, noise, given: bool = False) -> tuple[tuple[CellBatch, ...], Tensor]:
-        """given: no gradient from a cell to the decisions in the cells before it, which is that of straight_through."""
+    def _grow(
+        self, z: Tensor, labels: Tensor, noise, given: bool = False, known: tuple[CellBatch, ...] | None = None
+    ) -> tuple[tuple[CellBatch, ...], Tensor]:
+        """given: no gradient from a cell to the decisions in the cells before it, which is that of straight_through.
+
+        known: the hard cells, where noise forces them.
+        """
         fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
-        cells, likelihood = [], 0.0
+        results, branches = [], []  # of the cells
         for i, (name, cell) in enumerate(self.cells.items()):
-            grown, own = cell(condition, fixed_shape, None if noise is None else noise[i])
-            cells.append(grown)
-            likelihood = likelihood + own
+            branches.append(Branch(name, condition))
+            own_noise, own_known = (None if of_cells is None else of_cells[i] for of_cells in (noise, known))
+            with branches[i].work(condition, own_noise, own_known):  # cells wait for each other only where they must
+                results.append(cell(condition, fixed_shape, own_noise, own_known))
             if name in self.summaries:
-                finished = grown.straight_through()
+                if known is None:
+                    branches[i].join(*results[i])
+                finished = results[i][0].straight_through() if known is None else known[i]
                 flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
                 summary = self.summaries[name](flat.detach() if given else flat)
                 condition = torch.cat([condition, F.normalize(summary, dim=-1)], dim=-1)
-        return tuple(cells), likelihood
+        for branch, result in zip(branches, results, strict=True):
+            branch.join(*result)
+        cells, likelihoods = zip(*results, strict=True)
+        return cells, sum(likelihoods)
 
     def draw_noise(
         self, n: int, generator: torch.Generator, temperature: float | None = None

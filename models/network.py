@@ -42,23 +42,27 @@ class CellBase(nn.Module):
         keep_prob: drop-path keep probability in this cell, None = no drop path.
         """
         states = [
-            self.calibration[str(v)](inputs[v]) if any(spec.matrix[v]) else None  # an unused input is not read
+            self.call(self.calibration[str(v)], [inputs[v]]) if any(spec.matrix[v]) else None  # else it is not read
             for v in range(spec.space.num_inputs)
         ]
         for v in range(spec.space.num_inputs, spec.num_vertices - 1):
-            op = self.ops[f"{v}_{spec.ops[v]}"]
-            x = reduce(add, self._predecessor_states(spec, states, v))  # sum() would add to 0 first
-            x = op(x, vertex_stride(spec, v, self.reduction))
-            if keep_prob is not None and spec.ops[v] != "identity":
-                x = drop_path(x, keep_prob)
-            states.append(x)
+            op, stride = self.ops[f"{v}_{spec.ops[v]}"], vertex_stride(spec, v, self.reduction)
+            keep = None if spec.ops[v] == "identity" else keep_prob
+            states.append(self.call(op, self._predecessor_states(spec, states, v), stride, keep_prob=keep))
         return self._predecessor_states(spec, states, spec.num_vertices - 1)
+
+    def call(
+        self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: float | Tensor | None = None
+    ) -> Tensor:
+        """One of the modules on the sum of the inputs, and drop path if there is a keep probability."""
+        x = module(reduce(add, inputs), *stride)  # sum() would add to 0 first
+        return x if keep_prob is None else drop_path(x, keep_prob)
 
     def _predecessor_states(self, spec: CellSpec, states: list[Tensor], vertex: int) -> list[Tensor]:
         """What `vertex` reads, cell inputs halved where it works at half resolution."""
         halved = halved_inputs(spec, vertex, self.reduction)
         return [
-            self.reduces[reduce_name(spec, p, vertex)](states[p]) if p in halved else states[p]
+            self.call(self.reduces[reduce_name(spec, p, vertex)], [states[p]]) if p in halved else states[p]
             for p in spec.predecessors(vertex)
         ]
 
@@ -166,12 +170,17 @@ class Stack(nn.Module):
         cells: called with the outputs of the two before and the drop-path keep probability.
         """
         auxiliary = None
-        for layer, cell in enumerate(cells):
-            keep = drop_path_keep(self.drop_path_keep_prob, layer, len(cells), progress) if self.training else None
-            s0, s1 = s1, cell(s0, s1, keep)
+        keep_probs = self.keep_probs(progress) if self.training else [None] * len(cells)
+        for layer, (cell, keep_prob) in enumerate(zip(cells, keep_probs, strict=True)):
+            s0, s1 = s1, cell(s0, s1, keep_prob)
             if layer == self.auxiliary_layer and self.training and self.auxiliary is not None:
                 auxiliary = self.auxiliary(s1)
         return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary
+
+    def keep_probs(self, progress: float | Tensor) -> list[float | Tensor | None]:
+        """Of drop path in each cell, see drop_path_keep."""
+        cells = len(self.cells)
+        return [drop_path_keep(self.drop_path_keep_prob, layer, cells, progress) for layer in range(cells)]
 
 
 class Network(Stack):
@@ -210,13 +219,25 @@ class Network(Stack):
                 self.auxiliary = AuxiliaryHead(c_prev, num_classes, pool_stride) if auxiliary else None
         self.dropout = nn.Dropout(1 - keep_prob)
         self.classifier = nn.Linear(c_prev, num_classes)
+        self.compiled_cells: list[Callable[..., Tensor]] = []  # see compile_cells
 
     def forward(self, images: Tensor, progress: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, S, S) -> logits (B, classes) and, in train mode, the auxiliary head's.
 
         progress: (step + 1) / steps of the run, in (0, 1]: strength of drop path. A tensor avoids recompilation.
         """
-        return self.run(self.cells, *self.stem(images), progress)
+        cells = self.compiled_cells if self.training and self.compiled_cells else self.cells
+        return self.run(cells, *self.stem(images), progress)
+
+    def compile_cells(self, **options) -> None:
+        """torch.compile the cells, which are nearly all of the work, for training. options: of torch.compile.
+
+        One by one, which takes a fraction of the time that the whole network does: cells of one spec, stage and kind
+        of inputs share what is compiled.
+        """
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.cells))  # of one function: Cell.forward
+        self.compiled_cells = [torch.compile(cell.forward, dynamic=False, **options) for cell in self.cells]
 
 
 class CifarNetwork(Network):

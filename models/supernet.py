@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cuda_graphs import RecordedParts
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.cpu import BatchNorm2d, fast_here
-from models.network import AuxiliaryHead, CellBase, Stack, calibrate, init_weights, is_reduction
-from models.ops import FactorizedReduce, make_op
+from models.network import AuxiliaryHead, CellBase, Stack, calibrate, drop_path_keep, init_weights, is_reduction
+from models.ops import FactorizedReduce, Identity, drop_path, make_op
 
 # Batch statistics in every batch norm, in training and in scoring: cells share weights, so running statistics would
 # be a mixture over cells that fits none of them; and scoring leaves no trace in the model.
@@ -43,6 +44,19 @@ class SupernetCell(CellBase):
         # Slice v of the final convolution reads vertex v; a cell uses those of its output's predecessors.
         self.final = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(max_vertices - 1))
         self.final_norm = BatchNorm(channels)
+        self.parts: RecordedParts | None = None  # see Supernet.record_parts
+
+    def call(
+        self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: float | Tensor | None = None
+    ) -> Tensor:
+        """As CellBase.call; in training replayed, if parts are recorded, except what has no kernels of its own."""
+        recorded = self.parts is not None and self.training and torch.is_grad_enabled()
+        if not recorded or isinstance(module, nn.Identity) or (isinstance(module, Identity) and stride == (1,)):
+            return super().call(module, inputs, *stride, keep_prob=keep_prob)
+        place = self.vertices.get(module, module), stride  # a step calls one of the ops of a vertex
+        if keep_prob is None:
+            return self.parts(place, module, inputs, *stride)
+        return self.parts(place, module, inputs, *stride, then=partial(drop_path, keep_prob=keep_prob))
 
     def forward(self, spec: CellSpec, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None) -> Tensor:
         """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
@@ -79,6 +93,7 @@ class Supernet(Stack):
             "auxiliary": auxiliary,
         }
         self.drop_path_keep_prob, self.layers = drop_path_keep_prob, layers
+        self.recorded_keep: Tensor | None = None  # keep probabilities, where recordings read them
         self.auxiliary_layer = 2 * layers + 1
         c_prev_prev = c_prev = 3 * channels
         self.stem = nn.Sequential(nn.Conv2d(3, c_prev, 3, padding=1, bias=False), BatchNorm(c_prev))
@@ -108,3 +123,21 @@ class Supernet(Stack):
         s = self.stem(images)
         cells = [partial(cell, genotype.reduction if cell.reduction else genotype.normal) for cell in self.cells]
         return self.run(cells, s, s, progress)
+
+    def record_parts(self) -> None:
+        """From now on, replay the modules of the cells as CUDA graphs in training, see RecordedParts.
+
+        Images have to be of the same shape in every step, and gradients gone (zero_grad) before the next one.
+        """
+        parts = RecordedParts()
+        for i, cell in enumerate(self.cells):
+            cell.parts, cell.vertices = parts, {op: (i, name.split("_")[0]) for name, op in cell.ops.items()}
+        self.recorded_keep = self.classifier.weight.new_empty(len(self.cells))
+
+    def keep_probs(self, progress: float | Tensor) -> list[float | Tensor | None]:
+        if self.recorded_keep is None or self.drop_path_keep_prob == 1:
+            return super().keep_probs(progress)
+        cells = len(self.cells)
+        layers = torch.arange(cells, device=self.recorded_keep.device)
+        self.recorded_keep.copy_(drop_path_keep(self.drop_path_keep_prob, layers, cells, progress))
+        return list(self.recorded_keep)

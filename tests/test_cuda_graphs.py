@@ -1,21 +1,28 @@
 """What CUDA adds: steps replayed as graphs, that never wait for the host. The numbers are those of step by step."""
 
 import argparse
+import itertools
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gan
 import training
+from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.records import Record
 from build_nas_dataset.sample import random_pool
 from cuda_graphs import Recorded, map_tensors, tensors_of
 from genotypes import GENOTYPES
+from images import ImageSet
 from models.graph import CellBatch
 from models.network import CifarNetwork, genotype_cost
+from models.supernet import Supernet
 from utils import load_optimizer, set_lr, set_seed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -103,7 +110,7 @@ def test_a_recorded_gan_step_gives_the_numbers_of_the_step_itself(name):
     for epoch in range(3):
         ours, theirs = recorded.train_epoch(epoch), plain.train_epoch(epoch)
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-    assert any(isinstance(step, Recorded) and step.graph is not None for step in recorded.update_generator)
+    assert any(isinstance(step, Recorded) and step.graph is not None for step in recorded.step)
     for network in ("generator", "discriminator"):
         a, b = getattr(recorded, network), getattr(plain, network)
         for (key, value), other in zip(a.named_parameters(), b.parameters(), strict=True):
@@ -173,3 +180,148 @@ def test_training_steps_do_not_wait_for_the_device():
     training.train_steps(step, [(x, labels)] * 6, progress, lambda i: 0.1)
     with no_waiting(allowed=1):  # the loss at the end
         training.train_steps(step, [(x, labels)] * 6, progress, lambda i: 0.1)
+
+
+class RecordedCalls:
+    """Stands in for a CUDA graph on a CPU: the same operations once more, their results written where they were."""
+
+    def __init__(self):
+        self.calls, self.others = [], ()
+
+    @torch.no_grad()
+    def replay(self):
+        for graph in self.others:  # of the same pool, which may have these results in the same memory
+            for *_, outputs in graph.calls:
+                for tensor in tree_leaves(outputs):
+                    if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in graph.own:
+                        tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
+        for function, args, kwargs, outputs in self.calls:
+            for old, new in zip(tree_leaves(outputs), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for torch.cuda.graph."""
+
+    def __init__(self, pools: dict[int, list[RecordedCalls]], graph: RecordedCalls, *, pool: int, **_):
+        super().__init__()
+        self.graph, graphs = graph, pools.setdefault(pool, [])
+        self.graph.own = set()  # memory that is its own
+        graphs.append(graph)
+        for i in range(0, len(graphs), 2):  # forward passes, each before its backward pass
+            graphs[i].others = graphs[:i] + graphs[i + 2 :]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        given, made = (
+            {t.untyped_storage().data_ptr() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)}
+            for tensors in ((args, kwargs), outputs)
+        )
+        self.graph.own |= made - given
+        self.graph.calls.append((function, args, kwargs or {}, outputs))
+        return outputs
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    stream, pools, handles = argparse.Namespace(wait_stream=lambda other: None), {}, itertools.count()
+    changes = {
+        "CUDAGraph": RecordedCalls,
+        "graph": partial(Recording, pools),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "graph_pool_handle": lambda: next(handles),
+        "get_rng_state": torch.get_rng_state,
+        "set_rng_state": torch.set_rng_state,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return pools
+
+
+class SupernetRun:
+    """What build_nas_dataset trains, small: 24 genotypes, 12 steps an epoch."""
+
+    def __init__(self, device: str, cuda_graphs: bool, amp: str = "off"):
+        flags = ["--batch_size", "16", "--epochs", "4", "--scorings", "1", "--cutout_size", "0", "--lr_max", "0.01"]
+        self.args = build_nas_dataset.parse_args([*flags, "--amp", amp])
+        source, self.device = torch.Generator().manual_seed(0), torch.device(device)
+        pixels = torch.randint(256, (192, 3, 32, 32), generator=source, dtype=torch.uint8)
+        classes = [str(i) for i in range(10)]
+        self.images = ImageSet(pixels, torch.arange(192) % 10, classes, (0.5,) * 3, (0.25,) * 3).to(device)
+        self.pool = random_pool(24, seed=5)
+        set_seed(0)
+        self.supernet = Supernet(layers=1, channels=8).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.supernet.parameters(), 0.01, momentum=0.9, weight_decay=3e-4)
+        if cuda_graphs:
+            self.supernet.record_parts()
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        return build_nas_dataset.train_epoch(
+            self.supernet, self.optimizer, self.images, self.pool, self.args, epoch, self.device
+        )
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of three steps with drop path, of the second of which another genotype is, those of the last."""
+        self.supernet.train()
+        x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(self.device)
+        for genotype in (self.pool[0], self.pool[1], self.pool[0]):
+            set_seed(7)
+            self.optimizer.zero_grad()
+            logits, auxiliary = self.supernet(x.contiguous(memory_format=torch.channels_last), genotype, 0.5)
+            (logits.square().mean() + auxiliary.square().mean()).backward()
+        return {name: p.grad for name, p in self.supernet.named_parameters() if p.grad is not None}
+
+
+def recorded_modules(supernet: Supernet) -> int:
+    return len(supernet.cells[0].parts.parts)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp):
+    recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
+    for epoch in range(2):
+        assert recorded.train_epoch(epoch) == pytest.approx(plain.train_epoch(epoch), rel=1e-4)
+    assert recorded_modules(recorded.supernet) > 50
+    assert max(map(len, graphs_on_cpu.values())) >= 8  # four ops of a vertex, in the same memory
+    for (name, value), other in zip(recorded.supernet.named_parameters(), plain.supernet.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_recorded_supernet_scores_and_evaluates_as_it_is(graphs_on_cpu):
+    recorded, plain = SupernetRun("cpu", True), SupernetRun("cpu", False)
+    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for run in (recorded, plain):
+        run.supernet.eval()
+    with torch.inference_mode():
+        assert torch.equal(recorded.supernet(x, plain.pool[3])[0], plain.supernet(x, plain.pool[3])[0])
+    assert recorded_modules(recorded.supernet) == 0
+
+
+@needs_cuda
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_recorded_parts_of_a_supernet_give_the_numbers_of_the_parts_themselves(amp):
+    recorded, plain = SupernetRun("cuda", True, amp), SupernetRun("cuda", False, amp)
+    for epoch in range(3):
+        ours, theirs = recorded.train_epoch(epoch), plain.train_epoch(epoch)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-2 if amp == "bf16" else 3e-3)
+    assert recorded_modules(recorded.supernet) > 50
+
+
+@needs_cuda
+def test_gradients_of_recorded_parts_are_those_of_the_parts_themselves():
+    recorded, plain = (SupernetRun("cuda", cuda_graphs).gradients() for cuda_graphs in (True, False))
+    assert recorded.keys() == plain.keys()
+    for name, grad in recorded.items():
+        assert (grad - plain[name]).norm() <= 2e-3 * plain[name].norm() + 1e-6, name
+
+
+@needs_cuda
+def test_steps_of_a_recorded_supernet_do_not_wait_for_the_device():
+    run = SupernetRun("cuda", True)
+    for _ in range(2):  # the same genotypes in every call
+        run.train_epoch(0)
+    with no_waiting(allowed=1):  # the loss at the end
+        run.train_epoch(0)

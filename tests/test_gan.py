@@ -183,8 +183,8 @@ def test_the_warm_up_teaches_the_pools_cells_which_become_likelier(monkeypatch):
     trainer = small_trainer("--pool", "1000", "--draws", "48", "--warmup_epochs", "4", "--n_epochs", "5")
     pools, taught, choose = [], [], trainer.choose_from_pool
     monkeypatch.setattr(trainer, "choose_from_pool", lambda *args: pools.append(choose(*args)) or pools[-1])
-    update = trainer.update_generator[False]
-    trainer.update_generator = (lambda real, *rest: taught.append(real) or update(real, *rest)), None
+    step = trainer.step[False]
+    trainer.step = (lambda critic, real, *rest: taught.append(real) or step(critic, real, *rest)), None
     unseen = random_batch(500, torch.Generator().manual_seed(9))
     n = len(unseen[0])
     request = torch.zeros(n, 100), torch.arange(n)[:, None] % 2, unseen
@@ -239,8 +239,14 @@ def recorded_updates(trainer, monkeypatch):
 
         return update
 
-    monkeypatch.setattr(trainer, "update_discriminator", recorder("discriminator"))
-    monkeypatch.setattr(trainer, "update_generator", (recorder("generator"),) * 2)
+    update_discriminator, update_generator = recorder("discriminator"), recorder("generator")
+
+    def step(criticised, *drawn):
+        values = {} if criticised is None else update_discriminator(*criticised)
+        return values | update_generator(*drawn)
+
+    monkeypatch.setattr(trainer, "update_discriminator", update_discriminator)
+    monkeypatch.setattr(trainer, "step", (step, step))
     return updates
 
 
@@ -276,8 +282,7 @@ def test_losses_are_what_the_flags_weigh(hard, monkeypatch):
         requests.append((z, data.random_labels(n, source), noise))
     judged, controlled = requests
     real, z = (tuple(cells[:5] for cells in data.cells), data.labels[:5]), torch.randn(5, 100, generator=source)
-    trainer._update_discriminator(real, judged)
-    values = trainer._update_generator(real, z, judged, controlled)
+    values = trainer._step((real, judged), real, z, judged, controlled)
 
     fake, drawn = generator(*judged), tuple(batch.straight_through() for batch in generator(*controlled))
     scores = discriminator(tuple(batch.straight_through() for batch in fake) if hard else fake, judged[1])
@@ -296,6 +301,8 @@ def test_losses_are_what_the_flags_weigh(hard, monkeypatch):
     torch.testing.assert_close(losses, [of_discriminator, expected], rtol=1e-4, atol=1e-5)
     divergence, reward = (likelihood - before).mean(), torch.tensor(reward).mean()
     terms = {"g_loss": g_loss, "nll": nll, "reward": reward, "divergence": divergence}
+    assert values.pop("d_loss") == losses[0]
+    del values["real_score"], values["fake_score"]
     torch.testing.assert_close(values, terms, rtol=1e-4, atol=1e-5)
     ours, theirs = list(generator.parameters()), list(discriminator.parameters())
     grads = [torch.autograd.grad(loss, ours, retain_graph=True) for loss in (losses[1], expected)]

@@ -146,7 +146,9 @@ def test_edge_logit_is_the_mlp_of_the_concatenation():
     context = torch.randn(4, cell.add_edge[0].in_features - 12, dtype=torch.float64)
     joined = torch.cat([states, context[:, None].expand(-1, 3, -1)], dim=-1)
     expected = cell.add_edge(joined).squeeze(-1)
-    torch.testing.assert_close(cell._edge_logits(states, context, torch.zeros(4, 3)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        cell._edge_logits(states, context, torch.zeros(4, 3), None), expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"aggregation": "mean"}, ADDITIONS], ids=["gsum", "mean", "additions"])

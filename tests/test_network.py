@@ -127,12 +127,25 @@ def test_cell_with_an_unused_input_builds_a_network_that_learns():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_networks_compile_as_one_graph():
-    network = CifarNetwork(GENOTYPES["NAG_ENSEMBLE_C"], layers=1, channels=4).to(memory_format=torch.channels_last)
-    images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-    sum(output.sum() for output in compiled(images, torch.tensor(0.5))).backward()
-    assert all(p.grad is not None for p in network.parameters())
+def test_equal_cells_are_compiled_once_and_train_as_without():
+    """The cells of a stage have other inputs in its first two; eleven graphs for those of three stages."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    images, found = torch.randn(2, 3, 32, 32).double().to(memory_format=torch.channels_last), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = CifarNetwork(GENOTYPES["NAG_ENSEMBLE_C"], layers=4, channels=4, drop_path_keep_prob=0.9)
+        network.double().to(memory_format=torch.channels_last)
+        if compiled:
+            network.compile_cells(backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            torch.manual_seed(1)
+            outputs = network(images, torch.tensor(0.5).double())
+        sum(output.square().sum() for output in outputs).backward()
+        found.append([*outputs, *(p.grad for p in network.parameters())])
+        network.eval()(images)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 11
 
 
 def test_invalid_genotype_is_refused():
