@@ -346,7 +346,8 @@ class Trainer:
         """
         args, values = self.args, {}
         loss = torch.zeros((), device=self.data.labels.device)
-        growth = Branch("growth", loss)  # does not wait for the discriminator
+        if judged is not None:
+            growth = Branch("growth", loss)  # does not wait for the discriminator's update
         if criticised is not None:
             values = self._update_discriminator(*criticised)
         if judged is not None:

@@ -5,7 +5,7 @@
     python benchmarks/all.py --device cuda --rounds 20
 
 Results are kept in benchmarks/results.json by script and kind of device: a run replaces those of its own kind and
-leaves the others, so that RESULTS.md has columns for both.
+leaves the others, so that RESULTS.md has columns for both. A "note" written there by hand is shown.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def render(results: dict) -> str:
         parts.append(f"## {TITLES[script]} (`python benchmarks/{script}.py`)\n")
         parts += [
             f"{kind.upper()}: {r['device']}; {r['cpu']}; torch {r['torch']}, python {r['python']}; {r['date']}; "
-            f"{r['rounds']} rounds{', QUICK: tiny sizes, figures mean nothing' if r['quick'] else ''}.\n"
+            f"{r['rounds']} rounds{', QUICK: tiny sizes, figures mean nothing' if r['quick'] else ''}"
+            f"{', ' + r['note'] if 'note' in r else ''}.\n"
             for kind, r in own.items()
         ]
         parts += [markdown(rows) for rows in (joined(own, "rows"), joined(own, "figures")) if rows]

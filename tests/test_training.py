@@ -54,6 +54,19 @@ def test_the_auxiliary_loss_counts_with_its_weight_and_is_left_out_of_the_loss_r
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
+def test_compiled_cells_are_for_training_alone(monkeypatch):
+    """Evaluation, checkpoints and exports see the network as it is."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda *args: calls.append(forward) or forward(*args))
+    network, calls = tiny_network(), []
+    names = list(network.state_dict())
+    assert training.wrap(network, Namespace(**{**vars(FLAGS), "compile": True})) is network
+    x = torch.randn(2, 3, 32, 32)
+    network.eval()(x)
+    assert not calls
+    network.train()(x)
+    assert calls == [cell.forward for cell in network.cells] and list(network.state_dict()) == names
+
+
 def test_every_step_has_its_own_learning_rate_and_clipped_gradients():
     network, seen = tiny_network(), []
     optimizer = training.build_optimizer("sgd", network, 1.0, momentum=0.0, weight_decay=0.0)
