@@ -107,7 +107,8 @@ class RecordedParts:
     ) -> Tensor:
         """then(module(sum of inputs, *args)), differentiable in inputs, of equal shapes, and the module's parameters.
 
-        Outputs and gradients are overwritten by the next call in the same place. What `then` uses besides has to stay
+        Outputs and gradients are overwritten by the next call in the same place. Raises ValueError when inputs are of
+        another shape than at the first call. What `then` uses besides has to stay
         where it is; it is that of the first call with these arguments.
         """
         if (module, args) not in self.parts:
@@ -190,6 +191,8 @@ class Replay(torch.autograd.Function):
     def forward(ctx, part: Part, count: int, *tensors: Tensor) -> Tensor:
         ctx.part, ctx.count = part, count
         first, *others = tensors[:count]
+        if first.shape != part.place.x.shape:
+            raise ValueError(f"recorded with shape {tuple(part.place.x.shape)}, got {tuple(first.shape)}")
         if others:
             torch.add(first, others[0], out=part.place.x)
             reduce(Tensor.add_, others[1:], part.place.x)

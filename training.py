@@ -153,9 +153,9 @@ def build_optimizer(
 
 
 def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
-    """What training calls: the network, compiled if asked for, with averaged gradients among several processes.
+    """What training calls: the network, with averaged gradients among several processes.
 
-    The network itself stays what checkpoints and evaluation use; its parameters are shared.
+    Its cells are compiled if asked for, in train mode only. Checkpoints and evaluation use the network itself.
     """
     forward = network
     if args.compile:

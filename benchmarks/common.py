@@ -256,7 +256,7 @@ class Report:
                 "ratio": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 "GFLOP": f"{flops / 1e9:.4g}",
                 "GFLOP-eq, plain / fast": " / ".join(f"{t * rates['float32'] / 1e9:.3g}" for t in (plain, fast)),
-                "share of floor": f"{flops / (fast * rates[precision_of(name)]):.2f}",
+                "share of floor": "" if "TF32" in name else f"{flops / (fast * rates[precision_of(name)]):.2f}",
                 "peak GiB, plain / fast": f"{memory['plain']:.2f} / {memory[name]:.2f}",
                 "matmul, GFLOP/s": f"{rates[precision_of(name)] / 1e9:.0f}",
             }

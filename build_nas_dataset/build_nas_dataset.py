@@ -136,7 +136,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
     add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
     add("--score_amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the scorings")
-    add("--cuda_graphs", action="store_true", help="on CUDA: train by recorded modules, faster, in more memory")
+    add(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on CUDA: train by recorded modules, faster, in more memory",
+    )
     add("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "supernet", ("data", "cache_dir", "cuda_graphs"), RESUMED)
@@ -175,7 +180,7 @@ def load_images_and_pool(
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on: what travels with the files that are passed on."""
-    left_out = ("data", "cache_dir", "output_dir", "resume", "device")
+    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 

@@ -125,7 +125,7 @@ def train_candidate(
     """
     started, start_epoch = time.monotonic(), 0
     if args.compile:
-        torch.compiler.reset()  # else it gives up on the ninth network
+        torch.compiler.reset()  # else it gives up after a few networks
     network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
     if weights[0]:

@@ -341,9 +341,11 @@ class Generator(nn.Module):
             with branches[i].work(condition, own_noise, own_known):  # cells wait for each other only where they must
                 results.append(cell(condition, fixed_shape, own_noise, own_known))
             if name in self.summaries:
-                if known is None:
+                if known is not None:
+                    finished = known[i]
+                else:
                     branches[i].join(*results[i])
-                finished = results[i][0].straight_through() if known is None else known[i]
+                    finished = results[i][0].straight_through()
                 flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
                 summary = self.summaries[name](flat.detach() if given else flat)
                 condition = torch.cat([condition, F.normalize(summary, dim=-1)], dim=-1)

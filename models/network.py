@@ -219,14 +219,15 @@ class Network(Stack):
                 self.auxiliary = AuxiliaryHead(c_prev, num_classes, pool_stride) if auxiliary else None
         self.dropout = nn.Dropout(1 - keep_prob)
         self.classifier = nn.Linear(c_prev, num_classes)
-        self.compiled_cells: list[Callable[..., Tensor]] = []  # see compile_cells
+        self.compiled = False  # see compile_cells
 
     def forward(self, images: Tensor, progress: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, S, S) -> logits (B, classes) and, in train mode, the auxiliary head's.
 
         progress: (step + 1) / steps of the run, in (0, 1]: strength of drop path. A tensor avoids recompilation.
         """
-        cells = self.compiled_cells if self.training and self.compiled_cells else self.cells
+        as_they_are = self.compiled and not self.training
+        cells = [cell.forward for cell in self.cells] if as_they_are else self.cells
         return self.run(cells, *self.stem(images), progress)
 
     def compile_cells(self, **options) -> None:
@@ -237,7 +238,9 @@ class Network(Stack):
         """
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.cells))  # of one function: Cell.forward
-        self.compiled_cells = [torch.compile(cell.forward, dynamic=False, **options) for cell in self.cells]
+        for cell in self.cells:
+            cell.compile(dynamic=False, **options)
+        self.compiled = True
 
 
 class CifarNetwork(Network):

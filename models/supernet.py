@@ -45,6 +45,7 @@ class SupernetCell(CellBase):
         self.final = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(max_vertices - 1))
         self.final_norm = BatchNorm(channels)
         self.parts: RecordedParts | None = None  # see Supernet.record_parts
+        self.vertices: dict[nn.Module, tuple[int, str]] = {}  # the cell and vertex of its ops, then
 
     def call(
         self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: float | Tensor | None = None
@@ -127,7 +128,8 @@ class Supernet(Stack):
     def record_parts(self) -> None:
         """From now on, replay the modules of the cells as CUDA graphs in training, see RecordedParts.
 
-        Images have to be of the same shape in every step, and gradients gone (zero_grad) before the next one.
+        Images have to be of the same shape in every step. The gradients of a step are lost with the next forward pass,
+        and have to be gone (zero_grad) by the next backward pass.
         """
         parts = RecordedParts()
         for i, cell in enumerate(self.cells):

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ import training
 from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.records import Record
 from build_nas_dataset.sample import random_pool
-from cuda_graphs import Recorded, map_tensors, tensors_of
+from cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
 from genotypes import GENOTYPES
 from images import ImageSet
 from models.graph import CellBatch
@@ -264,7 +265,7 @@ class SupernetRun:
         )
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Of three steps with drop path, of the second of which another genotype is, those of the last."""
+        """Those of the last of three steps with drop path; the second is another genotype's."""
         self.supernet.train()
         x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(self.device)
         for genotype in (self.pool[0], self.pool[1], self.pool[0]):
@@ -282,22 +283,89 @@ def recorded_modules(supernet: Supernet) -> int:
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp):
     recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
-    for epoch in range(2):
-        assert recorded.train_epoch(epoch) == pytest.approx(plain.train_epoch(epoch), rel=1e-4)
+    assert recorded.train_epoch(0) == pytest.approx(plain.train_epoch(0), rel=1e-4)
     assert recorded_modules(recorded.supernet) > 50
     assert max(map(len, graphs_on_cpu.values())) >= 8  # four ops of a vertex, in the same memory
     for (name, value), other in zip(recorded.supernet.named_parameters(), plain.supernet.parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5, msg=name)
+    assert recorded.train_epoch(1) == pytest.approx(plain.train_epoch(1), rel=1e-2)  # by then rounding has grown
+    with pytest.raises(ValueError, match=r"recorded with shape \(16, .*, got \(1, "):
+        recorded.supernet(torch.randn(1, 3, 32, 32), recorded.pool[0])
 
 
-def test_a_recorded_supernet_scores_and_evaluates_as_it_is(graphs_on_cpu):
+@pytest.mark.parametrize(("training", "gradients"), [(False, False), (False, True), (True, False)])
+def test_only_training_steps_are_recorded(graphs_on_cpu, training, gradients):
     recorded, plain = SupernetRun("cpu", True), SupernetRun("cpu", False)
-    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    x, found = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last), []
     for run in (recorded, plain):
-        run.supernet.eval()
-    with torch.inference_mode():
-        assert torch.equal(recorded.supernet(x, plain.pool[3])[0], plain.supernet(x, plain.pool[3])[0])
+        set_seed(0)  # drop path
+        with torch.set_grad_enabled(gradients):
+            found.append(run.supernet.train(training)(x, plain.pool[3], 0.5)[0])
+    torch.testing.assert_close(*found)
     assert recorded_modules(recorded.supernet) == 0
+
+
+class FakeStream:
+    """Notes what it waits for, by the number of operations of the other stream so far."""
+
+    def __init__(self, name: str):
+        self.stream_id, self.log = name, []
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(("wait", other.stream_id, len(other.log)))
+
+
+def test_branches_start_where_they_are_made_and_end_where_they_are_joined(monkeypatch):
+    """Two cells beside each other, and work of the main stream beside both; within one of them, another branch."""
+    streams, made = [FakeStream("main")], itertools.count()
+
+    @contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream(next(made)))
+    side_stream.cache_clear()
+    used = {}
+    example = argparse.Namespace(is_cuda=True)
+    monkeypatch.setattr("cuda_graphs.tensors_of", lambda tensors: [Used(used, name) for name in tensors])
+
+    first = Branch("first", example)
+    streams[-1].log.append("between")
+    second = Branch("second", example)
+    with first.work("condition"):
+        streams[-1].log.append("grow")
+        inner = Branch("first", example)
+        with inner.work("states"):
+            streams[-1].log.append("retrace")
+        inner.join("likelihood")
+    with second.work("condition"):
+        streams[-1].log.append("grow")
+    main = streams[0]
+    main.log.append("beside")
+    first.join("a cell")
+    second.join("another")
+    assert main.log == ["between", "beside", ("wait", 0, 3), ("wait", 1, 2)]
+    assert first.stream.log == [("wait", "main", 0), "grow", ("wait", 2, 2)]
+    assert second.stream.log == [("wait", "main", 1), "grow"] and inner.stream.log == [("wait", 0, 2), "retrace"]
+    assert used == {"condition": [0, 1], "states": [2], "likelihood": [0], "a cell": ["main"], "another": ["main"]}
+    assert Branch("first", example).stream is first.stream  # the next one takes its memory again
+    side_stream.cache_clear()
+
+
+@dataclass
+class Used:
+    """A tensor that notes on what streams it is said to be used."""
+
+    by: dict
+    name: str
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.by.setdefault(self.name, []).append(stream.stream_id)
 
 
 @needs_cuda

@@ -1,5 +1,6 @@
 """Steps, optimizers, evaluation and votes against their definitions."""
 
+import copy
 import importlib.util
 from argparse import Namespace
 from collections import Counter
@@ -56,7 +57,7 @@ def test_the_auxiliary_loss_counts_with_its_weight_and_is_left_out_of_the_loss_r
 
 def test_compiled_cells_are_for_training_alone(monkeypatch):
     """Evaluation, checkpoints and exports see the network as it is."""
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda *args: calls.append(forward) or forward(*args))
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *args: calls.append(call.__self__) or call(*args))
     network, calls = tiny_network(), []
     names = list(network.state_dict())
     assert training.wrap(network, Namespace(**{**vars(FLAGS), "compile": True})) is network
@@ -64,7 +65,9 @@ def test_compiled_cells_are_for_training_alone(monkeypatch):
     network.eval()(x)
     assert not calls
     network.train()(x)
-    assert calls == [cell.forward for cell in network.cells] and list(network.state_dict()) == names
+    assert calls == list(network.cells) and list(network.state_dict()) == names
+    copy.deepcopy(network).train()(x)
+    assert len(calls) == len(network.cells)  # a copy is as it is
 
 
 def test_every_step_has_its_own_learning_rate_and_clipped_gradients():
