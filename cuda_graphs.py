@@ -107,9 +107,9 @@ class RecordedParts:
     ) -> Tensor:
         """then(module(sum of inputs, *args)), differentiable in inputs, of equal shapes, and the module's parameters.
 
-        Outputs and gradients are overwritten by the next call in the same place. Raises ValueError when inputs are of
-        another shape than at the first call. What `then` uses besides has to stay
+        Outputs and gradients are overwritten by the next call in the same place. What `then` uses besides has to stay
         where it is; it is that of the first call with these arguments.
+        Raises ValueError when inputs are of another shape than at the first call.
         """
         if (module, args) not in self.parts:
             self.parts[module, args] = self._record(place, module, inputs[0], args, then)
