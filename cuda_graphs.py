@@ -1,13 +1,15 @@
 """CUDA graphs: a training step, or a part of one, as one launch in the place of the many that its kernels need."""
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, reduce
+from operator import add
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WARM_UP = 3  # calls before the recording, in which libraries and optimizers allocate what they keep
 
@@ -85,42 +87,36 @@ def side_stream(parent: int, name: Hashable) -> torch.cuda.Stream:
 
 
 class RecordedParts:
-    """Modules of a network whose path is another in every step, so that no step can be recorded as a whole.
+    """Functions of a network whose path is another in every step, so that no step can be recorded as a whole.
 
     Each has a graph for its forward pass and one for its backward pass, recorded when it is first called. It may draw
     from torch's default generator, and must leave no other trace. Those of one place share memory: a step calls one of
-    them, once.
+    them, once. See Tape, which calls them.
+
+    gradients: whether there are backward passes. Else nothing but the outputs has to be kept.
     """
 
-    def __init__(self):
-        self.stream = torch.cuda.Stream()
+    def __init__(self, gradients: bool = True):
+        self.gradients = gradients
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.room: Tensor | None = None  # for the inputs of all parts, without gradients
         self.places: dict[Hashable, Place] = {}
         self.parts: dict[Hashable, Part] = {}
+        self.called: list[Tensor] = []  # on the way back; of each the parameters, as one tensor that has the gradient
 
-    def __call__(
+    def record(
         self,
         place: Hashable,
-        module: nn.Module,
+        function: Callable[..., Tensor],
         inputs: Sequence[Tensor],
-        *args: Hashable,
-        then: Callable[[Tensor], Tensor] = lambda y: y,
-    ) -> Tensor:
-        """then(module(sum of inputs, *args)), differentiable in inputs, of equal shapes, and the module's parameters.
-
-        Outputs and gradients are overwritten by the next call in the same place. What `then` uses besides has to stay
-        where it is; it is that of the first call with these arguments.
-        Raises ValueError when inputs are of another shape than at the first call.
-        """
-        if (module, args) not in self.parts:
-            self.parts[module, args] = self._record(place, module, inputs[0], args, then)
-        part = self.parts[module, args]
-        return Replay.apply(part, len(inputs), *inputs, *part.parameters)
-
-    def _record(self, place: Hashable, module: nn.Module, example: Tensor, args: tuple, then: Callable) -> "Part":
+        parameters: Sequence[Tensor],
+        join: int,
+    ) -> "Part":
+        """See Tape.call."""
         random_state = torch.cuda.get_rng_state()
-        parameters = dict(module.named_parameters())
+        example = torch.cat(inputs, dim=1) if join else inputs[0]
         # Leaves of this recording alone: autograd remembers of others on what stream they were used before.
-        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        leaves = [(torch.empty_like(p) if join else p.detach()).requires_grad_(self.gradients) for p in parameters]
         # Without the cache of casts, which would let a recording use the cast of another time.
         kind = example.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -128,86 +124,198 @@ class RecordedParts:
         exact = torch.autocast(kind, enabled=False)
 
         def forward(x: Tensor) -> Tensor:
-            with mixed, torch.enable_grad():
-                return then(torch.func.functional_call(module, leaves, (x, *args)))
+            with mixed, torch.set_grad_enabled(self.gradients):
+                return function(x, *leaves)
 
         def backward(y: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
             with exact:
-                return torch.autograd.grad(y, (x, *leaves.values()), grad)
+                return torch.autograd.grad(y, (x, *leaves), grad)
 
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # as it is, for libraries to allocate what they keep
-            x = torch.zeros_like(example, requires_grad=True)
+            x = torch.zeros_like(example).requires_grad_(self.gradients)
             y = forward(x)
-            backward(y, x, torch.zeros_like(y))
+            if self.gradients:
+                backward(y, x, torch.zeros_like(y))
             if place not in self.places:
-                own = (x.detach(), y.detach(), torch.zeros_like(y), torch.zeros_like(x))
-                self.places[place] = Place(*own, torch.cuda.graph_pool_handle())
+                self.places[place] = self._place(inputs[0].numel() * max(join, 1), x.detach(), y.detach())
             del x, y
         torch.cuda.current_stream().wait_stream(self.stream)
         own = self.places[place]
-        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        x = own.x.detach().requires_grad_()
-        with recording(graphs[0], self.stream, own.pool):
+        x = own.x.as_strided(example.shape, example.stride()).requires_grad_(self.gradients)
+        part = Part(own, x.detach(), join > 0, leaves, torch.cuda.CUDAGraph())
+        with recording(part.forward_graph, self.stream, own.pool):
             y = forward(x)
             own.y.copy_(y.detach())
-        with recording(graphs[1], self.stream, own.pool):
-            grad_x, *grads = backward(y, x, own.grad_y)
-            own.grad_x.copy_(grad_x)
-            grads = [  # in the layout of the parameters: autograd copies others
-                g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-                for g, p in zip(grads, leaves.values(), strict=True)
-            ]
+        if self.gradients:
+            part.grad_x = own.grad_x.as_strided(x.shape, x.stride())
+            part.flat, part.grads = flat_like(leaves) if leaves else (None, [])
+            part.backward_graph = torch.cuda.CUDAGraph()
+            with recording(part.backward_graph, self.stream, own.pool):
+                grad_x, *grads = backward(y, x, own.grad_y)
+                part.grad_x.copy_(torch.where(x > 0, grad_x, 0) if join else grad_x)
+                if leaves:
+                    torch._foreach_copy_(part.grads, grads)
         torch.cuda.set_rng_state(random_state)
-        return Part(own, *graphs, list(parameters.values()), grads)
+        return part
+
+    def _place(self, size: int, x: Tensor, y: Tensor) -> "Place":
+        """For outputs like y, and inputs like x of that many elements at most."""
+        if self.gradients:
+            pool = torch.cuda.graph_pool_handle()
+            return Place(x.new_zeros(size), y, pool, x.new_zeros(size), torch.zeros_like(y))
+        if self.room is None or self.room.dtype != x.dtype or self.room.numel() < size:
+            self.room = x.new_zeros(size)
+        return Place(self.room, y, self.pool)
 
 
 @dataclass
 class Place:
-    """What the parts of a place share: input, output, the gradients of both, and a pool for all between."""
+    """What the parts of a place share: input, as a vector, output, a pool for all between, the gradients of both."""
 
     x: Tensor
     y: Tensor
-    grad_y: Tensor
-    grad_x: Tensor
     pool: tuple[int, int]
+    grad_x: Tensor | None = None
+    grad_y: Tensor | None = None
 
 
 @dataclass
 class Part:
-    """grads: of the parameters."""
+    """A recorded function.
+
+    x, grad_x: in the memory of the place. leaves: what is read in the place of parameters, with `join` copies.
+    grads: of the leaves. flat: a vector in the place of the parameters, with the grads as its gradient.
+    """
 
     place: Place
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    parameters: list[Tensor]
-    grads: list[Tensor]
+    x: Tensor
+    join: bool
+    leaves: list[Tensor]
+    forward_graph: torch.cuda.CUDAGraph
+    backward_graph: torch.cuda.CUDAGraph | None = None
+    grad_x: Tensor | None = None
+    grads: list[Tensor] | None = None
+    flat: Tensor | None = None
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        if self.join:
+            write_joined(inputs, self.x)
+            torch._foreach_copy_(self.leaves, parameters)
+        else:
+            write_sum(inputs, self.x)
+        self.forward_graph.replay()
+        return self.place.y.detach()
+
+    def backward(self, grads: Sequence[Tensor], count: int, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients of the output, to be added up -> of the `count` inputs; the parameters get theirs."""
+        write_sum(grads, self.place.grad_y)
+        self.backward_graph.replay()
+        for parameter, grad in zip(parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return self.grad_x.chunk(count, dim=1) if self.join else [self.grad_x] * count
+
+
+def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A vector with a gradient, and tensors like the given ones in the memory of that gradient."""
+    flat = tensors[0].new_zeros(sum(t.numel() for t in tensors))
+    views, start = [], 0
+    for tensor in tensors:
+        views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
+        start += tensor.numel()
+    vector = flat.detach()
+    vector.grad = flat
+    return vector, views
+
+
+def write_sum(tensors: Sequence[Tensor], out: Tensor) -> None:
+    first, *others = tensors
+    if first.shape != out.shape:
+        raise ValueError(f"recorded with shape {tuple(out.shape)}, got {tuple(first.shape)}")
+    if others:
+        torch.add(first, others[0], out=out)
+        reduce(Tensor.add_, others[1:], out)
+    else:
+        out.copy_(first)
+
+
+def write_joined(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """ReLU of tensors (B, C, ...), concatenated in dimension 1. In channels_last layout faster than torch.cat."""
+    for tensor, part in zip(tensors, out.chunk(len(tensors), dim=1), strict=True):
+        torch.clamp_min(tensor, 0, out=part)
+
+
+class Tape:
+    """What the parts, and sums, of a forward pass did, in their order. autograd takes longer for the way back."""
+
+    def __init__(self, parts: RecordedParts):
+        self.parts = parts
+        self.entries: list[tuple[Part | None, Sequence[Tensor], Tensor, Sequence[Tensor]]] = []
+
+    def call(
+        self,
+        key: Hashable,
+        place: Hashable,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor] = (),
+        join: int = 0,
+    ) -> Tensor:
+        """function(sum of the inputs, *parameters), or where up to `join` are joined, of concatenated ReLUs of them.
+
+        It is overwritten by the next call in the same place. Calls with one key have the same function and shapes, and
+        the same parameters too, but with `join` others of the same shapes. What the function uses besides has to stay
+        where it is.
+        Raises ValueError when an input is of another shape than at the first call.
+        """
+        parts = self.parts.parts
+        if key not in parts:
+            parts[key] = self.parts.record(place, function, inputs, parameters, join)
+        output = parts[key].forward(inputs, parameters)
+        self.entries.append((parts[key], inputs, output, parameters))
+        return output
+
+    def add(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Their sum."""
+        if len(inputs) == 1:
+            return inputs[0]
+        output = reduce(add, inputs)
+        self.entries.append((None, inputs, output, ()))
+        return output
+
+    def backward(self, output: Tensor, grad: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradient of the output -> of the inputs: objects that were given to `call` and `add`, or came from there."""
+        found: dict[int, list[Tensor]] = defaultdict(list, {id(output): [grad]})
+        for part, read, made, parameters in reversed(self.entries):
+            own = found.pop(id(made), None)
+            if own is None:  # nothing reads it
+                continue
+            if part is None:
+                grads = [reduce(add, own)] * len(read)
+            else:
+                grads = part.backward(own, len(read), parameters)
+                if parameters:
+                    self.parts.called.append(part.flat)
+            for tensor, grad in zip(read, grads, strict=True):
+                found[id(tensor)].append(grad)
+        return [reduce(add, found[id(tensor)]) if id(tensor) in found else None for tensor in inputs]
 
 
 class Replay(torch.autograd.Function):
-    """See RecordedParts."""
+    """run(tape, *inputs) -> a tensor, by calls of the tape alone. Differentiable in the inputs and the parameters.
+
+    Output and gradients are overwritten by the next calls of the same parts.
+    """
 
     @staticmethod
-    def forward(ctx, part: Part, count: int, *tensors: Tensor) -> Tensor:
-        ctx.part, ctx.count = part, count
-        first, *others = tensors[:count]
-        if first.shape != part.place.x.shape:
-            raise ValueError(f"recorded with shape {tuple(part.place.x.shape)}, got {tuple(first.shape)}")
-        if others:
-            torch.add(first, others[0], out=part.place.x)
-            reduce(Tensor.add_, others[1:], part.place.x)
-        else:
-            part.place.x.copy_(first)
-        part.forward.replay()
-        return part.place.y.detach()
+    def forward(ctx, run: Callable[..., Tensor], parts: RecordedParts, *inputs: Tensor) -> Tensor:
+        ctx.tape, ctx.inputs = Tape(parts), [tensor.detach() for tensor in inputs]  # each an object of its own
+        ctx.output = run(ctx.tape, *ctx.inputs)
+        return ctx.output.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        part = ctx.part
-        part.place.grad_y.copy_(grad)
-        part.backward.replay()
-        of_inputs = [part.place.grad_x.detach() for _ in range(ctx.count)]
-        return None, None, *of_inputs, *(own.detach() for own in part.grads)
+        return None, None, *ctx.tape.backward(ctx.output, grad, ctx.inputs)
 
 
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):

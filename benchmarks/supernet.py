@@ -20,13 +20,14 @@ import torch
 
 from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory, steps_of
+from build_nas_dataset.build_nas_dataset import fill_momentum, settle_training_amp, train_epoch
 from build_nas_dataset.build_nas_dataset import parse_args as script_args
-from build_nas_dataset.build_nas_dataset import settle_training_amp, train_epoch
 from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import score
 from genotypes import Genotype
 from images import ImageSet, normalize
 from models.supernet import Supernet
+from training import build_optimizer
 from utils import settle_amp
 
 GENOTYPES = 4  # a run, one training step or scoring each
@@ -55,9 +56,13 @@ def make_supernet(quick: bool, device: torch.device) -> Supernet:
     return supernet.to(device, memory_format=torch.channels_last)
 
 
-def scoring_run(genotypes: list[Genotype], images: ImageSet, batch_size: int, amp: str, args, device) -> Run:
+def scoring_run(
+    genotypes: list[Genotype], images: ImageSet, batch_size: int, amp: str, args, device, recorded: bool = False
+) -> Run:
     """Score genotypes one after the other on all images, in batches."""
     supernet = make_supernet(args.quick, device).eval()
+    if recorded:
+        supernet.record_parts()
     x = normalize(images.images, images.mean, images.std)
     batches = list(zip(x.split(batch_size), images.labels.split(batch_size), strict=True))
     return lambda: [score(supernet, genotype, batches, amp).item() for genotype in genotypes]
@@ -77,7 +82,8 @@ def training(args: argparse.Namespace, device: torch.device) -> Comparison:
     def fast(amp: str, recorded: bool = False, images: ImageSet = images) -> Run:
         supernet = make_supernet(args.quick, device)
         flags = script_args(["--batch_size", str(batch), "--amp", amp])
-        optimizer = torch.optim.SGD(supernet.parameters(), flags.lr_max, momentum=0.9, weight_decay=flags.l2_reg)
+        optimizer = build_optimizer("sgd", supernet, flags.lr_max, momentum=0.9, weight_decay=flags.l2_reg)
+        fill_momentum(optimizer)
         if recorded:
             supernet.record_parts()
         return lambda: [train_epoch(supernet, optimizer, images, [g], flags, 0, device) for g in genotypes]
@@ -108,10 +114,11 @@ def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
         "float32": lambda: scoring_run(genotypes, images, n, "off", args, device),
         "bf16": lambda: scoring_run(genotypes, images, n, "bf16", args, device),
     }
-    goals = {"float32": "ratio 4", "bf16": "ratio 4"}
-    return Comparison(
-        f"scoring {len(genotypes)} genotypes on {n} images", plain, builds, goals, (len(genotypes), "genotypes")
-    )
+    if device.type == "cuda":
+        builds["float32, recorded"] = lambda: scoring_run(genotypes, images, n, "off", args, device, recorded=True)
+        builds["bf16, recorded"] = lambda: scoring_run(genotypes, images, n, "bf16", args, device, recorded=True)
+    work = f"scoring {len(genotypes)} genotypes on {n} images"
+    return Comparison(work, plain, builds, dict.fromkeys(builds, "ratio 4"), (len(genotypes), "genotypes"))
 
 
 def linearity(report: Report) -> None:
@@ -134,14 +141,13 @@ def whole_run(report: Report, step: str, score_one: str) -> None:
     steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
     settled = settle_training_amp("auto", report.device), settle_amp("auto", report.device)
     training, scoring = ("float32" if amp == "off" else amp for amp in settled)
-    scoring = scored * report.seconds[f"{score_one}|{scoring}"] / n
-    for variant in (training, f"{training}, recorded"):
-        if (seconds := report.seconds.get(f"{step}|{variant}")) is not None:
-            total = steps * seconds / n + scoring
+    for how in ("", ", recorded"):
+        if (seconds := report.seconds.get(f"{step}|{training}{how}")) is not None:
+            of_scoring = scored * report.seconds[f"{score_one}|{scoring}{how}"] / n
+            total = steps * seconds / n + of_scoring
             report.figure(
-                f"scoring's share of a whole run of {POOL} genotypes, extrapolated: {steps} steps ({variant}), "
-                f"{scored} scorings",
-                f"{scoring / total:.0%} of {total / 3600:.1f} h",
+                f"scoring's share of a run of {POOL} genotypes, extrapolated: {steps} steps, {scored} scorings{how}",
+                f"{of_scoring / total:.0%} of {total / 3600:.2f} h",
                 "stated",
             )
 

@@ -30,7 +30,7 @@ from images import ImageSet, balanced_batch, check_classes, load_images, split, 
 from metrics import tau
 from models.network import CifarNetwork, genotype_cost
 from models.supernet import Supernet
-from training import check_image_size
+from training import build_optimizer, check_image_size
 from utils import (
     ArgumentParser,
     RunLog,
@@ -68,13 +68,21 @@ def settle_training_amp(amp: str, device: torch.device) -> str:
     return "off" if amp == "auto" and device.type == "cuda" else settle_amp(amp, device)
 
 
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where a parameter has no momentum yet, which changes nothing: fused kernels want that of all or of none."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        state = optimizer.state[parameter]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
     """One epoch over the training images, one genotype a step. Returns mean loss and training accuracy."""
     set_seed(derive_seed(args.seed, epoch))
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
     choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-    totals, parameters = torch.zeros(2, device=device), list(supernet.parameters())  # finding them takes milliseconds
+    totals, parameters = torch.zeros(2, device=device), supernet.other_parameters()  # finding them takes milliseconds
     supernet.train()
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
     for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
@@ -86,7 +94,7 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
             total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
         optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        torch.nn.utils.clip_grad_norm_([*supernet.recorded_parameters(), *parameters], args.grad_clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
     loss, accuracy = (totals / steps).tolist()
@@ -230,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
         args.drop_path_keep_prob,
         auxiliary=args.auxiliary_weight > 0,
     ).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(supernet.parameters(), args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
+    optimizer = build_optimizer("sgd", supernet, args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
     if device.type == "cuda" and args.cuda_graphs:
         supernet.record_parts()
     scores = torch.full((args.scorings, len(pool)), float("nan"))
@@ -242,6 +250,7 @@ def main(args: argparse.Namespace) -> None:
             supernet.load_state_dict(state["supernet"])
             load_optimizer(optimizer, state["optimizer"])
         scores, epochs_done, seconds = state["scores"], state["epoch"], state["seconds"]
+    fill_momentum(optimizer)
 
     folder = output_folder(args)
     log = RunLog(folder, args, device, epochs_done if args.resume else None)
@@ -269,7 +278,8 @@ def main(args: argparse.Namespace) -> None:
             if not math.isfinite(values["loss"]):
                 fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
             epochs_done = epoch + 1
-            log.log(epochs_done, **values, lr=optimizer.param_groups[0]["lr"], seconds=time.monotonic() - started)
+            lr = float(optimizer.param_groups[0]["lr"])
+            log.log(epochs_done, **values, lr=lr, seconds=time.monotonic() - started)
             save()
             line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
             print(f"epoch {epochs_done}/{args.epochs}: {line}")

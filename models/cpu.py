@@ -15,14 +15,15 @@ from torch.nn import functional as F
 CACHE_LINE = 16  # float32 numbers
 
 
-def fast_here(x: Tensor) -> bool:
+def fast_here(x: Tensor, kind: str = "cpu") -> bool:
     """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops.
 
     Not float32 under autocast, which would turn pooling, written as a convolution, into bf16.
+    kind: of device.
     """
     return (
-        x.device.type == "cpu"
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")))
+        x.device.type == kind
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.is_autocast_enabled(kind)))
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_exporting()
     )
@@ -195,8 +196,8 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, p
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
-    """3x3, the padding does not count."""
-    if not fast_here(x):
+    """3x3, the padding does not count. As a convolution on CUDA too: a fraction of the time in this layout."""
+    if not fast_here(x) and (torch.compiler.is_compiling() or not fast_here(x, "cuda")):
         return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
     ones = x.new_ones(x.shape[1], 1, 3, 3)
     sums, count = (depthwise_conv(of, ones, stride) for of in (x, torch.ones_like(x[:1])))

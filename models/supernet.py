@@ -1,5 +1,6 @@
 """The one-shot model: all cells at once, weights shared by vertex position (NAG paper, section 3.3)."""
 
+from collections.abc import Hashable
 from functools import partial, reduce
 from operator import add
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cuda_graphs import RecordedParts
+from cuda_graphs import RecordedParts, Replay, Tape
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.cpu import BatchNorm2d, fast_here
 from models.network import AuxiliaryHead, CellBase, Stack, calibrate, drop_path_keep, init_weights, is_reduction
@@ -44,30 +45,57 @@ class SupernetCell(CellBase):
         # Slice v of the final convolution reads vertex v; a cell uses those of its output's predecessors.
         self.final = nn.ParameterList(torch.empty(channels, channels, 1, 1) for _ in range(max_vertices - 1))
         self.final_norm = BatchNorm(channels)
-        self.parts: RecordedParts | None = None  # see Supernet.record_parts
-        self.vertices: dict[nn.Module, tuple[int, str]] = {}  # the cell and vertex of its ops, then
+        # What follows is of use when parts are recorded, see Supernet.record_parts.
+        self.parts: dict[tuple[bool, bool], RecordedParts] = {}  # by whether in training and with gradients
+        self.recorded: dict[nn.Module, tuple[Hashable, dict[str, nn.Parameter]]] = {}  # place and parameters
+        self.tape: Tape | None = None  # while they are replayed
+
+    def forward(self, spec: CellSpec, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None) -> Tensor:
+        """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
+        parts = self.parts.get((self.training, torch.is_grad_enabled()))
+        if parts is None:
+            return self._join(spec, self.run(spec, (s0, s1), keep_prob))
+        replay = partial(self._replay, spec, keep_prob)
+        return Replay.apply(replay, parts, s0, s1) if parts.gradients else replay(Tape(parts), s0, s1)
+
+    def _replay(self, spec: CellSpec, keep_prob: float | Tensor | None, tape: Tape, s0: Tensor, s1: Tensor) -> Tensor:
+        self.tape = tape
+        try:
+            return self._join(spec, self.run(spec, (s0, s1), keep_prob))
+        finally:
+            self.tape = None
 
     def call(
         self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: float | Tensor | None = None
     ) -> Tensor:
-        """As CellBase.call; in training replayed, if parts are recorded, except what has no kernels of its own."""
-        recorded = self.parts is not None and self.training and torch.is_grad_enabled()
-        if not recorded or isinstance(module, nn.Identity) or (isinstance(module, Identity) and stride == (1,)):
+        if self.tape is None:
             return super().call(module, inputs, *stride, keep_prob=keep_prob)
-        place = self.vertices.get(module, module), stride  # a step calls one of the ops of a vertex
-        if keep_prob is None:
-            return self.parts(place, module, inputs, *stride)
-        return self.parts(place, module, inputs, *stride, then=partial(drop_path, keep_prob=keep_prob))
+        if isinstance(module, nn.Identity) or (isinstance(module, Identity) and stride == (1,)):  # nothing to record
+            return self.tape.add(inputs)
+        place, parameters = self.recorded[module]
 
-    def forward(self, spec: CellSpec, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None) -> Tensor:
-        """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C, H', W') along the path of `spec`."""
-        states = self.run(spec, (s0, s1), keep_prob)
+        def function(x: Tensor, *leaves: Tensor) -> Tensor:
+            x = torch.func.functional_call(module, dict(zip(parameters, leaves, strict=True)), (x, *stride))
+            return x if keep_prob is None else drop_path(x, keep_prob)
+
+        return self.tape.call((module, stride), (place, stride), function, inputs, list(parameters.values()))
+
+    def _join(self, spec: CellSpec, states: list[Tensor]) -> Tensor:
+        """What the output vertex makes of the states that it reads."""
         slices = [self.final[v] for v in spec.predecessors(spec.num_vertices - 1)]
+        if self.tape is not None:
+            parameters = [*slices, self.final_norm.weight, self.final_norm.bias]
+            return self.tape.call((self, len(slices)), self, self._join_recorded, states, parameters, len(self.final))
         if fast_here(states[0]):  # slice by slice, without the strided gradients of cat: in bf16 twice as fast
             x = reduce(add, (F.conv2d(F.relu(x), weight) for x, weight in zip(states, slices, strict=True)))
         else:
             x = F.conv2d(F.relu(torch.cat(states, dim=1), inplace=True), torch.cat(slices, dim=1))  # cat copies
         return self.final_norm(x)
+
+    def _join_recorded(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        *slices, weight, bias = parameters
+        x = F.conv2d(x, torch.cat(slices, dim=1))
+        return torch.func.functional_call(self.final_norm, {"weight": weight, "bias": bias}, (x,))
 
 
 class Supernet(Stack):
@@ -94,6 +122,7 @@ class Supernet(Stack):
             "auxiliary": auxiliary,
         }
         self.drop_path_keep_prob, self.layers = drop_path_keep_prob, layers
+        self.parts: dict[tuple[bool, bool], RecordedParts] = {}  # as in the cells
         self.recorded_keep: Tensor | None = None  # keep probabilities, where recordings read them
         self.auxiliary_layer = 2 * layers + 1
         c_prev_prev = c_prev = 3 * channels
@@ -121,20 +150,33 @@ class Supernet(Stack):
 
         genotype: pruned, at most `max_vertices` vertices a cell. progress: as in Network.forward.
         """
+        for parts in self.parts.values():
+            parts.called.clear()
         s = self.stem(images)
         cells = [partial(cell, genotype.reduction if cell.reduction else genotype.normal) for cell in self.cells]
         return self.run(cells, s, s, progress)
 
     def record_parts(self) -> None:
-        """From now on, replay the modules of the cells as CUDA graphs in training, see RecordedParts.
+        """From now on, replay what the cells do as CUDA graphs, in training and in scoring; see RecordedParts.
 
-        Images have to be of the same shape in every step. The gradients of a step are lost with the next forward pass,
-        and have to be gone (zero_grad) by the next backward pass.
+        Images have to be of the same shape in every step, and in every scoring. The gradients of a step are lost with
+        the next forward pass, and have to be gone (zero_grad) by the next backward pass.
         """
-        parts = RecordedParts()
+        self.parts = {(True, True): RecordedParts(), (False, False): RecordedParts(gradients=False)}
         for i, cell in enumerate(self.cells):
-            cell.parts, cell.vertices = parts, {op: (i, name.split("_")[0]) for name, op in cell.ops.items()}
+            cell.parts, places = self.parts, {op: (i, name.split("_")[0]) for name, op in cell.ops.items()}
+            for module in (*cell.calibration.values(), *cell.ops.values(), *cell.reduces.values()):
+                # A step calls one of the ops of a vertex.
+                cell.recorded[module] = places.get(module, module), dict(module.named_parameters())
         self.recorded_keep = self.classifier.weight.new_empty(len(self.cells))
+
+    def recorded_parameters(self) -> list[Tensor]:
+        """With the gradients of a backward pass: those of every part that it called, as one tensor each."""
+        return [flat for parts in self.parts.values() for flat in parts.called]
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        """All but those of recorded parts."""
+        return [p for name, p in self.named_parameters() if not (self.parts and name.startswith("cells."))]
 
     def keep_probs(self, progress: float | Tensor) -> list[float | Tensor | None]:
         if self.recorded_keep is None or self.drop_path_keep_prob == 1:

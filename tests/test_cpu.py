@@ -231,6 +231,21 @@ def test_other_layouts_and_precisions_are_left_to_torch():
         assert depthwise_conv(double, weight, 1).dtype == torch_conv(double, weight, 1).dtype == torch.float64
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_pool_on_cuda(dtype, stride):
+    x = images(8).to("cuda", dtype).requires_grad_()
+    found = []
+    for pool in (average_pool, torch_average):
+        y = pool(x, stride)
+        found.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    assert len({tuple(y.stride()) for y, _ in found}) == 1
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
 def test_exported_networks_have_torchs_pooling_whatever_the_layout():
     network = CifarNetwork(GENOTYPES["NAG_FEW_PARAMS"], layers=1, channels=8, auxiliary=False).eval()  # average pools
     counts = []
@@ -254,7 +269,7 @@ def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, mo
     maximum is decided otherwise by rounding.
     """
     for module in (cpu, models.supernet):
-        monkeypatch.setattr(module, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
+        monkeypatch.setattr(module, "fast_here", lambda x, _="": x.is_contiguous(memory_format=torch.channels_last))
     torch.manual_seed(seed)
     size = len(NAG_SPACE.ops) + 3
     rows = [[int(j > max(i, 1)) for j in range(size)] for i in range(size)]  # every edge

@@ -24,7 +24,7 @@ from images import ImageSet
 from models.graph import CellBatch
 from models.network import CifarNetwork, genotype_cost
 from models.supernet import Supernet
-from utils import load_optimizer, set_lr, set_seed
+from utils import autocast, load_optimizer, set_lr, set_seed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -210,8 +210,9 @@ class Recording(TorchDispatchMode):
         self.graph, graphs = graph, pools.setdefault(pool, [])
         self.graph.own = set()  # memory that is its own
         graphs.append(graph)
-        for i in range(0, len(graphs), 2):  # forward passes, each before its backward pass
-            graphs[i].others = graphs[:i] + graphs[i + 2 :]
+        own = 1 if torch.is_inference_mode_enabled() else 2  # each forward pass before its backward pass
+        for i in range(0, len(graphs), own):
+            graphs[i].others = graphs[:i] + graphs[i + own :]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
@@ -246,7 +247,8 @@ class SupernetRun:
     """What build_nas_dataset trains, small: 24 genotypes, 12 steps an epoch."""
 
     def __init__(self, device: str, cuda_graphs: bool, amp: str = "off"):
-        flags = ["--batch_size", "16", "--epochs", "4", "--scorings", "1", "--cutout_size", "0", "--lr_max", "0.01"]
+        flags = ["--batch_size", "16", "--epochs", "4", "--scorings", "1", "--cutout_size", "0"]
+        flags += ["--lr_max", "0.01", "--grad_clip", "1"]
         self.args = build_nas_dataset.parse_args([*flags, "--amp", amp])
         source, self.device = torch.Generator().manual_seed(0), torch.device(device)
         pixels = torch.randint(256, (192, 3, 32, 32), generator=source, dtype=torch.uint8)
@@ -255,7 +257,8 @@ class SupernetRun:
         self.pool = random_pool(24, seed=5)
         set_seed(0)
         self.supernet = Supernet(layers=1, channels=8).to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.supernet.parameters(), 0.01, momentum=0.9, weight_decay=3e-4)
+        self.optimizer = training.build_optimizer("sgd", self.supernet, 0.01, momentum=0.9, weight_decay=3e-4)
+        build_nas_dataset.fill_momentum(self.optimizer)
         if cuda_graphs:
             self.supernet.record_parts()
 
@@ -267,42 +270,87 @@ class SupernetRun:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Those of the last of three steps with drop path; the second is another genotype's."""
         self.supernet.train()
-        x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(self.device)
+        x = self.inputs(16, seed=1)
         for genotype in (self.pool[0], self.pool[1], self.pool[0]):
             set_seed(7)
             self.optimizer.zero_grad()
-            logits, auxiliary = self.supernet(x.contiguous(memory_format=torch.channels_last), genotype, 0.5)
+            logits, auxiliary = self.supernet(x, genotype, 0.5)
             (logits.square().mean() + auxiliary.square().mean()).backward()
         return {name: p.grad for name, p in self.supernet.named_parameters() if p.grad is not None}
 
+    def inputs(self, n: int, seed: int) -> torch.Tensor:
+        x = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        return x.to(next(self.supernet.parameters())).contiguous(memory_format=torch.channels_last)
 
-def recorded_modules(supernet: Supernet) -> int:
-    return len(supernet.cells[0].parts.parts)
+    @torch.inference_mode()
+    def logits(self) -> list[torch.Tensor]:
+        """Of some genotypes, one after the other, as in a scoring."""
+        self.supernet.eval()
+        with autocast(self.args.amp, self.device):
+            return [self.supernet(self.inputs(12, i), genotype)[0].clone() for i, genotype in enumerate(self.pool[:6])]
+
+
+def recorded_parts(supernet: Supernet) -> list[int]:
+    """How many, in training and in scoring."""
+    return [len(parts.parts) for parts in supernet.parts.values()]
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp):
     recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
-    assert recorded.train_epoch(0) == pytest.approx(plain.train_epoch(0), rel=1e-4)
-    assert recorded_modules(recorded.supernet) > 50
+    assert recorded.train_epoch(0)["loss"] == pytest.approx(plain.train_epoch(0)["loss"], rel=5e-3)
+    in_training, in_scoring = recorded_parts(recorded.supernet)
+    assert in_training > 50 and not in_scoring
     assert max(map(len, graphs_on_cpu.values())) >= 8  # four ops of a vertex, in the same memory
-    for (name, value), other in zip(recorded.supernet.named_parameters(), plain.supernet.parameters(), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-5, msg=name)
-    assert recorded.train_epoch(1) == pytest.approx(plain.train_epoch(1), rel=1e-2)  # by then rounding has grown
     with pytest.raises(ValueError, match=r"recorded with shape \(16, .*, got \(1, "):
         recorded.supernet(torch.randn(1, 3, 32, 32), recorded.pool[0])
 
 
-@pytest.mark.parametrize(("training", "gradients"), [(False, False), (False, True), (True, False)])
-def test_only_training_steps_are_recorded(graphs_on_cpu, training, gradients):
+def test_gradients_of_replayed_parts_are_those_of_the_parts_themselves(graphs_on_cpu):
+    """In float64, where hardly any ReLU is decided otherwise by rounding."""
+    found = []
+    for cuda_graphs in (True, False):
+        run = SupernetRun("cpu", False)
+        run.supernet.double()
+        if cuda_graphs:
+            run.supernet.record_parts()
+        found.append(run.gradients())
+        norm = torch.nn.utils.get_total_norm(list(found[-1].values()))
+        parameters = [*run.supernet.recorded_parameters(), *run.supernet.other_parameters()]
+        assert len(parameters) < 150 or not cuda_graphs
+        torch.nn.utils.clip_grad_norm_(parameters, norm / 2)  # scales all of them
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 100
+    for (name, grad), other in zip(found[0].items(), found[1].values(), strict=True):
+        assert (grad - other).norm() <= 1e-6 * other.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_scorings_are_replayed_as_recorded(graphs_on_cpu, amp):
+    recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
+    for run in (recorded, plain):
+        run.train_epoch(0)
+    with torch.no_grad():
+        for ours, theirs in zip(recorded.supernet.parameters(), plain.supernet.parameters(), strict=True):
+            theirs.copy_(ours)
+    expected = plain.logits()
+    for _ in range(2):
+        for ours, theirs in zip(recorded.logits(), expected, strict=True):
+            assert (ours - theirs).norm() <= (0.1 if amp == "bf16" else 1e-3) * theirs.norm()
+    assert recorded_parts(recorded.supernet)[1] > 50
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"recorded with shape \(12, .*, got \(1, "):
+        recorded.supernet(torch.randn(1, 3, 32, 32), recorded.pool[0])
+
+
+@pytest.mark.parametrize(("training", "gradients"), [(False, True), (True, False)])
+def test_nothing_else_is_recorded(graphs_on_cpu, training, gradients):
     recorded, plain = SupernetRun("cpu", True), SupernetRun("cpu", False)
-    x, found = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last), []
+    x, found = recorded.inputs(8, seed=0), []
     for run in (recorded, plain):
         set_seed(0)  # drop path
         with torch.set_grad_enabled(gradients):
             found.append(run.supernet.train(training)(x, plain.pool[3], 0.5)[0])
     torch.testing.assert_close(*found)
-    assert recorded_modules(recorded.supernet) == 0
+    assert recorded_parts(recorded.supernet) == [0, 0]
 
 
 class FakeStream:
@@ -370,20 +418,25 @@ class Used:
 
 @needs_cuda
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_recorded_parts_of_a_supernet_give_the_numbers_of_the_parts_themselves(amp):
+def test_a_supernet_trains_by_recorded_parts_as_it_does_without(amp):
     recorded, plain = SupernetRun("cuda", True, amp), SupernetRun("cuda", False, amp)
-    for epoch in range(3):
-        ours, theirs = recorded.train_epoch(epoch), plain.train_epoch(epoch)
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-2 if amp == "bf16" else 3e-3)
-    assert recorded_modules(recorded.supernet) > 50
+    ours, theirs = recorded.train_epoch(0), plain.train_epoch(0)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+    assert recorded_parts(recorded.supernet)[0] > 50
 
 
 @needs_cuda
-def test_gradients_of_recorded_parts_are_those_of_the_parts_themselves():
-    recorded, plain = (SupernetRun("cuda", cuda_graphs).gradients() for cuda_graphs in (True, False))
-    assert recorded.keys() == plain.keys()
-    for name, grad in recorded.items():
-        assert (grad - plain[name]).norm() <= 2e-3 * plain[name].norm() + 1e-6, name
+def test_gradients_and_scorings_of_recorded_parts_are_those_of_the_parts_themselves(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    recorded, plain = SupernetRun("cuda", True), SupernetRun("cuda", False)
+    ours, theirs = recorded.gradients(), plain.gradients()
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert (grad - theirs[name]).norm() <= 2e-3 * theirs[name].norm() + 1e-6, name
+    expected = plain.logits()
+    for _ in range(2):
+        for logits, other in zip(recorded.logits(), expected, strict=True):
+            assert (logits - other).norm() <= 1e-3 * other.norm()
 
 
 @needs_cuda
