@@ -38,6 +38,15 @@ def user_input(flag: str, everywhere: bool = False) -> Iterator[None]:
         fail(f"{flag}: {error}", everywhere)
 
 
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn a lack of GPU memory into one line on stderr and exit status 2."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: {advice}")
+
+
 def fail(message: str, everywhere: bool = False):
     """End the script with one line on stderr and exit status 2, as argparse does.
 
@@ -102,8 +111,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
-    """For scripts whose steps are Recorded."""
-    text = "launch a step's kernels one by one, on CUDA: several times slower, the same numbers up to rounding"
+    """For scripts whose steps are recorded."""
+    text = "launch kernels one by one, on CUDA: several times slower, in less memory, the same numbers up to rounding"
     parser.add_argument("--no-cuda_graphs", dest="cuda_graphs", action="store_false", help=text)
 
 

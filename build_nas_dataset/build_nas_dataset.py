@@ -35,9 +35,11 @@ from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    add_cuda_graphs_flag,
     autocast,
     cosine,
     derive_seed,
+    enough_memory,
     fail,
     load_checkpoint,
     load_optimizer,
@@ -57,6 +59,7 @@ from utils import (
 )
 
 RESUMED = ("supernet", "optimizer", "epoch", "scores", "seconds")  # what a checkpoint has to hold
+SAVE_MEMORY = "--no-cuda_graphs takes a fraction of it"
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
 
@@ -144,12 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
     add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
     add("--score_amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the scorings")
-    add(
-        "--cuda_graphs",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="on CUDA: train by recorded modules, faster, in more memory",
-    )
+    add_cuda_graphs_flag(parser)
     add("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "supernet", ("data", "cache_dir", "cuda_graphs"), RESUMED)
@@ -273,7 +271,8 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
         started = time.monotonic()
         if epoch >= first_epoch:
-            values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
+            with enough_memory(SAVE_MEMORY):
+                values = train_epoch(supernet, optimizer, train, pool, args, epoch, device)
             seconds["training"] += time.monotonic() - started
             if not math.isfinite(values["loss"]):
                 fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
@@ -286,7 +285,8 @@ def main(args: argparse.Namespace) -> None:
         scoring = epoch - (args.epochs - args.scorings)
         if scoring >= 0 and scores[scoring].isnan().any():
             row = scores[scoring]
-            score_pool(supernet, pool, scoring_batches(held_out, args, scoring), row, args, seconds, save)
+            with enough_memory(SAVE_MEMORY):
+                score_pool(supernet, pool, scoring_batches(held_out, args, scoring), row, args, seconds, save)
             stability = {"tau_to_previous": tau(scores[scoring - 1], row)} if scoring else {}
             log.log(epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
             print(

@@ -1,6 +1,7 @@
 """Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout; and dropout.
 
-torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
+torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions), but for
+average pooling on CUDA. On a CPU
 some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
 convolution with a kernel wider than 3, and in bf16 both gradients of one with stride 2; max pooling; average pooling
 of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
@@ -15,15 +16,14 @@ from torch.nn import functional as F
 CACHE_LINE = 16  # float32 numbers
 
 
-def fast_here(x: Tensor, kind: str = "cpu") -> bool:
+def fast_here(x: Tensor) -> bool:
     """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops.
 
     Not float32 under autocast, which would turn pooling, written as a convolution, into bf16.
-    kind: of device.
     """
     return (
-        x.device.type == kind
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.is_autocast_enabled(kind)))
+        x.device.type == "cpu"
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")))
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_exporting()
     )
@@ -196,11 +196,17 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, p
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
-    """3x3, the padding does not count. As a convolution on CUDA too: a fraction of the time in this layout."""
-    if not fast_here(x) and (torch.compiler.is_compiling() or not fast_here(x, "cuda")):
+    """3x3, the padding does not count.
+
+    On CUDA too as a convolution: in this layout, torch's kernel (2.11) gives wrong gradients where there is padding
+    (https://github.com/pytorch/pytorch/issues/188344), and takes four times as long. Compiled code has its own.
+    """
+    on_cuda = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
+    if not on_cuda and not fast_here(x):
         return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
     ones = x.new_ones(x.shape[1], 1, 3, 3)
-    sums, count = (depthwise_conv(of, ones, stride) for of in (x, torch.ones_like(x[:1])))
+    with torch.autocast(x.device.type, enabled=False):
+        sums, count = (depthwise_conv(of, ones, stride) for of in (x, torch.ones_like(x[:1])))
     return sums / count  # 9, fewer at the borders
 
 

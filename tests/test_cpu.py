@@ -232,18 +232,24 @@ def test_other_layouts_and_precisions_are_left_to_torch():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_average_pool_on_cuda(dtype, stride):
-    x = images(8).to("cuda", dtype).requires_grad_()
-    found = []
-    for pool in (average_pool, torch_average):
-        y = pool(x, stride)
-        found.append((y, *torch.autograd.grad(y.sin().sum(), x)))
-    assert len({tuple(y.stride()) for y, _ in found}) == 1
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+def test_pooling_on_cuda(dtype, stride, compiled, amp):
+    exact = images(8).detach().to(dtype).double().contiguous().requires_grad_()
+    x = exact.detach().to("cuda", dtype, memory_format=torch.channels_last).requires_grad_()
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for ours, theirs in ((average_pool, torch_average), (max_pool, torch_max)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            y = (torch.compile(ours, dynamic=False) if compiled else ours)(x, stride)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        expected = theirs(exact, stride)
+        torch.testing.assert_close(y.cpu().double(), expected, **tolerance)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (grad,) = torch.autograd.grad((y * weights.to("cuda", dtype)).sum(), x)
+        (of_expected,) = torch.autograd.grad((expected * weights).sum(), exact)
+        torch.testing.assert_close(grad.cpu().double(), of_expected, **tolerance)
 
 
 def test_exported_networks_have_torchs_pooling_whatever_the_layout():
@@ -269,7 +275,7 @@ def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, mo
     maximum is decided otherwise by rounding.
     """
     for module in (cpu, models.supernet):
-        monkeypatch.setattr(module, "fast_here", lambda x, _="": x.is_contiguous(memory_format=torch.channels_last))
+        monkeypatch.setattr(module, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
     torch.manual_seed(seed)
     size = len(NAG_SPACE.ops) + 3
     rows = [[int(j > max(i, 1)) for j in range(size)] for i in range(size)]  # every edge

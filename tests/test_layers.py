@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"genotypes", "utils"},
     {"distributed", "cuda_graphs"},
-    {"models.cpu"},
+    {"models.cpu", "models.replay"},
     {"models.graph", "models.ops", "images"},
     {
         "build_nas_dataset.sample",
