@@ -112,8 +112,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
     """For scripts whose steps are recorded."""
-    text = "launch kernels one by one, on CUDA: several times slower, in less memory, the same numbers up to rounding"
-    parser.add_argument("--no-cuda_graphs", dest="cuda_graphs", action="store_false", help=text)
+    text = "without, kernels are launched one by one: slower, in less memory, with the same numbers up to rounding"
+    parser.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help="on CUDA; " + text)
 
 
 def parse_resumable(

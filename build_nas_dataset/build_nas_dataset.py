@@ -59,7 +59,7 @@ from utils import (
 )
 
 RESUMED = ("supernet", "optimizer", "epoch", "scores", "seconds")  # what a checkpoint has to hold
-SAVE_MEMORY = "--no-cuda_graphs takes a fraction of it"
+SAVE_MEMORY = "a smaller --batch_size and --score_batch_size take less, and --no-cuda_graphs takes a fraction"
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
 

@@ -1,7 +1,6 @@
 """Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout; and dropout.
 
-torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions), but for
-average pooling on CUDA. On a CPU
+torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
 some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
 convolution with a kernel wider than 3, and in bf16 both gradients of one with stride 2; max pooling; average pooling
 of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
@@ -198,8 +197,8 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, p
 def average_pool(x: Tensor, stride: int) -> Tensor:
     """3x3, the padding does not count.
 
-    On CUDA too as a convolution: in this layout, torch's kernel (2.11) gives wrong gradients where there is padding
-    (https://github.com/pytorch/pytorch/issues/188344), and takes four times as long. Compiled code has its own.
+    On CUDA as a convolution too: in channels_last layout, torch's kernel takes four times as long, and in torch 2.11
+    gives wrong gradients (https://github.com/pytorch/pytorch/issues/188344). Compiled code has a kernel of its own.
     """
     on_cuda = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
     if not on_cuda and not fast_here(x):

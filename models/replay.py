@@ -40,10 +40,10 @@ class RecordedParts:
         function: Callable[..., Tensor],
         inputs: Sequence[Tensor],
         parameters: Sequence[Tensor],
-        join: int,
+        max_joined: int,
     ) -> "Part":
         """See Tape.call."""
-        random_state = torch.cuda.get_rng_state()
+        random_state, join = torch.cuda.get_rng_state(), max_joined > 0
         example = torch.cat(inputs, dim=1) if join else inputs[0]
         # Leaves of this recording alone: autograd remembers of others on what stream they were used before.
         leaves = [(torch.empty_like(p) if join else p.detach()).requires_grad_(self.gradients) for p in parameters]
@@ -68,13 +68,13 @@ class RecordedParts:
             if self.gradients:
                 backward(y, x, torch.zeros_like(y))
             if place not in self.places:
-                self.places[place] = self._place(inputs[0].numel() * max(join, 1), x.detach(), y.detach())
+                self.places[place] = self._place(inputs[0].numel() * max(max_joined, 1), x.detach(), y.detach())
             del x, y
         torch.cuda.current_stream().wait_stream(self.stream)
 
         own = self.places[place]
         x = own.x.as_strided(example.shape, example.stride()).requires_grad_(self.gradients)
-        part = Part(own, x.detach(), join > 0, leaves, torch.cuda.CUDAGraph())
+        part = Part(own, x.detach(), join, leaves, torch.cuda.CUDAGraph())
         with recording(part.forward_graph, self.stream, own.pool):
             y = forward(x)
             own.y.copy_(y.detach())
@@ -107,7 +107,8 @@ class RecordedParts:
 class Place:
     """What the parts of a place share.
 
-    x, grad_x: of the input, as vectors. pool: of memory for all between input and output.
+    x, grad_x: of the input, as vectors. grad_y: of the output y, in scratch memory, since it is read at once. pool: of
+    memory for all between. Without gradients x is scratch memory too.
     """
 
     x: Tensor
@@ -121,7 +122,8 @@ class Place:
 class Part:
     """A recorded function.
 
-    x, grad_x: in the memory of the place. leaves: what it reads as its parameters, with `join` copies of these.
+    x, grad_x: in the memory of the place. join: whether x is joined of the inputs, not their sum. leaves: what is read
+    as the parameters, copies of them with `join`.
     grads: of the leaves. flat: a vector in the place of all parameters, whose gradient has the grads in its memory.
     """
 
@@ -167,8 +169,7 @@ def flat_like(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def write_sum(tensors: Sequence[Tensor], out: Tensor) -> None:
     first, *others = tensors
-    if first.shape != out.shape:
-        raise ValueError(f"recorded with shape {tuple(out.shape)}, got {tuple(first.shape)}")
+    check_shape(first, out)
     if others:
         torch.add(first, others[0], out=out)
         reduce(Tensor.add_, others[1:], out)
@@ -179,7 +180,13 @@ def write_sum(tensors: Sequence[Tensor], out: Tensor) -> None:
 def write_joined(tensors: Sequence[Tensor], out: Tensor) -> None:
     """ReLU of tensors (B, C, H, W), concatenated in dimension 1. On CUDA twice as fast as the two in turn."""
     for tensor, part in zip(tensors, out.chunk(len(tensors), dim=1), strict=True):
+        check_shape(tensor, part)
         torch.clamp_min(tensor, 0, out=part)
+
+
+def check_shape(tensor: Tensor, own: Tensor) -> None:
+    if tensor.shape != own.shape:
+        raise ValueError(f"recorded with shape {tuple(own.shape)}, got {tuple(tensor.shape)}")
 
 
 class Tape:
@@ -196,18 +203,18 @@ class Tape:
         function: Callable[..., Tensor],
         inputs: Sequence[Tensor],
         parameters: Sequence[Tensor],
-        join: int = 0,
+        max_joined: int = 0,
     ) -> Tensor:
-        """function(sum of the inputs, *parameters); with `join`, function(concatenation of their ReLU, *parameters).
+        """function(sum of the inputs, *parameters), or of the concatenation of their ReLU where inputs are joined.
 
-        The result is overwritten by the next call in the same place. Calls with one key have the same function, shapes
-        and, without `join`, parameters. What the function uses besides has to stay where it is.
-        join: inputs, at most, in the same place.
+        The result is overwritten by the next call in the same place. Calls with one key have the same function, shapes,
+        precision and, where none are joined, parameters. What the function uses besides has to stay where it is.
+        max_joined: how many inputs may be joined in the same place; 0: they are added up.
         Raises ValueError when an input is of another shape than at the first call.
         """
         parts = self.parts.parts
         if key not in parts:
-            parts[key] = self.parts.record(place, function, inputs, parameters, join)
+            parts[key] = self.parts.record(place, function, inputs, parameters, max_joined)
         output = parts[key].forward(inputs, parameters)
         self.entries.append((parts[key], inputs, output, parameters))
         return output
@@ -239,17 +246,21 @@ class Tape:
 
 
 class Replay(torch.autograd.Function):
-    """run(tape, *inputs) -> a tensor, by calls of the tape alone. Differentiable in the inputs and the parameters.
+    """run(tape, *inputs) -> a tensor, by calls of the tape alone.
 
-    Output and gradients are overwritten by the next calls of the same parts.
+    Differentiable in the inputs, of which one at least has to require a gradient; then the parameters get theirs too,
+    which are set and not accumulated. Output and gradients are overwritten by the next calls of the same parts.
     """
 
     @staticmethod
     def forward(ctx, run: Callable[..., Tensor], parts: RecordedParts, *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.tape, ctx.inputs = Tape(parts), [tensor.detach() for tensor in inputs]  # each an object of its own
         ctx.output = run(ctx.tape, *ctx.inputs)
         return ctx.output.detach()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nothing reads the output: the parameters get no gradients either, not zeros
+            return None, None, *(None for _ in ctx.inputs)
         return None, None, *ctx.tape.backward(ctx.output, grad, ctx.inputs)

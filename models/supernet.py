@@ -159,8 +159,9 @@ class Supernet(Stack):
     def record_parts(self) -> None:
         """From now on, replay what the cells do as CUDA graphs, in training and in scoring; see RecordedParts.
 
-        Images have to be of the same shape in every step, and in every scoring. The gradients of a step are lost with
-        the next forward pass, and have to be gone (zero_grad) by the next backward pass.
+        Every step has to have images of the same shape, and the same precision; so has every scoring, and be in
+        inference mode or not as the first one was. The gradients of a step are lost with the next forward pass, and
+        have to be gone (zero_grad) by the next backward pass.
         """
         self.parts = {(True, True): RecordedParts(), (False, False): RecordedParts(gradients=False)}
         for i, cell in enumerate(self.cells):
@@ -175,13 +176,13 @@ class Supernet(Stack):
         return [flat for parts in self.parts.values() for flat in parts.called]
 
     def other_parameters(self) -> list[nn.Parameter]:
-        """All but those of recorded parts."""
+        """All that are not in recorded parts in a training step."""
         return [p for name, p in self.named_parameters() if not (self.parts and name.startswith("cells."))]
 
     def keep_probs(self, progress: float | Tensor) -> list[float | Tensor | None]:
         if self.recorded_keep is None or self.drop_path_keep_prob == 1:
             return super().keep_probs(progress)
         cells = len(self.cells)
-        layers = torch.arange(cells, device=self.recorded_keep.device)
+        layers = torch.arange(cells, dtype=self.recorded_keep.dtype, device=self.recorded_keep.device)
         self.recorded_keep.copy_(drop_path_keep(self.drop_path_keep_prob, layers, cells, progress))
         return list(self.recorded_keep)

@@ -93,6 +93,9 @@ def test_a_supernet_stopped_between_epochs_equals_one_never_stopped(images, tmp_
     assert all(resumed["supernet"][name].equal(weights) for name, weights in expected["supernet"].items())
     (group,) = expected["optimizer"]["param_groups"]
     assert (group["momentum"], group["weight_decay"]) == (0.9, 3e-4)
+    momentum = [state["momentum_buffer"] for state in expected["optimizer"]["state"].values()]
+    assert len(momentum) == len(group["params"]) and any(part.any() for part in momentum)
+    assert not all(part.any() for part in momentum)  # zeros where a parameter was not trained
     assert read_records(stopped / "nasdata.jsonl") == read_records(whole / "nasdata.jsonl")
 
 

@@ -19,7 +19,7 @@ from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.records import Record
 from build_nas_dataset.sample import random_pool
 from cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
-from genotypes import GENOTYPES
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from images import ImageSet
 from models.graph import CellBatch
 from models.network import CifarNetwork, genotype_cost
@@ -267,16 +267,22 @@ class SupernetRun:
             self.supernet, self.optimizer, self.images, self.pool, self.args, epoch, self.device
         )
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self, genotype: Genotype) -> dict[str, torch.Tensor]:
         """Those of the last of three steps with drop path; the second is another genotype's."""
         self.supernet.train()
-        x = self.inputs(16, seed=1)
-        for genotype in (self.pool[0], self.pool[1], self.pool[0]):
+        for path in (genotype, self.pool[1], genotype):
             set_seed(7)
             self.optimizer.zero_grad()
-            logits, auxiliary = self.supernet(x, genotype, 0.5)
+            logits, auxiliary = self.supernet(self.inputs(16, seed=1), path, 0.5)
             (logits.square().mean() + auxiliary.square().mean()).backward()
         return {name: p.grad for name, p in self.supernet.named_parameters() if p.grad is not None}
+
+    def logits_in_training(self) -> tuple[torch.Tensor, float]:
+        """With drop path; and the random number drawn next, from the device's generator."""
+        self.supernet.train()
+        with autocast(self.args.amp, self.device):
+            logits = self.supernet(self.inputs(16, seed=2), self.pool[2], 0.5)[0].detach()
+        return logits, torch.rand(1, device=self.device).item()
 
     def inputs(self, n: int, seed: int) -> torch.Tensor:
         x = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
@@ -287,7 +293,7 @@ class SupernetRun:
         """Of some genotypes, one after the other, as in a scoring."""
         self.supernet.eval()
         with autocast(self.args.amp, self.device):
-            return [self.supernet(self.inputs(12, i), genotype)[0].clone() for i, genotype in enumerate(self.pool[:6])]
+            return [self.supernet(self.inputs(12, i), genotype)[0].clone() for i, genotype in enumerate(self.pool[:3])]
 
 
 def recorded_parts(supernet: Supernet) -> list[int]:
@@ -296,42 +302,69 @@ def recorded_parts(supernet: Supernet) -> list[int]:
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp):
+def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp, monkeypatch):
     recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args).item()))
     assert recorded.train_epoch(0)["loss"] == pytest.approx(plain.train_epoch(0)["loss"], rel=5e-3)
+    assert norms[0] == pytest.approx(norms[len(norms) // 2], rel=1e-2 if amp == "bf16" else 1e-3)
     in_training, in_scoring = recorded_parts(recorded.supernet)
     assert in_training > 50 and not in_scoring
     assert max(map(len, graphs_on_cpu.values())) >= 8  # four ops of a vertex, in the same memory
+
+    found = []
+    set_seed(3)
+    with torch.no_grad():  # other weights, equal ones
+        for weight in recorded.supernet.parameters():
+            weight *= 1 + torch.randn_like(weight)
+    plain.supernet.load_state_dict(recorded.supernet.state_dict())
+    for run in (recorded, plain):
+        set_seed(4)
+        found.append(run.logits_in_training())
+    (ours, after_ours), (theirs, after_theirs) = found
+    assert (ours - theirs).norm() <= (0.1 if amp == "bf16" else 1e-3) * theirs.norm()
+    assert after_ours == after_theirs  # random number
     with pytest.raises(ValueError, match=r"recorded with shape \(16, .*, got \(1, "):
         recorded.supernet(torch.randn(1, 3, 32, 32), recorded.pool[0])
 
 
+def passes_over_cells() -> Genotype:
+    """Reduction cells pass over the cell before them, which no other reads then."""
+
+    def cell(source: int) -> CellSpec:
+        matrix = [[0] * 5 for _ in range(5)]
+        matrix[source][2] = matrix[source][3] = matrix[2][3] = matrix[3][4] = 1
+        return CellSpec(matrix, [*NAG_SPACE.inputs, "seqconv3x3", "identity", NAG_SPACE.output])
+
+    return Genotype(cell(1), cell(0))
+
+
 def test_gradients_of_replayed_parts_are_those_of_the_parts_themselves(graphs_on_cpu):
-    """In float64, where hardly any ReLU is decided otherwise by rounding."""
+    """In float64, where hardly any ReLU is decided otherwise by rounding; cells that nothing reads included."""
     found = []
     for cuda_graphs in (True, False):
         run = SupernetRun("cpu", False)
         run.supernet.double()
         if cuda_graphs:
             run.supernet.record_parts()
-        found.append(run.gradients())
-        norm = torch.nn.utils.get_total_norm(list(found[-1].values()))
-        parameters = [*run.supernet.recorded_parameters(), *run.supernet.other_parameters()]
-        assert len(parameters) < 150 or not cuda_graphs
-        torch.nn.utils.clip_grad_norm_(parameters, norm / 2)  # scales all of them
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 100
-    for (name, grad), other in zip(found[0].items(), found[1].values(), strict=True):
-        assert (grad - other).norm() <= 1e-6 * other.norm() + 1e-12, name
+        for genotype in (run.pool[0], passes_over_cells()):
+            grads = run.gradients(genotype)
+            norm = torch.nn.utils.get_total_norm(list(grads.values()))
+            parameters = [*run.supernet.recorded_parameters(), *run.supernet.other_parameters()]
+            assert len(parameters) < 150 or not cuda_graphs
+            torch.nn.utils.clip_grad_norm_(parameters, norm / 2)  # scales all of them
+            found.append({name: grad.clone() for name, grad in grads.items()})
+    for ours, theirs, number in ((found[0], found[2], 100), (found[1], found[3], 40)):
+        assert ours.keys() == theirs.keys() and len(ours) > number
+        for name, grad in ours.items():
+            assert (grad - theirs[name]).norm() <= 1e-6 * theirs[name].norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_scorings_are_replayed_as_recorded(graphs_on_cpu, amp):
     recorded, plain = SupernetRun("cpu", True, amp), SupernetRun("cpu", False, amp)
-    for run in (recorded, plain):
-        run.train_epoch(0)
-    with torch.no_grad():
-        for ours, theirs in zip(recorded.supernet.parameters(), plain.supernet.parameters(), strict=True):
-            theirs.copy_(ours)
+    recorded.train_epoch(0)
+    plain.supernet.load_state_dict(recorded.supernet.state_dict())
     expected = plain.logits()
     for _ in range(2):
         for ours, theirs in zip(recorded.logits(), expected, strict=True):
@@ -429,7 +462,7 @@ def test_a_supernet_trains_by_recorded_parts_as_it_does_without(amp):
 def test_gradients_and_scorings_of_recorded_parts_are_those_of_the_parts_themselves(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     recorded, plain = SupernetRun("cuda", True), SupernetRun("cuda", False)
-    ours, theirs = recorded.gradients(), plain.gradients()
+    ours, theirs = (run.gradients(run.pool[0]) for run in (recorded, plain))
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
         assert (grad - theirs[name]).norm() <= 2e-3 * theirs[name].norm() + 1e-6, name
