@@ -43,7 +43,9 @@ def enough_memory(advice: str) -> Iterator[None]:
     """Turn a lack of GPU memory into one line on stderr and exit status 2."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # ending the recording of a graph that met with it can raise another on top
+        if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+            raise
         fail(f"out of GPU memory: {advice}")
 
 

@@ -99,6 +99,27 @@ def test_a_supernet_stopped_between_epochs_equals_one_never_stopped(images, tmp_
     assert read_records(stopped / "nasdata.jsonl") == read_records(whole / "nasdata.jsonl")
 
 
+@pytest.mark.parametrize("in_recording", [False, True])
+def test_a_lack_of_gpu_memory_is_one_line(images, tmp_path, monkeypatch, capsys, in_recording):
+    def out_of_memory(*args):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        finally:
+            if in_recording:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(build_nas_dataset, "train_epoch", out_of_memory)
+    flags = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --holdout 8 --pool_size 3 --epochs 1"
+    flags += " --scorings 1 --score_images 4 --score_batch_size 4"
+    with pytest.raises(SystemExit) as end:
+        build_nas_dataset.main(
+            build_nas_dataset.parse_args([*flags.split(), "--data", str(images), "--output_dir", str(tmp_path / "run")])
+        )
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of GPU memory: " in line and "--no-cuda_graphs" in line
+
+
 def test_a_records_accuracy_is_the_mean_of_all_scorings(tmp_path):
     pool = random_pool(3, seed=0)
     scores = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.7, 0.1], [0.3, 0.6, 0.2]])
