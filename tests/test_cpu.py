@@ -17,6 +17,8 @@ from models.cpu import BatchNorm2d, Dropout, average_pool, depthwise_conv, fast_
 from models.network import CifarNetwork, count_macs
 from models.supernet import Supernet
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def images(size, channels=20, dtype=torch.float32, seed=0):
     x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(seed))
@@ -231,7 +233,7 @@ def test_other_layouts_and_precisions_are_left_to_torch():
         assert depthwise_conv(double, weight, 1).dtype == torch_conv(double, weight, 1).dtype == torch.float64
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -276,19 +278,31 @@ def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, mo
     """
     for module in (cpu, models.supernet):
         monkeypatch.setattr(module, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
+    check_supernet(seed, "cpu")
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", range(3))
+def test_the_supernet_gives_the_outputs_and_gradients_of_a_cpu_on_cuda(seed):
+    check_supernet(seed, "cuda", drop_path_keep_prob=1)
+
+
+def check_supernet(seed: int, device: str, **settings) -> None:
+    """On the device in channels_last layout against contiguous on the CPU, along every edge and op."""
     torch.manual_seed(seed)
     size = len(NAG_SPACE.ops) + 3
     rows = [[int(j > max(i, 1)) for j in range(size)] for i in range(size)]  # every edge
     cell = CellSpec(rows, [*NAG_SPACE.inputs, *NAG_SPACE.ops, NAG_SPACE.output])
-    supernet, genotype = Supernet(layers=1, channels=8).double(), Genotype(cell, cell)
+    supernet, genotype = Supernet(layers=1, channels=8, **settings).double(), Genotype(cell, cell)
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        network = copy.deepcopy(supernet).to(memory_format=layout)
+    for where, layout in (("cpu", torch.contiguous_format), (device, torch.channels_last)):
+        network = copy.deepcopy(supernet).to(where, memory_format=layout)
         torch.manual_seed(1)  # drop path
-        logits, auxiliary = network(x.to(memory_format=layout), genotype)
+        logits, auxiliary = network(x.to(where, memory_format=layout), genotype)
         (logits.sin().sum() + auxiliary.sin().sum()).backward()
-        results.append([logits, auxiliary, *(p.grad for p in network.parameters() if p.grad is not None)])
+        found = [logits, auxiliary, *(p.grad for p in network.parameters() if p.grad is not None)]
+        results.append([tensor.cpu() for tensor in found])
     assert len(results[0]) == len(results[1]) > 50
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-4 * b.norm() + 1e-8
