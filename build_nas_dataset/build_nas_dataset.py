@@ -66,7 +66,7 @@ SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 def settle_training_amp(amp: str, device: torch.device) -> str:
     """What --amp means for the training. auto: as in utils.settle_amp, but float32 on CUDA.
 
-    There a step waits for the launches of its kernels, and casts are a quarter more of them (benchmarks/NOTES.md).
+    There a step waits for the host, and bf16, whose casts are further kernels, is no faster (benchmarks/NOTES.md).
     """
     return "off" if amp == "auto" and device.type == "cuda" else settle_amp(amp, device)
 

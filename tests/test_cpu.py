@@ -278,17 +278,20 @@ def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, mo
     """
     for module in (cpu, models.supernet):
         monkeypatch.setattr(module, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
-    check_supernet(seed, "cpu")
+    assert max(supernet_errors(seed, "cpu")) < 1e-4
 
 
 @needs_cuda
 @pytest.mark.parametrize("seed", range(3))
 def test_the_supernet_gives_the_outputs_and_gradients_of_a_cpu_on_cuda(seed):
-    check_supernet(seed, "cuda", drop_path_keep_prob=1)
+    assert max(supernet_errors(seed, "cuda", drop_path_keep_prob=1)) < 1e-4
 
 
-def check_supernet(seed: int, device: str, **settings) -> None:
-    """On the device in channels_last layout against contiguous on the CPU, along every edge and op."""
+def supernet_errors(seed: int, device: str, **settings) -> list[float]:
+    """Of outputs and gradients, relative: on the device in channels_last layout, from contiguous on the CPU.
+
+    Along every edge and op.
+    """
     torch.manual_seed(seed)
     size = len(NAG_SPACE.ops) + 3
     rows = [[int(j > max(i, 1)) for j in range(size)] for i in range(size)]  # every edge
@@ -304,5 +307,4 @@ def check_supernet(seed: int, device: str, **settings) -> None:
         found = [logits, auxiliary, *(p.grad for p in network.parameters() if p.grad is not None)]
         results.append([tensor.cpu() for tensor in found])
     assert len(results[0]) == len(results[1]) > 50
-    for a, b in zip(*results, strict=True):
-        assert (a - b).norm() < 1e-4 * b.norm() + 1e-8
+    return [((a - b).norm() / (b.norm() + 1e-4)).item() for a, b in zip(*results, strict=True)]
