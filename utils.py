@@ -191,7 +191,8 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     """What every script does first: settle the device, seed, keep memory, print at once.
 
     shared: whether processes of torchrun can share the script's work.
-    Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, or torchrun where it is no use.
+    Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, --compile where there is no
+    compiler, or torchrun where it is no use.
     """
     if not shared and os.environ.keys() >= {"RANK", "WORLD_SIZE"} and int(os.environ["WORLD_SIZE"]) > 1:
         fail("torchrun: this script works in one process; start it with python")
@@ -201,6 +202,9 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
         check_writable(args.output_dir or RUNS)
     if device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are the current device's
+    if getattr(args, "compile", False):
+        with user_input("--compile"):
+            check_compiler(device)
     if args.tf32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
@@ -208,6 +212,17 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
         sys.stdout.reconfigure(line_buffering=True)  # into files and pipes too
     set_seed(args.seed)
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile, which uses the compilers of the machine, does not work for the device."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except RuntimeError as error:  # torch's message goes on with what tells its developers more
+        needed = "a C++ compiler (g++, or what CXX names)" if device.type == "cpu" else "a C compiler and Triton"
+        raise ValueError(
+            f"torch.compile does not work here, it needs {needed}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def check_writable(folder: str | Path) -> None:

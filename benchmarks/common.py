@@ -120,26 +120,25 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleave(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every variant in each of the rounds, after one run of each that is not counted.
+    """Seconds of every variant in each of the rounds, after a round that is not counted.
 
-    Neither is a run of what follows the plain variant: that one returns its memory to the kernel, and the next would
-    pay for getting it back, which it does not in a series of its own.
+    On the CPU a variant runs twice in a row, and the second run counts: memory that the one before has left is of
+    other sizes, or gone (the plain variant returns it to the kernel), and the page faults of getting it back are none
+    in a series of its own.
     """
     if device.type == "cuda":  # until the steps are recorded
         for name, run in runs.items():
             for _ in range(WARM_UP if name != "plain" else 0):
                 run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    previous = None
     for count in range(rounds + 1):
         for name, run in runs.items():
             set_memory(name)
-            if previous == "plain":
+            if device.type == "cpu":
                 run()
             value = seconds(run, device)
             if count:
                 times[name].append(value)
-            previous = name
     return times
 
 

@@ -460,6 +460,20 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "script", ["gan.py", "train_cifar.py --dataset folder --data IMAGES", "train_imagenet.py --data IMAGES"]
+)
+def test_compile_without_a_compiler_is_refused(script, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = [images if word == "IMAGES" else word for word in script.split()]
+    output = tmp_path / "out"
+    assert "--compile: torch.compile does not" in run(
+        *arguments, "--device", "cpu", "--compile", "--output_dir", output, ok=False
+    )
+    assert not output.exists()
+
+
 def test_a_default_folder_that_cannot_be_made_is_found_out_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("runs").write_text("not a folder")
