@@ -133,10 +133,9 @@ def interleave(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[
     times: dict[str, list[float]] = {name: [] for name in runs}
     for count in range(rounds + 1):
         for name, run in runs.items():
-            set_memory(name)
-            if device.type == "cpu":
-                run()
-            value = seconds(run, device)
+            for _ in range(2 if device.type == "cpu" else 1):
+                set_memory(name)
+                value = seconds(run, device)
             if count:
                 times[name].append(value)
     return times
