@@ -127,7 +127,14 @@ def test_cell_with_an_unused_input_builds_a_network_that_learns():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
-def test_equal_cells_are_compiled_once_and_train_as_without():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "aot_eager"},
+        pytest.param({"options": {"fallback_random": True}}, marks=pytest.mark.slow),  # inductor drops other paths else
+    ],
+)
+def test_equal_cells_are_compiled_once_and_train_as_without(options):
     """The cells of a stage have other inputs in its first two; eleven graphs for those of three stages."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -137,7 +144,7 @@ def test_equal_cells_are_compiled_once_and_train_as_without():
         network = CifarNetwork(GENOTYPES["NAG_ENSEMBLE_C"], layers=4, channels=4, drop_path_keep_prob=0.9)
         network.double().to(memory_format=torch.channels_last)
         if compiled:
-            network.compile_cells(backend="aot_eager", fullgraph=True)
+            network.compile_cells(fullgraph=True, **options)
         for _ in range(2):
             torch.manual_seed(1)
             outputs = network(images, torch.tensor(0.5).double())
