@@ -469,7 +469,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip_value", type=number(float, 0), default=0.01, help="largest norm of a gradient; 0: not clipped")
     add("--eval_every", type=size, default=5, help="epochs between evaluations of generated cells")
     add("--eval_size", type=size, default=300, help="genotypes drawn in an evaluation")
-    add("--compile", action="store_true", help="torch.compile the message passing and the discriminator")
+    add("--compile", action="store_true", help="torch.compile message passing and discriminator; needs a C++ compiler")
     add("--resume", help="run folder or checkpoint to go on with")
     add_cuda_graphs_flag(parser)
     add_common_flags(parser)

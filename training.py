@@ -53,7 +53,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", type=number(int, 1), default=1, help="parts in which a batch is computed, to save memory")
     add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
     add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--compile", action="store_true", help="torch.compile the network's cells for training")
+    add("--compile", action="store_true", help="torch.compile the cells for training; needs a C++ compiler")
     add_cuda_graphs_flag(parser)
 
 
