@@ -191,8 +191,8 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     """What every script does first: settle the device, seed, keep memory, print at once.
 
     shared: whether processes of torchrun can share the script's work.
-    Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, --compile where there is no
-    compiler, or torchrun where it is no use.
+    Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, --compile where that does not
+    work, or torchrun where it is no use.
     """
     if not shared and os.environ.keys() >= {"RANK", "WORLD_SIZE"} and int(os.environ["WORLD_SIZE"]) > 1:
         fail("torchrun: this script works in one process; start it with python")
