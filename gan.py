@@ -39,15 +39,17 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 
-from build_nas_dataset.records import Record, class_of, objectives_of, read_records
-from build_nas_dataset.sample import random_batch
-from cuda_graphs import Branch, Recorded
+from build_nas_dataset.objectives import class_of, objectives_of
+from build_nas_dataset.random_cells import random_batch
+from build_nas_dataset.records import Record, read_records
+from build_nas_dataset.statistics import tau
+from generation.metrics import cell_statistics, generation_metrics, obtained_classes
 from genotypes import NAG_SPACE
-from metrics import cell_statistics, generation_metrics, obtained_classes, tau
+from models.cost import batch_cost
 from models.discriminator import Discriminator
+from models.fast.cuda_graphs import Branch, Recorded
 from models.generator import Generator, MessagePassing, forcing_noise
 from models.graph import CellBatch
-from models.network import batch_cost
 from models.predictor import Predictor
 from utils import (
     ArgumentParser,

@@ -22,13 +22,14 @@ from itertools import product
 
 import numpy as np
 
-from build_nas_dataset.records import Record, class_of, objectives_of, read_records
-from build_nas_dataset.sample import RandomCells
+from build_nas_dataset.objectives import class_of, objectives_of
+from build_nas_dataset.random_cells import RandomCells
+from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
+from generation.metrics import evaluate_cells, generation_metrics
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from metrics import evaluate_cells, generation_metrics
+from models.cost import genotype_cost
 from models.generator import Generator
-from models.network import genotype_cost
 from models.predictor import Predictor
 from utils import (
     ArgumentParser,

@@ -27,12 +27,13 @@ from dataclasses import replace
 
 import torch
 
-import distributed
 from genotypes import Genotype, load_genotype
-from images import ImageSet, balanced_batch, check_classes, eval_batches, load_images, split, train_batches
+from models.cost import genotype_cost
 from models.export import check_export, export_network
-from models.network import CifarNetwork, genotype_cost
-from training import (
+from models.network import CifarNetwork
+from training import distributed
+from training.images import ImageSet, balanced_batch, check_classes, eval_batches, load_images, split, train_batches
+from training.steps import (
     ADABELIEF_DECAY,
     ADABELIEF_LR,
     Step,
@@ -50,7 +51,7 @@ from training import (
     train_steps,
     vote,
 )
-from training import build_optimizer as make_optimizer
+from training.steps import build_optimizer as make_optimizer
 from utils import (
     ArgumentParser,
     add_common_flags,

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-import distributed
 from genotypes import Genotype, load_genotype
-from image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
-from images import balanced_batch, check_classes, split
 from models.export import check_export, export_network
 from models.network import ImageNetNetwork, count_macs, count_parameters
-from training import (
+from training import distributed
+from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
+from training.images import balanced_batch, check_classes, split
+from training.steps import (
     ADABELIEF_DECAY,
     ADABELIEF_LR,
     Step,
@@ -44,7 +44,7 @@ from training import (
     open_log,
     train_steps,
 )
-from training import evaluate as evaluate_network
+from training.steps import evaluate as evaluate_network
 from utils import (
     ArgumentParser,
     RunLog,

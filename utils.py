@@ -65,22 +65,90 @@ def script_path() -> Path:
     return script.parent if script.name == "__main__.py" else script
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a wrong flag gets one line, without the usage; --help shows the docstring as it stands."""
+UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with one-line errors, hyphens for underscores, and the names of the public reference's flags.
+
+    description: the docstring of the script, which --help shows as it stands.
+    recipes: name of a recipe -> its values by flag; the first is the one used by default. --help shows a default that
+        differs between them as "robust 0.002, paper 0.0002".
+    reference_flags: a flag of the reference (github.com/kunjing96/NAG), without its dashes -> the words that say the
+        same here, with {} in the place of its value; or UNREAD, and then it is refused. They are not shown in --help.
+        Example: {"gpu": "--device cuda:{}", "use_aux_head": "--auxiliary_weight 0", "n_cpu": UNREAD}.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        recipes: dict[str, dict] | None = None,
+        reference_flags: dict[str, str] | None = None,
+    ):
+        super().__init__(
+            description=description, formatter_class=lambda prog: HelpFormatter(prog, recipes=recipes or {})
+        )
+        self.reference_flags = reference_flags or {}
 
     def error(self, message: str):
         fail(message)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuses an empty value too: a shell variable that is not set is no way to leave a flag out."""
-        namespace, rest = super().parse_known_args(args, namespace)
+        """As argparse does; an empty value is refused: a shell variable that is not set does not leave a flag out."""
+        words = self._our_words(sys.argv[1:] if args is None else list(args))
+        namespace, rest = super().parse_known_args(words, namespace)
         for action in self._actions:
             if getattr(namespace, action.dest, None) == "":
                 self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got an empty one")
         return namespace, rest
+
+    def _our_words(self, words: list[str]) -> list[str]:
+        """The command line with underscores for the hyphens in names of flags, and our flags for the reference's."""
+        spelled = {name.replace("-", "_"): name for name in self._option_string_actions}
+        found, remaining = [], list(words)
+        while remaining:
+            word = remaining.pop(0)
+            flag, equals, value = word.partition("=")
+            known = spelled.get(flag.replace("-", "_")) if flag.startswith("--") else None
+            ours = self.reference_flags.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
+            if known or ours is None:
+                found.append((known or flag) + equals + value)
+            elif ours == UNREAD:
+                self.error(f"argument {flag}: the reference has this flag but never reads it; leave it out")
+            elif "{}" not in ours:
+                found += ours.split()
+            else:
+                if not equals and not remaining:
+                    self.error(f"argument {flag}: expected one argument")
+                value = value if equals else remaining.pop(0)
+                found += [part.replace("{}", value) for part in ours.split()]
+        return found
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it stands and, after each flag's help, the default that will be used."""
+
+    def __init__(self, prog: str, recipes: dict[str, dict]):
+        super().__init__(prog)
+        self.recipes = recipes
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").removesuffix(" (default: %(default)s)")  # which some releases add to switches
+        values = {name: recipe[action.dest] for name, recipe in self.recipes.items() if action.dest in recipe}
+        if len(set(values.values())) > 1:
+            shown_values = ", ".join(f"{name} {_as_typed(value)}" for name, value in values.items())
+            return f"{text} (default: {shown_values})"
+        default = next(iter(values.values()), action.default)
+        if default in (None, argparse.SUPPRESS) or (action.nargs == 0 and default is False) or "(default" in text:
+            return text
+        return f"{text} (default: {_as_typed(default)})"
+
+
+def _as_typed(value) -> str:
+    """A flag's value as one types it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).replace("%", "%%")
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
@@ -106,16 +174,18 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=1997)
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=1997, help="all random numbers of the run come from it"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--tf32", action="store_true", help="TF32 in matrix products on CUDA, as in convolutions there")
     group.add_argument("--output_dir", help="folder for all that the run writes (default: runs/<script>-<time>-<pid>)")
 
 
-def add_cuda_graphs_flag(parser: argparse.ArgumentParser) -> None:
-    """For scripts whose steps are recorded."""
-    text = "without, kernels are launched one by one: slower, in less memory, with the same numbers up to rounding"
-    parser.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help="on CUDA; " + text)
+def add_cuda_graphs_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of scripts that can record their steps as CUDA graphs."""
+    text = "replay recorded steps on CUDA; off: slower, in less memory, with the same numbers up to rounding"
+    group.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def parse_resumable(

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cuda_graphs import WARM_UP
+from models.fast.cuda_graphs import WARM_UP
 from utils import ArgumentParser, device_name, keep_freed_memory, number, select_device, settle_amp, user_input
 
 Run = Callable[[], object]

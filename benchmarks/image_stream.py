@@ -26,9 +26,9 @@ from PIL import Image, ImageFilter
 
 from benchmarks.common import Report, begin, interleave, parse_args
 from genotypes import GENOTYPES
-from image_stream import MEAN, STD, EvalStream, TrainStream, augment, find_jpeg_decoder, open_images
-from images import normalize
 from models.network import ImageNetNetwork, count_macs
+from training.image_stream import MEAN, STD, EvalStream, TrainStream, augment, find_jpeg_decoder, open_images
+from training.images import normalize
 
 SIZE, BATCH, CLASSES = 224, 64, 8
 SUSTAINED = 10e12  # FLOP/s

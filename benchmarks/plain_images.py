@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from genotypes import Genotype
-from images import ImageSet
 from models.supernet import Supernet
+from training.images import ImageSet
 
 
 def contiguous(network: nn.Module) -> nn.Module:

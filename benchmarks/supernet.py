@@ -25,9 +25,9 @@ from build_nas_dataset.build_nas_dataset import parse_args as script_args
 from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import score
 from genotypes import Genotype
-from images import ImageSet, normalize
 from models.supernet import Supernet
-from training import build_optimizer
+from training.images import ImageSet, normalize
+from training.steps import build_optimizer
 from utils import settle_amp
 
 GENOTYPES = 4  # a run, one training step or scoring each

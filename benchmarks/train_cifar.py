@@ -23,9 +23,9 @@ from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_args, print_memory, steps_of
 from benchmarks.supernet import random_images
 from genotypes import GENOTYPES
-from images import ImageSet, train_batches
 from models.network import CifarNetwork
-from training import Step, build_network
+from training.images import ImageSet, train_batches
+from training.steps import Step, build_network
 
 
 def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from build_nas_dataset import eval_archs
+from build_nas_dataset.random_cells import random_genotype
 from build_nas_dataset.records import read_records
-from build_nas_dataset.sample import random_genotype
 from genotypes import Genotype, read_genotypes
-from models.network import CifarNetwork, genotype_cost
+from models.cost import genotype_cost
+from models.network import CifarNetwork
 from train_cifar import accuracy, build_optimizer, load_data, train
-from training import build_network
+from training.steps import build_network
 from utils import atomic_file, device_name, prepare, versions
 
 EQUAL_SIZE = 2_500_000, 2_750_000  # #params of the full network

@@ -22,15 +22,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
-from build_nas_dataset.sample import random_pool
 from build_nas_dataset.scoring import check_split, label_checksum, score, scoring_batches, split_of
+from build_nas_dataset.statistics import tau
 from genotypes import NAG_SPACE, Genotype
-from images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
-from metrics import tau
-from models.network import CifarNetwork, genotype_cost
+from models.cost import genotype_cost
+from models.network import CifarNetwork
 from models.supernet import Supernet
-from training import build_optimizer, check_image_size
+from training.images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
+from training.steps import build_optimizer, check_image_size
 from utils import (
     ArgumentParser,
     RunLog,

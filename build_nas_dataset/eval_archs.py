@@ -29,13 +29,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
 from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import check_split, split_of
+from build_nas_dataset.statistics import bootstrap_interval, tau
 from genotypes import Genotype, read_genotypes
-from images import ImageSet
-from metrics import bootstrap_interval, tau
-from models.network import CifarNetwork, genotype_cost
+from models.cost import genotype_cost
+from models.network import CifarNetwork
 from train_cifar import (
     accuracy,
     add_training_flags,
@@ -45,7 +44,9 @@ from train_cifar import (
     train,
 )
 from train_cifar import parse_args as parse_training_args
-from training import build_network, go_on_from, open_log
+from training import distributed
+from training.images import ImageSet
+from training.steps import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
     RunLog,

@@ -10,16 +10,14 @@ A file is JSON lines: a header object, then one object a record. The reference's
 
 import json
 import zipfile
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
-from models.network import genotype_cost
+from models.cost import genotype_cost
 from utils import atomic_file
 
 FORMAT, VERSION = "nas-dataset", 1
@@ -154,29 +152,3 @@ def _reference_cell(entry: dict, name: str) -> CellSpec:
     matrix = entry[f"{name}_edge"].T[:size, :size].round().int().tolist()
     ops = [NAG_SPACE.tokens[i] for i in entry[f"{name}_node"][:size].argmax(-1).tolist()]
     return CellSpec(matrix, ops)
-
-
-def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
-    """The num_classes - 1 quantiles that split `values` into classes of equal size."""
-    return np.quantile(np.asarray(values, float), np.arange(1, num_classes) / num_classes).tolist()
-
-
-def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[dict]:
-    """What later stages need to know of each objective: plain data that travels with a GAN's checkpoint.
-
-    num_classes: "accuracy", "params" or "macs" -> into how many classes it is cut.
-    Raises ValueError when a class holds no record.
-    """
-    objectives = []
-    for name, classes in num_classes.items():
-        values = [getattr(record, name) for record in records]
-        boundaries = class_boundaries(values, classes)
-        if len({class_of(value, boundaries) for value in values}) < classes:
-            raise ValueError(f"too few different values of {name} for {classes} classes")
-        objectives.append({"name": name, "boundaries": boundaries, "minimum": min(values), "maximum": max(values)})
-    return objectives
-
-
-def class_of(value: float, boundaries: Sequence[float]) -> int:
-    """Class 0 (lowest) to len(boundaries) (highest); a value on a boundary belongs to the class above."""
-    return bisect_right(boundaries, value)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from build_nas_dataset.records import Record, class_boundaries, class_of
+from build_nas_dataset.objectives import class_boundaries, class_of
+from build_nas_dataset.records import Record
 from genotypes import Genotype
-from images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from models.supernet import Supernet
+from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from utils import autocast, load_checkpoint, of_this_version, progress_bar
 
 

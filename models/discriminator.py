@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, SearchSpace
-from models.cpu import Dropout
+from models.fast.cpu import Dropout
 from models.graph import CellBatch, GraphState, LabelEmbedding
 
 

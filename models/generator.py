@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cuda_graphs import Branch
 from genotypes import NAG_SPACE, Genotype, SearchSpace
-from models.cpu import Dropout
+from models.fast.cpu import Dropout
+from models.fast.cuda_graphs import Branch
 from models.graph import CellBatch, GraphState, LabelEmbedding
 from utils import load_checkpoint, of_this_version
 

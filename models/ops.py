@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.cpu import BatchNorm2d, average_pool, depthwise_conv, max_pool
+from models.fast.cpu import BatchNorm2d, average_pool, depthwise_conv, max_pool
 
 
 class FactorizedReduce(nn.Module):

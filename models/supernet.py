@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from models.cpu import BatchNorm2d, fast_here
+from models.fast.cpu import BatchNorm2d, fast_here
+from models.fast.replay import RecordedParts, Replay, Tape
 from models.network import AuxiliaryHead, CellBase, Stack, calibrate, drop_path_keep, init_weights, is_reduction
 from models.ops import FactorizedReduce, Identity, drop_path, make_op
-from models.replay import RecordedParts, Replay, Tape
 
 # Batch statistics in every batch norm, in training and in scoring: cells share weights, so running statistics would
 # be a mixture over cells that fits none of them; and scoring leaves no trace in the model.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images import ImageSet
+from training.images import ImageSet
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]

@@ -16,15 +16,15 @@ from benchmarks.common import Comparison, Report, count_flops, interleave
 from benchmarks.gan import Step, full_cells, retrace
 from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
 from benchmarks.supernet import random_images
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
-from build_nas_dataset.sample import random_pool
 from build_nas_dataset.scoring import score
-from images import normalize
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
 from models.network import CifarNetwork
 from models.supernet import Supernet
+from training.images import normalize
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import torch
 from small_training import augmented_by, make_images, white_images
 
 from build_nas_dataset import build_nas_dataset
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import read_records
-from build_nas_dataset.sample import random_pool
-from models.network import genotype_cost
+from models.cost import genotype_cost
 from utils import load_checkpoint
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models.supernet
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
-from models import cpu
-from models.cpu import BatchNorm2d, Dropout, average_pool, depthwise_conv, fast_here, max_pool
+from models.fast import cpu
+from models.fast.cpu import BatchNorm2d, Dropout, average_pool, depthwise_conv, fast_here, max_pool
 from models.network import CifarNetwork, count_macs
 from models.supernet import Supernet
 

@@ -14,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gan
-import training
 from build_nas_dataset import build_nas_dataset
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
-from build_nas_dataset.sample import random_pool
-from cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
-from images import ImageSet
+from models.cost import genotype_cost
+from models.fast.cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
 from models.graph import CellBatch
-from models.network import CifarNetwork, genotype_cost
+from models.network import CifarNetwork
 from models.supernet import Supernet
+from training import steps as training
+from training.images import ImageSet
 from utils import autocast, load_optimizer, set_lr, set_seed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -413,7 +414,7 @@ def test_branches_start_where_they_are_made_and_end_where_they_are_joined(monkey
     side_stream.cache_clear()
     used = {}
     example = argparse.Namespace(is_cuda=True)
-    monkeypatch.setattr("cuda_graphs.tensors_of", lambda tensors: [Used(used, name) for name in tensors])
+    monkeypatch.setattr("models.fast.cuda_graphs.tensors_of", lambda tensors: [Used(used, name) for name in tensors])
 
     first = Branch("first", example)
     streams[-1].log.append("between")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
-from models.cpu import Dropout
 from models.discriminator import CellEncoder, Discriminator
+from models.fast.cpu import Dropout
 from models.graph import CellBatch
 
 GOLDEN = Path(__file__).parent / "data" / "gan_outputs.npz"

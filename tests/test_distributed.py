@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import distributed
 import utils
 from models.ops import FactorizedReduce
+from training import distributed
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import gan
+from build_nas_dataset.random_cells import random_batch, random_genotype, random_pool
 from build_nas_dataset.records import Record, write_records
-from build_nas_dataset.sample import random_batch, random_genotype, random_pool
+from generation.metrics import cell_distributions, total_variation
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
-from metrics import cell_distributions, total_variation
+from models.cost import genotype_cost
 from models.generator import Generator
 from models.graph import CellBatch
-from models.network import genotype_cost
 from models.predictor import Predictor
 from utils import save_checkpoint, set_seed
 

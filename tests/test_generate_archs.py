@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import generate_archs
+from build_nas_dataset.random_cells import RandomCells, random_pool
 from build_nas_dataset.records import Record
-from build_nas_dataset.sample import RandomCells, random_pool
 from generate_archs import Limits
+from generation.metrics import evaluate_cells
 from genotypes import GENOTYPES, Genotype
-from metrics import evaluate_cells
-from models.network import CifarNetwork, count_macs, count_parameters, genotype_cost
+from models.cost import genotype_cost
+from models.network import CifarNetwork, count_macs, count_parameters
 from utils import derive_seed
 
 SHIPPED = Path(__file__).parent.parent / "data" / "generator.pt"

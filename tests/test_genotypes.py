@@ -7,7 +7,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from build_nas_dataset.sample import random_cell, random_pool
+from build_nas_dataset.random_cells import random_cell, random_pool
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace, load_genotype, read_genotypes
 
 OPS = ["input0", "input1", "identity", "output"]

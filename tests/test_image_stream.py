@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-import image_stream
-from image_stream import EvalStream, TrainStream, augment, color_jitter, decode, find_jpeg_decoder, open_images
-from images import balanced_batch, normalize, split
+from training import image_stream
+from training.image_stream import EvalStream, TrainStream, augment, color_jitter, decode, find_jpeg_decoder, open_images
+from training.images import balanced_batch, normalize, split
 
 CPU = torch.device("cpu")
 SIZE = 16  # pixels of the crops

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import image_stream
-import images as module
-from images import (
+from training import image_stream
+from training import images as module
+from training.images import (
     ImageSet,
     augment,
     balanced_batch,

@@ -12,7 +12,7 @@ LAYERS = [
     {"models.cpu", "models.replay"},
     {"models.graph", "models.ops", "images"},
     {
-        "build_nas_dataset.sample",
+        "build_nas_dataset.random_cells",
         "image_stream",
         "models.network",
         "models.supernet",

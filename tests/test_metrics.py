@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from build_nas_dataset.records import class_of
-from build_nas_dataset.sample import random_pool
-from genotypes import NAG_SPACE, CellSpec, Genotype
-from metrics import (
-    bootstrap_interval,
+from build_nas_dataset.objectives import class_of
+from build_nas_dataset.random_cells import random_pool
+from build_nas_dataset.statistics import bootstrap_interval, tau
+from generation.metrics import (
     cell_distributions,
     cell_statistics,
     confusion,
     generation_metrics,
     obtained_classes,
-    tau,
     total_variation,
 )
-from models.network import genotype_cost
+from genotypes import NAG_SPACE, CellSpec, Genotype
+from models.cost import genotype_cost
 from models.predictor import Predictor
 
 POOL = random_pool(60, seed=7)

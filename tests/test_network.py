@@ -7,19 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_nas_dataset.sample import random_pool
+from build_nas_dataset.random_cells import random_pool
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
+from models.cost import batch_cost, genotype_cost
 from models.graph import CellBatch
-from models.network import (
-    Cell,
-    CifarNetwork,
-    ImageNetNetwork,
-    batch_cost,
-    count_macs,
-    count_parameters,
-    drop_path_keep,
-    genotype_cost,
-)
+from models.network import Cell, CifarNetwork, ImageNetNetwork, count_macs, count_parameters, drop_path_keep
 from models.ops import FactorizedReduce, drop_path
 from models.supernet import Supernet
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from build_nas_dataset.sample import random_pool
+from build_nas_dataset.random_cells import random_pool
 from genotypes import NAG_SPACE
 from models.graph import CellBatch
 from models.predictor import Predictor

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from build_nas_dataset.records import Record, class_boundaries, class_of, read_header, read_records, write_records
-from build_nas_dataset.sample import random_pool
-from models.network import genotype_cost
+from build_nas_dataset.objectives import class_boundaries, class_of
+from build_nas_dataset.random_cells import random_pool
+from build_nas_dataset.records import Record, read_header, read_records, write_records
+from models.cost import genotype_cost
 
 
 @pytest.fixture

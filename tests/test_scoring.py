@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from build_nas_dataset import scoring
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
-from build_nas_dataset.sample import random_pool
 from build_nas_dataset.scoring import SupernetScorer, label_checksum, scoring_batches
-from images import ImageSet, split
 from models.supernet import Supernet
+from training.images import ImageSet, split
 
 SETTINGS = argparse.Namespace(
     dataset="folder", image_size=8, skip_bad=False, seed=5, holdout=26, scorings=2,

@@ -15,12 +15,12 @@ from PIL import Image
 
 import generate_archs
 from build_nas_dataset.build_nas_dataset import settle_training_amp
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
-from build_nas_dataset.sample import random_pool
+from generation.metrics import evaluate_cells
 from genotypes import Genotype
-from metrics import evaluate_cells
+from models.cost import genotype_cost
 from models.generator import Generator
-from models.network import genotype_cost
 from models.predictor import Predictor
 from models.supernet import Supernet
 from utils import settle_amp

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from build_nas_dataset.sample import random_pool
+from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.scoring import score
 from genotypes import CellSpec, Genotype
 from models.supernet import Supernet

@@ -16,10 +16,11 @@ from small_training import ROOT, TINY, TWO_PROCESSES, augmented_by, make_images,
 
 import train_cifar
 from genotypes import GENOTYPES
-from images import ImageSet
+from models.cost import genotype_cost
 from models.export import load_network
-from models.network import CifarNetwork, genotype_cost
-from training import Step, build_network, network_from_checkpoint
+from models.network import CifarNetwork
+from training.images import ImageSet
+from training.steps import Step, build_network, network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 

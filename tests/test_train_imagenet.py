@@ -16,12 +16,12 @@ from PIL import Image
 from small_training import TWO_PROCESSES, threads
 
 import train_imagenet
-import training
 from genotypes import GENOTYPES
-from image_stream import EvalStream, open_images
 from models.export import load_network
 from models.network import ImageNetNetwork
-from training import network_from_checkpoint
+from training import steps as training
+from training.image_stream import EvalStream, open_images
+from training.steps import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +222,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 COMPARISON = """  # run by each of two processes
-import distributed, torch, train_imagenet, training
+import torch, train_imagenet
+    from training import distributed, steps as training
 from test_train_imagenet import CPU, tiny_network
 
 def gradients(wrap, part, accumulate):

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import train_cifar
-import training
 from genotypes import GENOTYPES
-from images import ImageSet, eval_batches
 from models.network import CifarNetwork
+from training import steps as training
+from training.images import ImageSet, eval_batches
 
 CPU = torch.device("cpu")
 FLAGS = Namespace(accumulate=1, amp="off", auxiliary_weight=0.4, grad_clip=0.0, sync_bn=False, compile=False)

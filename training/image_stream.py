@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from images import Part, list_parts, normalize, reader, refuse_broken, short_reason, to_rgb
+from training.images import Part, list_parts, normalize, reader, refuse_broken, short_reason, to_rgb
 from utils import derive_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels per channel, 0..1

@@ -14,7 +14,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from cuda_graphs import recording
+from models.fast.cuda_graphs import recording
 
 
 class RecordedParts:

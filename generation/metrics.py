@@ -1,13 +1,14 @@
 """How good are generated cells, and how far can a ranking be trusted."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.stats import kendalltau
 
-from build_nas_dataset.records import Record, class_of
+from build_nas_dataset.objectives import class_of
+from build_nas_dataset.records import Record
+from build_nas_dataset.statistics import bootstrap_interval
 from genotypes import NAG_SPACE, Genotype, SearchSpace
-from models.network import genotype_cost
+from models.cost import genotype_cost
 from models.predictor import Predictor
 
 
@@ -36,23 +37,6 @@ def cell_statistics(genotypes: Iterable[Genotype]) -> dict[str, float]:
         "vertices": float(np.mean([cell.num_vertices for cell in cells])) if cells else float("nan"),
         "density": float(np.mean([cell.density for cell in cells])) if cells else float("nan"),
     }
-
-
-def tau(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b between two scorings of the same items (ties are corrected for)."""
-    return float(kendalltau(a, b).statistic)
-
-
-def bootstrap_interval(statistic: Callable[..., float], *columns: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of statistic(*columns), resampling items, from 1,000 resamples.
-
-    Resamples for which the statistic is NaN are left out, as tau's without two different values.
-    """
-    arrays, generator = [np.asarray(column, float) for column in columns], np.random.default_rng(0)
-    n = len(arrays[0])
-    values = [statistic(*(array[index] for array in arrays)) for index in generator.integers(n, size=(1000, n))]
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def obtained_classes(genotypes: list[Genotype | None], objectives: list[dict], predictor: Predictor) -> np.ndarray:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-from cuda_graphs import Recorded
 from genotypes import Genotype, load_genotype
-from images import ImageSet
 from models.export import rebuild
+from models.fast.cuda_graphs import Recorded
 from models.network import Network
+from training import distributed
+from training.images import ImageSet
 from utils import (
     RunLog,
     add_cuda_graphs_flag,
