@@ -23,7 +23,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -414,12 +414,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if epoch % args.save_every == 0 or last:
             state = {
                 "network": network.state_dict(),
-                "network_config": {
-                    "num_classes": len(images.classes),
-                    "layers": args.layers,
-                    "channels": args.channels,
-                    "auxiliary": args.auxiliary_weight > 0,
-                },
+                "network_config": asdict(network.config),
                 "genotype": genotype.to_dict(),
                 "optimizer": optimizer.state_dict(),
                 "epoch": epoch,

@@ -18,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -299,8 +300,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     make = streams(args, device)
     stream = make(TrainStream, images, args.batch_size)
     selecting = make(EvalStream, selection, args.eval_batch_size)
-    config = {"num_classes": len(images.classes), "layers": args.layers, "channels": args.channels}
-    config |= {"auxiliary": args.auxiliary_weight > 0}
+    config = asdict(network.config)
     size = cost(network.genotype, config, args.image_size)
     folder = Path(distributed.same_everywhere(str(output_folder(args))))
     log = open_log(folder, args, device, reached["epoch"] if args.resume else None)

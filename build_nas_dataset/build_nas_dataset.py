@@ -16,6 +16,7 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 import argparse
 import math
 import time
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -258,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
     def save() -> None:
         state = {
             "supernet": supernet.state_dict(),
-            "supernet_config": supernet.config,
+            "supernet_config": asdict(supernet.config),
             "optimizer": optimizer.state_dict(),
             "epoch": epochs_done,
             "scores": scores,
@@ -300,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     weights = {
         "supernet": supernet.state_dict(),
-        "supernet_config": supernet.config,
+        "supernet_config": asdict(supernet.config),
         "settings": {**settings, "held_out_checksum": label_checksum(held_out)},
     }
     save_checkpoint(folder / "supernet.pt", "supernet weights", weights)

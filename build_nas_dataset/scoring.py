@@ -116,7 +116,7 @@ class SupernetScorer:
 
     def check(self, max_vertices: int) -> None:
         """Raise ValueError when cells of that many vertices cannot be scored."""
-        most = self.supernet.config["max_vertices"]
+        most = self.supernet.config.max_vertices
         if max_vertices > most:
             raise ValueError(
                 f"it scores cells of up to {most} vertices, --max_step of its run; {max_vertices} are wanted"

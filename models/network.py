@@ -8,6 +8,7 @@ The stack, with N = `layers`:
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
@@ -181,19 +182,34 @@ class Stack(nn.Module):
         return [drop_path_keep(self.drop_path_keep_prob, layer, cells, progress) for layer in range(cells)]
 
 
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The settings of a stand-alone network, which go into its checkpoints as they are.
+
+    num_classes: of the images. layers: normal cells per stack, N. channels: C of the first stack; doubled by each
+    reduction cell. keep_prob: of the classifier's dropout. drop_path_keep_prob: of drop path in the last cell at the
+    end of training. auxiliary: whether there is an auxiliary head.
+    """
+
+    num_classes: int
+    layers: int
+    channels: int
+    keep_prob: float
+    drop_path_keep_prob: float
+    auxiliary: bool = True
+
+
 class Network(Stack):
-    """The stack of one genotype's cells over a stem, which subclasses build: `stem(images) -> (s0, s1)`."""
+    """The stack of one genotype's cells over a stem, which subclasses build: `stem(images) -> (s0, s1)`.
+
+    stem_channels: of s0 and s1. halve_first: whether s0 has twice the resolution of s1. pool_stride: of the auxiliary
+    head's pooling.
+    """
 
     def __init__(
         self,
         genotype: Genotype,
-        num_classes: int,
-        layers: int,
-        channels: int,
-        keep_prob: float,
-        drop_path_keep_prob: float,
-        auxiliary: bool,
-        *,
+        config: NetworkConfig,
         stem_channels: tuple[int, int],
         halve_first: bool,
         pool_stride: int,
@@ -202,21 +218,21 @@ class Network(Stack):
         pruned = genotype.prune()
         if pruned is None:
             raise ValueError("the genotype is not valid: a cell has no path from an input to the output")
-        self.genotype, self.drop_path_keep_prob = pruned, drop_path_keep_prob
-        self.auxiliary_layer = 2 * layers + 1
+        self.genotype, self.config, self.drop_path_keep_prob = pruned, config, config.drop_path_keep_prob
+        self.auxiliary_layer = 2 * config.layers + 1
         self.cells = nn.ModuleList()
-        c_prev_prev, c_prev = stem_channels
-        for layer in range(3 * layers + 2):
-            reduction = is_reduction(layer, layers)
+        (c_prev_prev, c_prev), channels = stem_channels, config.channels
+        for layer in range(3 * config.layers + 2):
+            reduction = is_reduction(layer, config.layers)
             channels = channels * 2 if reduction else channels
             spec = pruned.reduction if reduction else pruned.normal
             cell = Cell(spec, c_prev_prev, c_prev, channels, reduction, halve_first)
             self.cells.append(cell)
             c_prev_prev, c_prev, halve_first = c_prev, cell.out_channels, reduction
             if layer == self.auxiliary_layer:
-                self.auxiliary = AuxiliaryHead(c_prev, num_classes, pool_stride) if auxiliary else None
-        self.dropout = nn.Dropout(1 - keep_prob)
-        self.classifier = nn.Linear(c_prev, num_classes)
+                self.auxiliary = AuxiliaryHead(c_prev, config.num_classes, pool_stride) if config.auxiliary else None
+        self.dropout = nn.Dropout(1 - config.keep_prob)
+        self.classifier = nn.Linear(c_prev, config.num_classes)
         self.compiled = False  # see compile_cells
 
     def forward(self, images: Tensor, progress: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
@@ -241,34 +257,26 @@ class Network(Stack):
         self.compiled = True
 
 
+@dataclass(frozen=True)
+class CifarConfig(NetworkConfig):
+    """The published settings for CIFAR-10 (NAG paper, section 4.2)."""
+
+    num_classes: int = 10
+    layers: int = 6
+    channels: int = 36
+    keep_prob: float = 0.6
+    drop_path_keep_prob: float = 0.8
+
+
 class CifarNetwork(Network):
-    """For small images (32x32)."""
+    """For small images (32x32). The keywords are the fields of CifarConfig."""
 
     auxiliary_sizes = 29, 40  # pixels: the images whose maps pool to 2x2 in the auxiliary head
 
-    def __init__(
-        self,
-        genotype: Genotype,
-        num_classes: int = 10,
-        layers: int = 6,
-        channels: int = 36,
-        keep_prob: float = 0.6,
-        drop_path_keep_prob: float = 0.8,
-        auxiliary: bool = True,
-    ):
-        width = 3 * channels
-        super().__init__(
-            genotype,
-            num_classes,
-            layers,
-            channels,
-            keep_prob,
-            drop_path_keep_prob,
-            auxiliary,
-            stem_channels=(width, width),
-            halve_first=False,
-            pool_stride=3,
-        )
+    def __init__(self, genotype: Genotype, *args, **kwargs):
+        config = CifarConfig(*args, **kwargs)
+        width = 3 * config.channels
+        super().__init__(genotype, config, (width, width), halve_first=False, pool_stride=3)
         self.stem0 = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), BatchNorm2d(width))
         init_weights(self)
 
@@ -277,33 +285,26 @@ class CifarNetwork(Network):
         return s, s
 
 
+@dataclass(frozen=True)
+class ImageNetConfig(NetworkConfig):
+    """The published settings for ImageNet (NAG paper, section 4.3), with the 42 channels that give its #params."""
+
+    num_classes: int = 1000
+    layers: int = 4
+    channels: int = 42
+    keep_prob: float = 1.0
+    drop_path_keep_prob: float = 1.0
+
+
 class ImageNetNetwork(Network):
-    """For 224x224 images."""
+    """For 224x224 images. The keywords are the fields of ImageNetConfig."""
 
     auxiliary_sizes = 193, 256
 
-    def __init__(
-        self,
-        genotype: Genotype,
-        num_classes: int = 1000,
-        layers: int = 4,
-        channels: int = 42,
-        keep_prob: float = 1.0,
-        drop_path_keep_prob: float = 1.0,
-        auxiliary: bool = True,
-    ):
-        super().__init__(
-            genotype,
-            num_classes,
-            layers,
-            channels,
-            keep_prob,
-            drop_path_keep_prob,
-            auxiliary,
-            stem_channels=(channels, channels),
-            halve_first=True,
-            pool_stride=2,
-        )
+    def __init__(self, genotype: Genotype, *args, **kwargs):
+        config = ImageNetConfig(*args, **kwargs)
+        channels = config.channels
+        super().__init__(genotype, config, (channels, channels), halve_first=True, pool_stride=2)
         self.stem0 = nn.Sequential(
             nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
             BatchNorm2d(channels // 2),

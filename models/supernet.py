@@ -1,6 +1,7 @@
 """The one-shot model: all cells at once, weights shared by vertex position (NAG paper, section 3.3)."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 
@@ -98,46 +99,50 @@ class SupernetCell(CellBase):
         return torch.func.functional_call(self.final_norm, {"weight": weight, "bias": bias}, (x,))
 
 
-class Supernet(Stack):
-    """Stem, 3N + 2 shared cells, auxiliary head, classifier. Same macro layout as CifarNetwork."""
+@dataclass(frozen=True)
+class SupernetConfig:
+    """The settings of a supernet, as published, which go into its files as they are; see NetworkConfig.
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        layers: int = 3,
-        channels: int = 20,
-        max_vertices: int = 10,
-        keep_prob: float = 1.0,
-        drop_path_keep_prob: float = 0.9,
-        auxiliary: bool = True,
-    ):
+    max_vertices: of the largest cell that it has weights for.
+    """
+
+    num_classes: int = 10
+    layers: int = 3
+    channels: int = 20
+    max_vertices: int = 10
+    keep_prob: float = 1.0
+    drop_path_keep_prob: float = 0.9
+    auxiliary: bool = True
+
+
+class Supernet(Stack):
+    """Stem, 3N + 2 shared cells, auxiliary head, classifier. Same macro layout as CifarNetwork.
+
+    The keywords are the fields of SupernetConfig.
+    """
+
+    def __init__(self, *args, **kwargs):
         super().__init__()
-        self.config = {
-            "num_classes": num_classes,
-            "layers": layers,
-            "channels": channels,
-            "max_vertices": max_vertices,
-            "keep_prob": keep_prob,
-            "drop_path_keep_prob": drop_path_keep_prob,
-            "auxiliary": auxiliary,
-        }
-        self.drop_path_keep_prob, self.layers = drop_path_keep_prob, layers
+        self.config = config = SupernetConfig(*args, **kwargs)
+        self.drop_path_keep_prob = config.drop_path_keep_prob
         self.parts: dict[tuple[bool, bool], RecordedParts] = {}  # as in the cells
         self.recorded_keep: Tensor | None = None  # keep probabilities, where recordings read them
-        self.auxiliary_layer = 2 * layers + 1
+        self.auxiliary_layer = 2 * config.layers + 1
+        channels = config.channels
         c_prev_prev = c_prev = 3 * channels
         self.stem = nn.Sequential(nn.Conv2d(3, c_prev, 3, padding=1, bias=False), BatchNorm(c_prev))
         self.cells = nn.ModuleList()
         halve_first = False
-        for layer in range(3 * layers + 2):
-            reduction = is_reduction(layer, layers)
+        for layer in range(3 * config.layers + 2):
+            reduction = is_reduction(layer, config.layers)
             channels = channels * 2 if reduction else channels
-            self.cells.append(SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, max_vertices))
+            self.cells.append(SupernetCell(c_prev_prev, c_prev, channels, reduction, halve_first, config.max_vertices))
             c_prev_prev, c_prev, halve_first = c_prev, channels, reduction
             if layer == self.auxiliary_layer:
-                self.auxiliary = AuxiliaryHead(channels, num_classes, 3, BatchNorm) if auxiliary else None
-        self.dropout = nn.Dropout(1 - keep_prob)
-        self.classifier = nn.Linear(c_prev, num_classes)
+                head = AuxiliaryHead(channels, config.num_classes, 3, BatchNorm) if config.auxiliary else None
+                self.auxiliary = head
+        self.dropout = nn.Dropout(1 - config.keep_prob)
+        self.classifier = nn.Linear(c_prev, config.num_classes)
         init_weights(self)
         for cell in self.cells:
             for weight in cell.final:

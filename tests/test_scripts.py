@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -127,7 +128,9 @@ def odd(gan, supernet, nasdata, tmp_path_factory):
     torch.save(state, folder / "run.pt")
     state = torch.load(supernet / "supernet.pt", weights_only=True)
     smaller = Supernet(**{**state["supernet_config"], "max_vertices": 5})
-    torch.save({**state, "supernet": smaller.state_dict(), "supernet_config": smaller.config}, folder / "smaller.pt")
+    torch.save(
+        {**state, "supernet": smaller.state_dict(), "supernet_config": asdict(smaller.config)}, folder / "smaller.pt"
+    )
     state = torch.load(supernet / "checkpoint.pt", weights_only=True)
     state["supernet"].popitem()
     torch.save(state, folder / "lacking.pt")

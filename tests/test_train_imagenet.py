@@ -223,7 +223,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 COMPARISON = """  # run by each of two processes
 import torch, train_imagenet
-    from training import distributed, steps as training
+from training import distributed, steps as training
 from test_train_imagenet import CPU, tiny_network
 
 def gradients(wrap, part, accumulate):
