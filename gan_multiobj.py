@@ -11,4 +11,4 @@ The flags are those of gan.py. With --recipe paper, gradients are not clipped he
 import gan
 
 if __name__ == "__main__":
-    gan.main(gan.parse_args(description=__doc__, objectives=("accuracy", "params"), clip_value=0.0))
+    gan.main(gan.parse_args(description=__doc__, objectives=("accuracy", "params"), paper={"clip_value": 0.0}))

@@ -5,7 +5,7 @@
     python generate_archs.py --perf_label 2 --num_archs 50
     python generate_archs.py --target_acc 0.49                  # on the NAS dataset's own scale
     python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20
-    python generate_archs.py --num_archs 300 --evaluate         # do the cells obey?
+    python generate_archs.py --num_archs 300 --evaluate         # are they what was asked for?
     python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
@@ -18,20 +18,23 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 
 import argparse
 from collections import Counter
-from itertools import product
 
 import numpy as np
+import torch
 
-from build_nas_dataset.objectives import class_of, objectives_of
+from build_nas_dataset.objectives import Objective, objectives_of
 from build_nas_dataset.random_cells import RandomCells
 from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
 from generation.metrics import evaluate_cells, generation_metrics
-from genotypes import NAG_SPACE, CellSpec, Genotype
+from generation.targets import LABEL_FLAGS, Limits, count, describe, wanted_labels
+from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
+from models.network import CifarConfig
 from models.predictor import Predictor
 from utils import (
+    UNREAD,
     ArgumentParser,
     add_common_flags,
     derive_seed,
@@ -48,127 +51,10 @@ from utils import (
     write_json,
 )
 
-RECORDS_NETWORK = (10, 6, 36)  # classes, layers and channels, whose counts the NAS dataset has
-LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
+# -------------------------------------------------------------------------------------------- drawing and ranking
 
 
-def wanted_labels(args: argparse.Namespace, objectives: list[dict]) -> list[tuple[int, ...]]:
-    """The combinations of classes to draw cells for. Ends the script when the GAN was not trained on what is asked."""
-    names = [objective["name"] for objective in objectives]
-    for name, flag in LABEL_FLAGS.items():
-        if getattr(args, flag) is not None and name not in names:
-            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
-    for flag in ("target_acc", "target_quantile"):
-        if getattr(args, flag) is not None and "accuracy" not in names:
-            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
-    return list(product(*(wanted_classes(args, objective) for objective in objectives)))
-
-
-def wanted_classes(args: argparse.Namespace, objective: dict) -> list[int]:
-    """The classes of one objective to draw cells for."""
-    boundaries, low, high = objective["boundaries"], objective["minimum"], objective["maximum"]
-    highest, flag = len(boundaries), LABEL_FLAGS[objective["name"]]
-    label = getattr(args, flag)
-    if label is not None:
-        if label > highest:
-            fail(f"--{flag}: expected 0 (lowest {objective['name']}) to {highest} (highest), got {label}")
-        return [label]
-    if objective["name"] == "accuracy" and args.target_acc is not None:
-        if not low <= args.target_acc <= high:
-            fail(
-                f"--target_acc: expected {low:.4f} to {high:.4f}, the accuracies of the NAS dataset that the GAN was "
-                f"trained on (by a supernet, below those of trained networks), got {args.target_acc:g}"
-            )
-        return [class_of(args.target_acc, boundaries)]
-    if objective["name"] == "accuracy" and args.target_quantile is not None:
-        return [min(int(args.target_quantile * (highest + 1)), highest)]
-    return list(range(highest + 1))
-
-
-class Limits:
-    """Hard limits on exact counts. Ends the script when no cell of the space can keep them.
-
-    max_vertices: of the cells that can be drawn.
-    """
-
-    def __init__(self, args: argparse.Namespace, max_vertices: int):
-        self.network = (args.num_classes, args.layers, args.channels)
-        self.bounds = {
-            "params": (args.min_params or 0, args.max_params or float("inf")),
-            "macs": (args.min_macs or 0, args.max_macs or float("inf")),
-        }
-        self.given = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
-        if self.given:
-            self._check_reachable(max_vertices)
-
-    def _check_reachable(self, max_vertices: int) -> None:
-        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices)]
-        _, layers, channels = self.network
-        for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
-            low, high = self.bounds[name]
-            reach = f"cells have {min(costs):,} to {max(costs):,} at --layers {layers} --channels {channels}"
-            if low > high:
-                fail(f"--min_{name}: expected at most --max_{name} {si(high)}, got {si(low)}; {reach}")
-            if high < min(costs):
-                fail(f"--max_{name}: no cell is that small: {reach}")
-            if low > max(costs):
-                fail(f"--min_{name}: no cell is that large: {reach}")
-
-    def allow(self, labels: tuple[int, ...], objectives: list[dict]) -> bool:
-        """Whether the classes of #params and MACs have cells within the limits."""
-        if self.network != RECORDS_NETWORK:
-            return True  # the classes are of other counts
-        for objective, label in zip(objectives, labels, strict=True):
-            low, high = self.bounds.get(objective["name"], (0, float("inf")))
-            edges = [0, *objective["boundaries"], float("inf")]
-            if edges[label] > high or low >= edges[label + 1]:
-                return False
-        return True
-
-    def keep(self, genotype: Genotype) -> bool:
-        counts = genotype_cost(genotype, *self.network)
-        return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
-
-
-def extreme_genotypes(max_vertices: int) -> list[Genotype]:
-    """Genotypes among which are those of least and most #params and MACs: tiny ones, and the full one."""
-    space, cells = NAG_SPACE, []
-    size = min(space.num_inputs + 2, max_vertices)
-    free = [(i, j) for i in range(size - 1) for j in range(max(i + 1, space.num_inputs), size)]
-    for op in ("maxpool3x3", "identity"):
-        for chosen in product((0, 1), repeat=len(free)):
-            matrix = [[0] * size for _ in range(size)]
-            for (i, j), edge in zip(free, chosen, strict=True):
-                matrix[i][j] = edge
-            interior = [op] * (size - space.num_inputs - 1)
-            cells.append(CellSpec(matrix, [*space.inputs, *interior, space.output]).prune())
-    cells = list({cell.canonical(): cell for cell in cells if cell is not None}.values())
-    size = max_vertices
-    matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
-    full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
-    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [
-        Genotype(*[full] * len(space.cells))
-    ]
-
-
-def count(text: str) -> int:
-    """An argparse type: 3000000, 3.0M, 600M or 1.2G."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    try:
-        value = float(digits) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[unit]
-        if not 1 <= value < 1e15:
-            raise ValueError
-    except (ValueError, KeyError):
-        what = "expected a number from 1 to 1e15, like 3000000 or 3.0M"
-        raise argparse.ArgumentTypeError(f"{what}, got {text!r}") from None
-    return round(value)
-
-
-def si(value: float) -> str:
-    return f"{value / 1e6:.3f}M"
-
-
-def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record] | None:
+def read_nas_dataset(args: argparse.Namespace, checkpoint: dict, objectives: list[Objective]) -> list[Record] | None:
     """The NAS dataset, to tell which generated cells are new; None when it is not at hand.
 
     Ends the script when one that is named is not that of the GAN's training and --evaluate compares with it.
@@ -177,7 +63,7 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
     try:
         records = read_records(path)
         if args.evaluate or not args.nasbench_data:
-            check_nas_dataset(path, records, checkpoint["objectives"])
+            check_nas_dataset(path, records, objectives)
         return records
     except (ValueError, OSError) as error:
         if args.evaluate or args.nasbench_data:
@@ -186,13 +72,13 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict) -> list[Record]
         return None
 
 
-def check_nas_dataset(path: str, records: list[Record], objectives: list[dict]) -> None:
-    """Raise ValueError when records are not those that a GAN with these objectives was trained on."""
+def check_nas_dataset(path: str, records: list[Record], objectives: list[Objective]) -> None:
+    """Raise ValueError when records are not those that a generator with these objectives was trained on."""
 
-    def numbers(those: list[dict]) -> list[float]:
-        return [x for one in those for x in (one["minimum"], *one["boundaries"], one["maximum"])]
+    def numbers(those: list[Objective]) -> list[float]:
+        return [x for one in those for x in (one.minimum, *one.boundaries, one.maximum)]
 
-    found = objectives_of(records, {o["name"]: len(o["boundaries"]) + 1 for o in objectives})
+    found = objectives_of(records, {o.name: o.num_classes for o in objectives})
     if not np.allclose(numbers(found), numbers(objectives), rtol=1e-9, atol=0):  # quantiles of any numpy
         raise ValueError(f"{path} is not the NAS dataset that the GAN was trained on")
 
@@ -234,11 +120,11 @@ def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[
     return entries
 
 
-def rank(entries: list[dict], predictor: Predictor, objectives: list[dict], scorer) -> None:
+def rank(entries: list[dict], predictor: Predictor, objectives: list[Objective], scorer) -> None:
     """Add what predictor and supernet expect of the entries, and put those of the highest accuracy first."""
     if not entries:
         return
-    names, genotypes = [objective["name"] for objective in objectives], [Genotype.from_dict(e) for e in entries]
+    names, genotypes = [objective.name for objective in objectives], [Genotype.from_dict(e) for e in entries]
     for entry, quantiles in zip(entries, predictor.quantiles(genotypes).tolist(), strict=True):
         entry["predicted_quantiles"] = {name: round(q, 4) for name, q in zip(names, quantiles, strict=True)}
     if scorer is not None:
@@ -249,16 +135,6 @@ def rank(entries: list[dict], predictor: Predictor, objectives: list[dict], scor
         entries.sort(key=lambda entry: -entry["predicted_quantiles"]["accuracy"])
     for entry in entries:  # only now: of the best ones, many are expected beyond all that the predictor has seen
         entry["predicted_quantiles"] = {n: min(max(q, 0.0), 1.0) for n, q in entry["predicted_quantiles"].items()}
-
-
-def describe(labels: tuple[int, ...], objectives: list[dict]) -> str:
-    """class 2 (accuracy 0.4805 to 0.5180)"""
-    parts = []
-    for label, objective in zip(labels, objectives, strict=True):
-        edges = [objective["minimum"], *objective["boundaries"], objective["maximum"]]
-        show = (lambda value: f"{value:.4f}") if objective["name"] == "accuracy" else si
-        parts.append(f"{objective['name']} {show(edges[label])} to {show(edges[label + 1])}")
-    return f"class {','.join(map(str, labels))} ({', '.join(parts)})"
 
 
 def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list, found: int, limits) -> None:
@@ -287,16 +163,18 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
         print(f"  ... {len(entries) - 10} more in the file")
 
 
-def print_evaluation(title: str, result: dict, objectives: list[dict]) -> None:
+def print_evaluation(title: str, result: dict, objectives: list[Objective]) -> None:
+    """One entry of evaluation.json, in words."""
     shares = ", ".join(f"{name} {result[name]:.3f}" for name in ("validity", "uniqueness", "novelty"))
     print(f"\n{title}: {result['drawn']} drawn; {shares}")
     if "all" not in result:
         return
     for objective in objectives:
-        entry = result[objective["name"]]
+        entry = result[objective.name]
         low, high = entry["interval"]
         ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
-        print(f"  {objective['name']} ({entry['by']}): obeys {entry['obeys']:.3f} ({low:.3f} to {high:.3f}){ceiling}")
+        share = f"controllability {entry['controllability']:.3f} ({low:.3f} to {high:.3f})"
+        print(f"  {objective.name} ({entry['by']}): {share}{ceiling}")
         if "mean" in entry:
             means = ", ".join("-" if value is None else f"{value:.4f}" for value in entry["mean"])
             print(
@@ -305,55 +183,60 @@ def print_evaluation(title: str, result: dict, objectives: list[dict]) -> None:
         for label, row in enumerate(entry["asked_by_obtained"]):
             print(f"    asked {label}: " + " ".join(f"{n:6d}" for n in row))
     low, high = result["all"]["interval"]
-    print(f"  all labels at once: {result['all']['obeys']:.3f} ({low:.3f} to {high:.3f})")
+    print(f"  all labels at once: {result['all']['controllability']:.3f} ({low:.3f} to {high:.3f})")
     distances = ", ".join(f"{name} {value:.3f}" for name, value in result["distance"].items())
     print(f"  total-variation distance to the real cells of the class asked for: {distances}")
 
 
-def evaluate_and_print(sets: dict[str, dict], objectives, records, predictor, scorer, seed: int) -> dict[str, dict]:
-    """The evaluation of each of the sets of genotypes drawn, title -> labels -> genotypes."""
-    for objective in objectives:
-        if scorer is not None and objective["name"] == "accuracy":
-            scorer.cut_classes(records, objective["boundaries"], seed)
-    results = {}
-    for title, drawn in sets.items():
-        results[title] = evaluate_cells(drawn, objectives, records, predictor, scorer)
-        print_evaluation(title, results[title], objectives)
-    return results
+# ------------------------------------------------------------------------------------------------------- flags
+
+# The reference's script repeats the flags of gan.py; what it reads of them is in the checkpoint here.
+IN_CHECKPOINT = (
+    "latent_dim vocab_size g_emb_size g_num_layers g_dropout g_hidden_size g_aggr max_step n_perf_classes "
+    "cls_perf_embedding_size n_params_classes cls_params_embedding_size"
+).split()
+UNUSED = (
+    "n_epochs batch_size lr b1 b2 n_cpu img_size sample_interval d_emb_size d_gnn_num_layers d_mlp_num_layers "
+    "d_gnn_dropout d_mlp_dropout d_hidden_size n_critic clip_value"
+).split()
+REFERENCE_FLAGS = {"gpu": "--device cuda:{}"} | dict.fromkeys([*IN_CHECKPOINT, *UNUSED], UNREAD)
 
 
 def parse_args(
     argv: list[str] | None = None, description: str = __doc__, checkpoint: str = "data/generator.pt"
 ) -> argparse.Namespace:
-    parser = ArgumentParser(description)
-    add = parser.add_argument
-    add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder (default: the shipped generator)")
+    """The flags. checkpoint: the default of --checkpoint."""
+    parser = ArgumentParser(description, reference_flags=REFERENCE_FLAGS)
+    add = parser.add_argument_group("generator").add_argument
+    add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder")
     add("--num_archs", type=number(int, 1, 10**7), default=100, help="cells to draw for each class (limits: to find)")
-    target = parser.add_mutually_exclusive_group()
+    temperature = number(float, 0, 1000)
+    add("--temperature", type=temperature, help="of the decisions; lower: likelier cells (default: the generator's)")
+    add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
+
+    group = parser.add_argument_group("what is asked for")
+    add, target = group.add_argument, group.add_mutually_exclusive_group()
     target.add_argument("--perf_label", type=number(int, 0), help="accuracy class, 0 = lowest (default: every class)")
-    target.add_argument("--target_acc", type=number(float, 0, 1), help="accuracy on the NAS dataset's scale")
+    target.add_argument("--target_acc", type=number(float, 0, 1), help="accuracy, on the NAS dataset's scale, 0 to 1")
     target.add_argument("--target_quantile", type=number(float, 0, 1), help="asks for the class that holds it")
     add("--params_label", type=number(int, 0), help="#params class, 0 = fewest (default: every class)")
     add("--macs_label", type=number(int, 0), help="MACs class, 0 = fewest (default: every class)")
     for name in ("params", "macs"):
-        add(f"--min_{name}", type=count, help="hard limit on the exact count, e.g. 600K, 3.0M, 1.2G")
-        add(f"--max_{name}", type=count, help="hard limit on the exact count")
+        add(f"--min_{name}", type=count, help=f"hard limit on the exact {name}, e.g. 600K, 3.0M, 1.2G")
+        add(f"--max_{name}", type=count, help=f"hard limit on the exact {name}")
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
     add("--top", type=number(int, 1), help="keep that many of each class: those of the highest accuracy expected")
+    add("--layers", type=number(int, 1, 1000), default=CifarConfig.layers, help="normal cells per stack of the network "
+        "whose #params and MACs are counted")  # fmt: skip
+    add("--channels", type=number(int, 2, 10**4), default=CifarConfig.channels, help="channels of that network")
+    add("--num_classes", type=number(int, 2), default=CifarConfig.num_classes, help="classes of that network")
+
+    add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
-    add(
-        "--temperature",
-        type=number(float, 0, 1000),
-        help="of the decisions (default: the GAN's); lower: likelier cells",
-    )
-    add("--random", action="store_true", help="random cells instead of generated ones, all else equal: the baseline")
+    add("--nasbench_data", help="NAS dataset for the novelty (default: the one the generator was trained on)")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
-    add("--nasbench_data", help="NAS dataset for the novelty (default: the one the GAN was trained on)")
-    add("--layers", type=number(int, 1, 1000), default=6, help="of the network whose #params and MACs are counted")
-    add("--channels", type=number(int, 2, 10**4), default=36, help="of that network")
-    add("--num_classes", type=number(int, 2), default=10, help="of that network")
     add_common_flags(parser)
     args = parser.parse_args(argv)
     limited = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
@@ -364,58 +247,100 @@ def parse_args(
     return args
 
 
+# -------------------------------------------------------------------------------------------------------- main
+
+
 def main(args: argparse.Namespace, single: bool = True) -> None:
-    """single: whether this is the script for GANs of one objective."""
+    """single: whether this is the script for generators of one objective."""
     device = prepare(args)
     with user_input("--checkpoint"):
         checkpoint = load_checkpoint(args.checkpoint, "gan", ("args", "objectives", "predictor_tau"))
-        source = Generator.from_checkpoint(args.checkpoint, device)
+        generator = Generator.from_checkpoint(args.checkpoint, device)
         predictor = Predictor.from_checkpoint(args.checkpoint, device)
-    objectives = checkpoint["objectives"]
-    if single != (len(objectives) == 1):
-        script = "generate_archs.py" if len(objectives) == 1 else "generate_archs_multiobj.py"
-        fail(f"--checkpoint: a GAN of {' and '.join(o['name'] for o in objectives)}; give it to {script}")
-    if args.top and not args.supernet and "accuracy" not in [o["name"] for o in objectives]:
-        fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
-    max_vertices = source.config["max_vertices"]
-    baseline = RandomCells(max_vertices)
+    objectives = [Objective.from_dict(objective) for objective in checkpoint["objectives"]]
+    check_objectives(args, objectives, single)
+    max_vertices = generator.config.max_vertices
     combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices)
-    within = [labels for labels in combinations if limits.allow(labels, objectives)]
-    if not within:
-        flags = ", ".join(f"--{LABEL_FLAGS[o['name']]}" for o in objectives if o["name"] in limits.bounds)
-        fail(f"{flags}: {describe(combinations[0], objectives)} is not within the limits")
-    source = baseline if args.random else source
+    within = labels_within(limits, combinations, objectives)
     folder = output_folder(args)
     refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")
-    records = read_nas_dataset(args, checkpoint)
+    records = read_nas_dataset(args, checkpoint, objectives)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
-        print(f"predictor of {objective['name']}: Kendall tau {value:.3f} on records that it was not trained on")
-
+        print(f"predictor of {objective.name}: Kendall tau {value:.3f} on records that it was not trained on")
     for labels in combinations:
         if labels not in within:
             print(f"{describe(labels, objectives)} is left out: not within the limits")
 
-    scorer = None
-    if args.supernet:
-        with user_input("--supernet"):
-            supernet, settings = load_supernet(args.supernet, device)
-        with user_input("--data"):
-            scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
-        if args.evaluate:  # of real and random cells too
-            with user_input("--supernet"):
-                scorer.check(max_vertices)
+    scorer = open_scorer(args, device, max_vertices) if args.supernet else None
+    source = RandomCells(max_vertices) if args.random else generator
     drawn = {labels: draw(source, labels, args, limits) for labels in within}
+    results = collect(args, drawn, known, limits, (predictor, objectives, scorer))
+    if not results and limits.given:
+        fail("none of the cells drawn is valid and within the limits, nothing was written")
+    path = folder / "genotypes.json"
+    write_config(folder, args, device)
+    write_json(path, results)
+    if args.evaluate:
+        evaluation = evaluate_and_print(args, drawn, records, max_vertices, (predictor, objectives, scorer))
+        write_json(path.with_name("evaluation.json"), evaluation)
+    print(f"\nwrote {len(results)} genotypes to {path}")
+    if not results:
+        print("warning: none of the cells drawn is valid; longer training may help")
+    else:
+        highest = max(entry["labels"] for entry in results)
+        arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
+        print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
+
+
+def check_objectives(args: argparse.Namespace, objectives: list[Objective], single: bool) -> None:
+    """End the script when the generator belongs to the other script, or cannot rank by accuracy."""
+    names = [objective.name for objective in objectives]
+    if single != (len(names) == 1):
+        script = "generate_archs.py" if len(names) == 1 else "generate_archs_multiobj.py"
+        fail(f"--checkpoint: a GAN of {' and '.join(names)}; give it to {script}")
+    if args.top and not args.supernet and "accuracy" not in names:
+        fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
+
+
+def labels_within(limits: Limits, combinations: list[tuple], objectives: list[Objective]) -> list[tuple[int, ...]]:
+    """The combinations of labels whose classes have cells within the limits. Ends the script when there are none."""
+    within = [labels for labels in combinations if limits.allow(labels, objectives)]
+    if not within:
+        flags = ", ".join(f"--{LABEL_FLAGS[o.name]}" for o in objectives if o.name in limits.bounds)
+        fail(f"{flags}: {describe(combinations[0], objectives)} is not within the limits")
+    return within
+
+
+def open_scorer(args: argparse.Namespace, device: torch.device, max_vertices: int) -> SupernetScorer:
+    """The supernet of --supernet, on the images of --data."""
+    with user_input("--supernet"):
+        supernet, settings = load_supernet(args.supernet, device)
+    with user_input("--data"):
+        scorer = SupernetScorer(supernet, settings, args.data, args.cache_dir)
+    if args.evaluate:  # all cells that can be drawn are scored
+        with user_input("--supernet"):
+            scorer.check(max_vertices)
+    return scorer
+
+
+def collect(
+    args: argparse.Namespace, drawn: dict[tuple, list], known: set[Genotype] | None, limits: Limits, judges: tuple
+) -> list[dict]:
+    """Entries of genotypes.json: of each class the distinct cells within the limits, best first; and print them.
+
+    drawn: labels -> genotypes. judges: predictor, objectives, and the SupernetScorer or None.
+    """
+    _, objectives, scorer = judges
     merged = {labels: merge(genotypes, labels, known, limits) for labels, genotypes in drawn.items()}
     if scorer:
         kept = [Genotype.from_dict(entry) for entries in merged.values() for entry in entries[: args.num_archs]]
         with user_input("--supernet"):
             scorer.check(max((cell.num_vertices for genotype in kept for cell in genotype.cells), default=0))
-    results, best = [], None
+    results = []
     for labels, genotypes in drawn.items():
-        found = len(merged[labels])
-        entries = merged[labels][: args.num_archs]  # the last batch drawn may have brought more
-        rank(entries, predictor, objectives, scorer)
+        found, entries = len(merged[labels]), merged[labels][: args.num_archs]  # the last batch may have brought more
+        rank(entries, *judges)
         entries = entries[: args.top]
         for entry in entries:
             entry |= {"index": len(results), "random": args.random}
@@ -425,25 +350,27 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         print_class(title, genotypes, known, entries, found, limits)
         if limits.given and found < args.num_archs:
             print(f"  only {found} of the {args.num_archs} that were asked for; --max_draws {args.max_draws}")
-        best = entries[0]["index"] if entries else best
+    return results
 
-    if not results and limits.given:
-        fail("none of the cells drawn is valid and within the limits, nothing was written")
-    path = folder / "genotypes.json"
-    write_config(folder, args, device)
-    write_json(path, results)
-    if args.evaluate:
-        if not args.random:  # as many random cells, dealt out to the labels
-            random = {k: baseline.sample(k, len(v), derive_seed(args.seed, 10**6, *k)) for k, v in drawn.items()}
-        sets = {"random cells": drawn} if args.random else {"generated cells": drawn, "random cells": random}
-        evaluation = evaluate_and_print(sets, objectives, records, predictor, scorer, args.seed)
-        write_json(path.with_name("evaluation.json"), evaluation)
-    print(f"\nwrote {len(results)} genotypes to {path}")
-    if not results:
-        print("warning: none of the cells drawn is valid; longer training may help")
-    if best is not None:
-        arch = shown(f"{path}:{best}")
-        print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
+
+def evaluate_and_print(
+    args: argparse.Namespace, drawn: dict[tuple, list], records: list[Record], max_vertices: int, judges: tuple
+) -> dict[str, dict]:
+    """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them."""
+    predictor, objectives, scorer = judges
+    for objective in objectives:
+        if scorer is not None and objective.name == "accuracy":
+            scorer.cut_classes(records, objective.boundaries, args.seed)
+    sets = {"random cells" if args.random else "generated cells": drawn}
+    if not args.random:  # dealt out to the labels
+        baseline = RandomCells(max_vertices)
+        seeds = {labels: derive_seed(args.seed, 10**6, *labels) for labels in drawn}
+        sets["random cells"] = {k: baseline.sample(k, len(v), seeds[k]) for k, v in drawn.items()}
+    results = {}
+    for title, genotypes in sets.items():
+        results[title] = evaluate_cells(genotypes, objectives, records, predictor, scorer)
+        print_evaluation(title, results[title], objectives)
+    return results
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 RUNS = "runs"  # where results go without --output_dir
 
 

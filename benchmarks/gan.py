@@ -4,7 +4,7 @@
     python benchmarks/gan.py --device cuda --rounds 20
 
 The cells of an untrained generator have no sizes to speak of. To measure growth at the real cells' sizes, the noise
-that is added to every decision's logits is chosen such that growth retraces cells of the NAS dataset (`retrace`): the
+that is added to every decision's logits is chosen such that growth is forced to cells of the NAS dataset (`force`): the
 code that runs is that of training, decision by decision, and only the cost of drawing the noise is not in it.
 """
 
@@ -14,7 +14,9 @@ if not __package__:
     restart()
 
 import argparse
+import copy
 import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -30,21 +32,24 @@ from benchmarks.common import (
     print_memory,
     steps_of,
 )
-from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
+from benchmarks.plain_gan import plain_discriminator, plain_generator
 from build_nas_dataset.records import Record, read_records
+from generation.adversarial import discriminator_loss, generator_loss, update
+from generation.recipes import ROBUST
+from generation.training import Trainer, TrainingData
 from genotypes import NAG_SPACE, Genotype
 from models.generator import Generator, forcing_noise
-from models.graph import CellBatch
+from models.graph import CellBatch, LabelledCells
 from models.predictor import Predictor
 
 FORCE = 6.0  # logits; those of an untrained generator are below 1, and no sigmoid of these is exactly 0 or 1
 
 
-def retrace(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
-    """Make `generator.draw_noise` return noise with which growth retraces `cells`, in turn where more are asked for."""
+def force(generator: Generator, cells: tuple[CellBatch, ...]) -> None:
+    """Make `generator.draw_noise` return noise that forces growth to `cells`, again and again where more are asked."""
 
     def draw_noise(n: int, source: torch.Generator, temperature: float | None = None):
-        z = torch.randn(n, generator.config["latent_dim"], generator=source, device=source.device)
+        z = torch.randn(n, generator.config.latent_dim, generator=source, device=source.device)
         rows = torch.arange(n, device=source.device) % len(cells[0])
         return z, forcing_noise(tuple(batch[rows] for batch in cells), FORCE)
 
@@ -67,7 +72,7 @@ def repeated(items: list, n: int) -> list:
 class Step:
     """Everything that one step takes, or a few.
 
-    recipe: of gan.py. genotypes: that growth retraces, one a sample.
+    recipe: of gan.py. genotypes: that growth is forced to, one a sample.
     """
 
     def __init__(
@@ -75,43 +80,41 @@ class Step:
     ):
         flags = ["--recipe", recipe, "--batch_size", str(len(genotypes))]
         if recipe == "robust":
-            flags += ["--pool", "0"]  # drawn once an epoch, not once a step: pool_share
+            flags += ["--pool_size", "0"]  # drawn once an epoch, not once a step: pool_share
         if args.quick:
-            flags += ["--g_emb_size", "16", "--d_emb_size", "16", "--g_hidden_size", "8", "--d_hidden_size", "8"]
+            flags += "--g_emb_size 16 --d_emb_size 16 --g_hidden_size 8 --d_hidden_size 8".split()
         self.args = gan.parse_args(flags)
         torch.manual_seed(0)
-        records = repeated(records, steps * len(genotypes))
-        self.data = gan.TrainingData(records, {"accuracy": 3}, 10, device)
-        self.generator, self.discriminator = (n.to(device) for n in gan.build_networks(self.args, (3,)))
-        self.predictor = Predictor(1).to(device).requires_grad_(False)
-        self.predictor.error.fill_(0.2)
-        self.optimizers = {
-            name: gan.build_optimizer(network, self.args)
-            for name, network in (("generator", self.generator), ("discriminator", self.discriminator))
-        }
+        self.data = TrainingData(repeated(records, steps * len(genotypes)), {"accuracy": 3}, 10, device)
+        self.networks = gan.build_networks(self.args, device)
+        self.networks.predictor = Predictor(1).to(device).requires_grad_(False)
+        self.networks.predictor.error.fill_(0.2)
         columns = [[genotype[name] for genotype in genotypes] for name in NAG_SPACE.cells]
         self.cells = tuple(CellBatch.encode(column, 10, device=device) for column in columns)
-        retrace(self.generator, self.cells)
-        self.run = self.runs_with(self.generator, self.discriminator)
+        self.run = self.runs_with(lambda network: network)
 
-    def runs_with(self, generator: torch.nn.Module, discriminator: torch.nn.Module) -> Run:
-        reference = generator if self.args.kl_weight else None  # costs as much as a copy of other weights
-        networks = generator, reference, discriminator, self.predictor
-        trainer = gan.Trainer(*networks, self.optimizers, self.data, self.args)
+    def runs_with(self, change: Callable[[torch.nn.Module], torch.nn.Module]) -> Run:
+        """The step by changed networks: generator, discriminator and reference each go through `change`."""
+        networks = copy.copy(self.networks)
+        for name in ("generator", "discriminator", "reference"):
+            if (network := getattr(self.networks, name)) is not None:
+                setattr(networks, name, change(network))
+        force(networks.generator, self.cells)
+        trained = {name: getattr(networks, name) for name in self.networks.optimizers}
+        networks.optimizers = {name: gan.build_optimizer(network, self.args) for name, network in trained.items()}
+        trainer = Trainer(networks, self.data, self.args)
         return lambda: trainer.train_epoch(self.args.warmup_epochs)
 
     def run_discriminator(self) -> None:
-        """The discriminator's part of a step of the paper's recipe: its own update, and its verdict in the other."""
+        """The discriminator's part of a step of the paper's recipe: its own update, and its scores in the other."""
+        discriminator, labels = self.networks.discriminator, self.data.labels[: len(self.cells[0])]
         fake = tuple(CellBatch(c.adj.clone(), c.ops.clone(), c.num_nodes) for c in self.cells)
-        labels = self.data.labels[: len(fake[0])]
-        loss, *_ = gan.discriminator_loss(self.discriminator, self.cells, labels, fake, labels)
-        gan.update(self.optimizers["discriminator"], loss, self.args.clip_value)
+        loss, _ = discriminator_loss(discriminator, LabelledCells(self.cells, labels), LabelledCells(fake, labels))
+        update(self.networks.optimizers["discriminator"], loss, self.args.clip_value)
         for batch in fake:
             batch.adj.requires_grad_()
             batch.ops.requires_grad_()
-        self.discriminator.requires_grad_(False)
-        self.discriminator(fake, labels).sub(1).square().mean().backward()
-        self.discriminator.requires_grad_(True)
+        generator_loss(discriminator, LabelledCells(fake, labels)).backward()
 
 
 class Autocast(torch.nn.Module):
@@ -119,7 +122,7 @@ class Autocast(torch.nn.Module):
 
     def __init__(self, network: torch.nn.Module, device: torch.device):
         super().__init__()
-        self.network, self.kind = network, device.type
+        self.network, self.kind, self.config = network, device.type, network.config
 
     def forward(self, *args):
         with torch.autocast(self.kind, torch.bfloat16):
@@ -129,12 +132,16 @@ class Autocast(torch.nn.Module):
         with torch.autocast(self.kind, torch.bfloat16):
             return as_float32(self.network.draw(*args))
 
-    def likelihood(self, *args):
+    def log_likelihood(self, *args):
         with torch.autocast(self.kind, torch.bfloat16):
-            return as_float32(self.network.likelihood(*args))
+            return as_float32(self.network.log_likelihood(*args))
 
     def draw_noise(self, *args, **kwargs):
         return self.network.draw_noise(*args, **kwargs)
+
+
+def plain_network(network: torch.nn.Module) -> torch.nn.Module:
+    return plain_generator(network) if isinstance(network, Generator) else plain_discriminator(network)
 
 
 def as_float32(output):
@@ -151,7 +158,7 @@ def comparison(work: str, recipe: str, genotypes, goals: dict[str, str], records
     def plain() -> Run:
         step = Step(recipe, genotypes, records, args, device)
         step.args.cuda_graphs = False
-        return step.runs_with(PlainGenerator(step.generator), PlainDiscriminator(step.discriminator))
+        return step.runs_with(plain_network)
 
     def float32(steps: int = steps) -> Run:
         return Step(recipe, genotypes, records, args, device, steps).run
@@ -168,7 +175,7 @@ def comparison(work: str, recipe: str, genotypes, goals: dict[str, str], records
 
     def bf16() -> Run:
         step = Step(recipe, genotypes, records, args, device, steps)
-        return step.runs_with(Autocast(step.generator, device), Autocast(step.discriminator, device))
+        return step.runs_with(lambda network: Autocast(network, device))
 
     fast = {"float32": float32, **({"float32, TF32": tf32} if device.type == "cuda" else {}), "bf16": bf16}
     return Comparison(work, plain, fast, goals, (1, "steps"), steps, lambda: float32(steps=1))
@@ -194,7 +201,7 @@ def discriminator_share(report: Report, records: list[Record]) -> None:
     size = 4 if report.args.quick else 64
     step = Step("paper", [record.genotype for record in records[:size]], records, report.args, report.device)
     step.args.cuda_graphs = False  # the part is not recorded either
-    step.run = step.runs_with(step.generator, step.discriminator)
+    step.run = step.runs_with(lambda network: network)
     times = interleave({"step": step.run, "part": step.run_discriminator}, report.args.rounds, report.device)
     share = statistics.median(times["part"]) / statistics.median(times["step"])
     report.figure("the discriminator's share of a step of the paper's recipe, float32", f"{share:.1%}", "under 10 %")
@@ -204,10 +211,11 @@ def pool_share(report: Report, records: list[Record]) -> None:
     """Drawing an epoch's pool and choosing from it, against the steps of an epoch of 4,000 records."""
     step = Step("robust", [record.genotype for record in records[:64]], records, report.args, report.device)
     args = argparse.Namespace(**vars(step.args))
-    args.pool, args.tilt = 1000 if report.args.quick else gan.ROBUST["pool"], gan.ROBUST["tilt"]
-    trainer = gan.Trainer(None, None, None, step.predictor, {}, step.data, args)
+    args.pool_size, args.inverse_temperature = ROBUST["pool_size"], ROBUST["inverse_temperature"]
+    args.pool_size = 1000 if report.args.quick else args.pool_size
+    trainer = Trainer(step.networks, step.data, args)
     steps, source = 4000 // 64, torch.Generator(report.device).manual_seed(0)
-    runs = {"step": step.run, "pool": lambda: trainer.choose_from_pool(steps * 64, source)}
+    runs = {"step": step.run, "pool": lambda: trainer.draw_pool(steps * 64, source)}
     times = interleave(runs, report.args.rounds, report.device)
     pool, own = (statistics.median(times[name]) for name in ("pool", "step"))
     report.figure(

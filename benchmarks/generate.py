@@ -4,7 +4,7 @@
     python benchmarks/generate.py --device cuda
 
 "float32" is Generator.sample as it is: grown in float32, close decisions again in float64. "float64" and "bf16" grow
-in that precision alone. Growth at default sizes retraces real cells (see benchmarks/gan.py), so that no decision is
+in that precision alone. Growth at default sizes is forced to real cells (see benchmarks/gan.py), so that no decision is
 close; the shipped generators draw cells of their own.
 """
 
@@ -21,11 +21,12 @@ import time
 import torch
 
 from benchmarks.common import Build, Comparison, Report, Run, begin, has_bf16, parse_args, print_memory
-from benchmarks.gan import Autocast, repeated, retrace
-from benchmarks.plain_gan import PlainGenerator
+from benchmarks.gan import Autocast, force, repeated
+from benchmarks.plain_gan import plain_generator
 from build_nas_dataset.records import Record, read_records
 from genotypes import NAG_SPACE, CellSpec, Genotype
-from models.generator import CLOSE, Generator
+from models.fast.sampling import CLOSE, margin
+from models.generator import Generator
 from models.graph import CellBatch
 
 SHIPPED = {"data/generator.pt": (2,), "data/generator_multiobj.pt": (2, 0)}
@@ -51,7 +52,7 @@ def builds(make, labels: tuple[int, ...], n: int) -> tuple[Build, dict[str, Buil
 
     def plain() -> Run:
         generator = make()
-        return lambda: finish(grow(PlainGenerator(generator), generator, labels, n, torch.float32))
+        return lambda: finish(grow(plain_generator(generator), generator, labels, n, torch.float32))
 
     def float32() -> Run:
         generator = make()
@@ -71,11 +72,11 @@ def builds(make, labels: tuple[int, ...], n: int) -> tuple[Build, dict[str, Buil
 
 
 def untrained(genotypes: list[Genotype], n: int, quick: bool, device: torch.device) -> Generator:
-    """A generator of default size that retraces the genotypes."""
+    """A generator of default size that is forced to the genotypes."""
     torch.manual_seed(0)
     generator = (Generator(vertex_size=16, graph_size=8) if quick else Generator()).to(device).eval()
     columns = [[genotype[name] for genotype in repeated(genotypes, n)] for name in NAG_SPACE.cells]
-    retrace(generator, tuple(CellBatch.encode(column, 10) for column in columns))
+    force(generator, tuple(CellBatch.encode(column, 10) for column in columns))
     return generator
 
 
@@ -114,8 +115,8 @@ def changed_decisions(report: Report) -> None:
             share = f"{genotypes:.2%} of {n} genotypes, {differs.float().mean().item():.3%} of all decisions"
             report.figure(f"changed by {precision}, {name}", share)
         if generator is not fresh:
-            margin = torch.stack([batch.margin() for batch in grow(generator, generator, labels, n, torch.float32)])
-            close = (margin.amin(0) < CLOSE).float().mean().item()
+            margins = torch.stack([margin(batch) for batch in grow(generator, generator, labels, n, torch.float32)])
+            close = (margins.amin(0) < CLOSE).float().mean().item()
             report.figure(f"grown again in float64, {name}", f"{close:.2%}")
 
 

@@ -1,11 +1,81 @@
-"""Objectives (accuracy, #params, MACs) cut into classes of equally many records (NAG paper, section 3.4)."""
+"""Objectives (accuracy, #params, MACs) cut into classes of equally many records (NAG paper, section 3.4).
 
-from bisect import bisect_right
+    >>> records = read_records("data/nasdata.jsonl")
+    >>> (accuracy,) = objectives_of(records, {"accuracy": 3})
+    >>> accuracy.class_of(0.49)
+    2
+
+Class 0 is the lowest. A value on a boundary belongs to the class above. `which_class` is the one place that says so:
+labels, rewards, evaluation and the targets of generate_archs.py all ask it.
+"""
+
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from build_nas_dataset.records import Record
+
+
+def which_class(values, cuts: Sequence[float]):
+    """The class of each value: the number of cuts, in ascending order, that it reaches or exceeds.
+
+    values: a number, an array or a tensor; the result is a whole number, or of the same kind and shape.
+    """
+    if isinstance(values, Tensor):
+        return torch.bucketize(values.double(), cuts_as_tensor(tuple(cuts), values.device), right=True)
+    found = np.searchsorted(cuts, values, side="right")
+    return found if isinstance(values, np.ndarray) else int(found)
+
+
+@cache
+def cuts_as_tensor(cuts: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The cuts (C - 1,) on a device; made once, since copying numbers to a device in every step would wait for it."""
+    return torch.tensor(cuts, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What later stages need to know of an objective; plain data that goes into the checkpoints of generators.
+
+    name: "accuracy", "params" or "macs", a column of the NAS dataset.
+    boundaries: the values between its classes, one fewer than classes.
+    quantiles: the place of each boundary in the ranking of the NAS dataset, from 0 to 1.
+    minimum, maximum: of the values in the NAS dataset.
+    """
+
+    name: str
+    boundaries: tuple[float, ...]
+    quantiles: tuple[float, ...]
+    minimum: float
+    maximum: float
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.boundaries) + 1
+
+    def class_of(self, values):
+        """The class of values on the objective's own scale, see which_class."""
+        return which_class(values, self.boundaries)
+
+    def class_of_quantile(self, quantiles):
+        """The class of places in the NAS dataset's ranking, from 0 (lowest) to 1 (highest), see which_class."""
+        return which_class(quantiles, self.quantiles)
+
+    def of(self, record: Record) -> float:
+        """The record's value."""
+        return getattr(record, self.name)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict) -> "Objective":
+        """The inverse of to_dict; tuples may have become lists."""
+        return Objective(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
 
 
 def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
@@ -13,22 +83,24 @@ def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
     return np.quantile(np.asarray(values, float), np.arange(1, num_classes) / num_classes).tolist()
 
 
-def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[dict]:
-    """What later stages need to know of each objective: plain data that travels with a GAN's checkpoint.
+def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[Objective]:
+    """The objectives of a NAS dataset, each cut into the number of classes that num_classes has for its name.
 
-    num_classes: "accuracy", "params" or "macs" -> into how many classes it is cut.
-    Raises ValueError when a class holds no record.
+    Raises ValueError when a class would hold no record.
     """
     objectives = []
     for name, classes in num_classes.items():
         values = [getattr(record, name) for record in records]
-        boundaries = class_boundaries(values, classes)
-        if len({class_of(value, boundaries) for value in values}) < classes:
+        boundaries = tuple(class_boundaries(values, classes))
+        quantiles = tuple(k / classes for k in range(1, classes))
+        objective = Objective(name, boundaries, quantiles, min(values), max(values))
+        if len({objective.class_of(value) for value in values}) < classes:
             raise ValueError(f"too few different values of {name} for {classes} classes")
-        objectives.append({"name": name, "boundaries": boundaries, "minimum": min(values), "maximum": max(values)})
+        objectives.append(objective)
     return objectives
 
 
-def class_of(value: float, boundaries: Sequence[float]) -> int:
-    """Class 0 (lowest) to len(boundaries) (highest); a value on a boundary belongs to the class above."""
-    return bisect_right(boundaries, value)
+def labels_of(records: Sequence[Record], objectives: Sequence[Objective]) -> np.ndarray:
+    """The classes of every record: (records, objectives)."""
+    columns = [objective.class_of(np.array([objective.of(r) for r in records])) for objective in objectives]
+    return np.stack(columns, axis=1)

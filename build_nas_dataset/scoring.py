@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from build_nas_dataset.objectives import class_boundaries, class_of
+from build_nas_dataset.objectives import class_boundaries, which_class
 from build_nas_dataset.records import Record
 from genotypes import Genotype
 from models.supernet import Supernet
@@ -131,9 +131,9 @@ class SupernetScorer:
         chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
         real = self([records[i].genotype for i in chosen])
         self.boundaries = class_boundaries(real, len(boundaries) + 1)
-        before = [class_of(records[i].accuracy, boundaries) for i in chosen]
+        before = [which_class(records[i].accuracy, boundaries) for i in chosen]
         self.ceiling = float(np.mean(self.classes(real) == before))
         self.percentile80 = float(np.quantile(real, 0.8))
 
     def classes(self, accuracies: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.boundaries, accuracies, side="right")
+        return which_class(accuracies, self.boundaries)

@@ -1,1 +1,1 @@
-"""The networks: cells stacked for image classification, the supernet, and the GAN that writes cells."""
+"""Training the generator (the published game, the likelihood, their recipes), and what is asked of it and measured."""

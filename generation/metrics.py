@@ -1,15 +1,20 @@
-"""How good are generated cells, and how far can a ranking be trusted."""
+"""How good generated cells are: valid, different, new, what was asked for, and like real ones.
+
+Controllability is the share of the cells drawn, invalid ones included, whose class is the class asked for.
+"""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from build_nas_dataset.objectives import class_of
+from build_nas_dataset.objectives import Objective, labels_of
 from build_nas_dataset.records import Record
 from build_nas_dataset.statistics import bootstrap_interval
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.cost import genotype_cost
+from models.generator import Generator
 from models.predictor import Predictor
+from utils import derive_seed
 
 
 def generation_metrics(genotypes: Sequence[Genotype | None], known: Iterable[Genotype] = ()) -> dict[str, float]:
@@ -39,11 +44,12 @@ def cell_statistics(genotypes: Iterable[Genotype]) -> dict[str, float]:
     }
 
 
-def obtained_classes(genotypes: list[Genotype | None], objectives: list[dict], predictor: Predictor) -> np.ndarray:
+def obtained_classes(
+    genotypes: list[Genotype | None], objectives: Sequence[Objective], predictor: Predictor
+) -> np.ndarray:
     """The classes that pruned genotypes are in, one for each objective (n, K); -1 for None, an invalid one.
 
-    Of #params and MACs by exact counts; of accuracy by the predictor, whose quantile is cut into equal parts.
-    objectives: as in a GAN checkpoint.
+    #params and MACs are counted; for accuracy the predictor says which quantile a genotype has.
     """
     obtained = np.full((len(genotypes), len(objectives)), -1)
     valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
@@ -53,13 +59,37 @@ def obtained_classes(genotypes: list[Genotype | None], objectives: list[dict], p
     costs = np.array([genotype_cost(genotype) for genotype in genotypes])
     predicted = predictor.quantiles(genotypes)
     for k, objective in enumerate(objectives):
-        if objective["name"] == "accuracy":
-            num_classes = len(objective["boundaries"]) + 1
-            values, cuts = predicted[:, k], np.arange(1, num_classes) / num_classes
+        if objective.name == "accuracy":
+            obtained[valid, k] = objective.class_of_quantile(predicted[:, k])
         else:
-            values, cuts = costs[:, ("params", "macs").index(objective["name"])], objective["boundaries"]
-        obtained[valid, k] = np.searchsorted(cuts, values, side="right")  # on a boundary: the class above
+            obtained[valid, k] = objective.class_of(costs[:, ("params", "macs").index(objective.name)])
     return obtained
+
+
+def sample_and_measure(
+    generator: Generator,
+    predictor: Predictor,
+    objectives: Sequence[Objective],
+    n: int,
+    seed: int,
+    known: set[Genotype],
+) -> tuple[dict[str, float], list[dict]]:
+    """Metrics of some n genotypes, as many for each combination of labels, and the valid ones with their labels.
+
+    known: canonical genotypes that are not new, as for generation_metrics.
+    """
+    combinations = list(np.ndindex(*(objective.num_classes for objective in objectives)))
+    drawn, asked = [], []
+    for i, labels in enumerate(combinations):
+        drawn += generator.sample(labels, -(-n // len(combinations)), derive_seed(seed, i))
+        asked += [labels] * (len(drawn) - len(asked))
+    valid = [(genotype, labels) for genotype, labels in zip(drawn, asked, strict=True) if genotype is not None]
+    values = generation_metrics(drawn, known)
+    if valid:
+        values |= cell_statistics(genotype for genotype, _ in valid)
+    shares = (obtained_classes(drawn, objectives, predictor) == np.array(asked)).mean(0)
+    values |= {f"controllability_{o.name}": share.item() for o, share in zip(objectives, shares, strict=True)}
+    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in valid]
 
 
 def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -> np.ndarray:
@@ -90,12 +120,11 @@ def total_variation(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def evaluate_cells(
-    drawn: dict[tuple, list], objectives: list[dict], records: list[Record], predictor: Predictor, scorer=None
+    drawn: dict[tuple, list], objectives: list[Objective], records: list[Record], predictor: Predictor, scorer=None
 ) -> dict:
-    """How far genotypes drawn for each combination of labels obey, and how like the real cells they are.
+    """Quality, controllability and likeness of genotypes drawn for each combination of labels.
 
-    An invalid genotype obeys no label. Distances are of total variation, to the real cells of the class asked for,
-    the mean over the combinations.
+    An invalid genotype has no class. drawn: labels -> genotypes as drawn, None where one is invalid.
     scorer: a SupernetScorer that has cut the classes of accuracy, in the place of the predictor.
     """
     known = {record.genotype.canonical() for record in records}
@@ -104,27 +133,45 @@ def evaluate_cells(
     quality = generation_metrics(flat, known)
     result = {"drawn": len(flat), **quality, "new": quality["validity"] * quality["uniqueness"] * quality["novelty"]}
     valid = np.array([genotype is not None for genotype in flat])
-    genotypes = [genotype for genotype in flat if genotype is not None]
-    if not genotypes:
+    if not valid.any():
         return result
     obtained = obtained_classes(flat, objectives, predictor)  # (n, K)
     for k, objective in enumerate(objectives):
-        entry = result[objective["name"]] = {"by": "predictor" if objective["name"] == "accuracy" else "exact count"}
-        if objective["name"] == "accuracy" and scorer is not None:
-            accuracies = scorer(genotypes)
+        entry = {"by": "predictor" if objective.name == "accuracy" else "exact count"}
+        if objective.name == "accuracy" and scorer is not None:
+            accuracies = scorer([genotype for genotype in flat if genotype is not None])
             obtained[valid, k] = scorer.classes(accuracies)
-            entry |= {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
-            of_class = [accuracies[asked[valid, k] == c] for c in np.unique(asked[:, k])]
-            entry["mean"] = [float(values.mean()) if len(values) else None for values in of_class]  # None: all invalid
-        hits = obtained[:, k] == asked[:, k]
-        entry["obeys"], entry["interval"] = float(hits.mean()), bootstrap_interval(np.mean, hits)
-        classes = len(objective["boundaries"]) + 1
-        entry["asked_by_obtained"] = confusion(asked[valid, k], obtained[valid, k], classes).tolist()
-    hits = (obtained == asked).all(1)
-    result["all"] = {"obeys": float(hits.mean()), "interval": bootstrap_interval(np.mean, hits)}
-    real_labels = np.array(
-        [[class_of(getattr(record, o["name"]), o["boundaries"]) for o in objectives] for record in records]
-    )
+            entry |= by_supernet(scorer, accuracies, asked[valid, k], np.unique(asked[:, k]))
+        entry |= share_with_interval(obtained[:, k] == asked[:, k])
+        counts = confusion(asked[valid, k], obtained[valid, k], objective.num_classes)
+        result[objective.name] = entry | {"asked_by_obtained": counts.tolist()}
+    result["all"] = share_with_interval((obtained == asked).all(1))
+    result["distance"] = distances_to_real(drawn, records, labels_of(records, objectives))
+    return result
+
+
+def share_with_interval(hits: np.ndarray) -> dict:
+    """The share of true values (n,), and its 95 % bootstrap interval."""
+    return {"controllability": float(hits.mean()), "interval": bootstrap_interval(np.mean, hits)}
+
+
+def by_supernet(scorer, accuracies: np.ndarray, asked: np.ndarray, classes: np.ndarray) -> dict:
+    """What a supernet says of valid genotypes (n,): how far a class can be relied on, and the mean of each class asked.
+
+    asked: the class of accuracy asked for (n,). classes: all that were asked for; the mean of one without a valid
+    genotype is None.
+    """
+    of_class = [accuracies[asked == c] for c in classes]
+    means = [float(values.mean()) if len(values) else None for values in of_class]
+    known = {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
+    return known | {"mean": means}
+
+
+def distances_to_real(drawn: dict[tuple, list], records: list[Record], real_labels: np.ndarray) -> dict[str, float]:
+    """Total-variation distances of vertex counts, ops and densities to the real cells of the class asked for.
+
+    The mean over the combinations of labels. real_labels: of the records (N, K).
+    """
     distances = {"vertices": [], "ops": [], "density": []}
     for labels, genotypes in drawn.items():
         real = [record.genotype for record, own in zip(records, real_labels, strict=True) if tuple(own) == labels]
@@ -133,5 +180,4 @@ def evaluate_cells(
             a, b = cell_distributions(real), cell_distributions(made)
             for name in distances:
                 distances[name].append(total_variation(a[name], b[name]))
-    result["distance"] = {name: float(np.mean(values)) for name, values in distances.items() if values}
-    return result
+    return {name: float(np.mean(values)) for name, values in distances.items() if values}

@@ -1,5 +1,7 @@
 """The discriminator: does a genotype look like one of the NAS dataset with these labels?"""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,18 +11,37 @@ from models.fast.cpu import Dropout
 from models.graph import CellBatch, GraphState, LabelEmbedding
 
 
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The settings of a discriminator, as published by default, which go into checkpoints as they are.
+
+    vertex_size, graph_size: widths of vertex and graph states. num_layers: graph convolutions. mlp_layers: linear
+    layers that make the score. aggregation: from vertex states to a graph state, "gsum" or "mean", see GraphState.
+    num_classes, label_sizes: classes and width of the label embedding of each objective.
+    """
+
+    vertex_size: int = 250
+    graph_size: int = 56
+    num_layers: int = 3
+    mlp_layers: int = 4
+    gcn_dropout: float = 0.5
+    mlp_dropout: float = 0.5
+    aggregation: str = "gsum"
+    num_classes: tuple[int, ...] = (3,)
+    label_sizes: tuple[int, ...] = (10,)
+
+
 class CellEncoder(nn.Module):
     """CellBatch -> graph states (B, S), by graph convolutions over the undirected cell (NAG paper, section 3.2)."""
 
-    def __init__(
-        self, num_tokens: int, vertex_size: int, graph_size: int, num_layers: int, dropout: float, aggregation: str
-    ):
+    def __init__(self, num_tokens: int, config: DiscriminatorConfig):
         super().__init__()
+        vertex_size = config.vertex_size
         # A linear layer rather than a table, since the tokens of generated cells are soft.
         self.tokens = nn.Linear(num_tokens, vertex_size, bias=False)
-        self.convs = nn.ModuleList(nn.Linear(vertex_size, vertex_size, bias=False) for _ in range(num_layers))
-        self.dropout = Dropout(dropout)
-        self.graph_state = GraphState(vertex_size, graph_size, aggregation)
+        self.convs = nn.ModuleList(nn.Linear(vertex_size, vertex_size, bias=False) for _ in range(config.num_layers))
+        self.dropout = Dropout(config.gcn_dropout)
+        self.graph_state = GraphState(vertex_size, config.graph_size, config.aggregation)
 
     def forward(self, cells: CellBatch) -> Tensor:
         vertices = cells.adj.shape[1]
@@ -40,35 +61,18 @@ class CellEncoder(nn.Module):
 class Discriminator(nn.Module):
     """Scores genotypes against labels (NAG paper, section 3.2): 1 is real, 0 is generated (least squares, no sigmoid).
 
-    num_classes, label_sizes: classes and embedding width of each of the K objectives.
-    aggregation: "gsum" or "mean", see GraphState.
+    models/plain.py has the same in obvious loops. The keywords are the fields of DiscriminatorConfig.
     """
 
-    def __init__(
-        self,
-        vertex_size: int = 250,
-        graph_size: int = 56,
-        num_layers: int = 3,
-        mlp_layers: int = 4,
-        gcn_dropout: float = 0.5,
-        mlp_dropout: float = 0.5,
-        aggregation: str = "gsum",
-        num_classes: tuple[int, ...] = (3,),
-        label_sizes: tuple[int, ...] = (10,),
-        space: SearchSpace = NAG_SPACE,
-    ):
+    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
         super().__init__()
-        self.encoders = nn.ModuleDict(
-            {
-                cell: CellEncoder(len(space.tokens), vertex_size, graph_size, num_layers, gcn_dropout, aggregation)
-                for cell in space.cells
-            }
-        )
-        self.labels = LabelEmbedding(num_classes, label_sizes)
+        self.config = config = DiscriminatorConfig(*args, **kwargs)
+        self.encoders = nn.ModuleDict({cell: CellEncoder(len(space.tokens), config) for cell in space.cells})
+        self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         layers = []
-        width = len(space.cells) * graph_size + sum(label_sizes)
-        for _ in range(mlp_layers - 1):
-            layers += [Dropout(mlp_dropout), nn.Linear(width, max(1, width // 2)), nn.LeakyReLU(0.2)]
+        width = len(space.cells) * config.graph_size + sum(config.label_sizes)
+        for _ in range(config.mlp_layers - 1):
+            layers += [Dropout(config.mlp_dropout), nn.Linear(width, max(1, width // 2)), nn.LeakyReLU(0.2)]
             width = max(1, width // 2)
         self.score = nn.Sequential(*layers, nn.Linear(width, 1))
 

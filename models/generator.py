@@ -1,30 +1,72 @@
 """The generator: grows the cells of a genotype vertex by vertex, from noise and the labels asked for.
 
+models/plain.py has the published generator in obvious loops: read it first. This one computes the same on whole batches
+and can do four things more, which the paper does not have: draw its decisions instead of rounding them (temperature),
+give the log-likelihood of cells, grow a cell in view of the cells before it (chain_cells), and decide each edge in view
+of the edges before it (autoregressive_edges).
+
     generator = Generator.from_checkpoint("runs/gan/checkpoint.pt")
     genotypes = generator.sample(labels=(2,), n=100, seed=1997)     # 2: the highest of three accuracy classes
 
-What the discriminator sees of a cell is soft (probabilities of tokens and edges); growth itself is hard. As published,
-a decision is the likelier side; with a temperature it is drawn, and the soft values are its Gumbel-softmax relaxation.
+Growth follows hard decisions. What the discriminator sees is soft: the probabilities of tokens and edges. As
+published, a decision takes the likelier side; with a temperature it is drawn, and the soft values are its
+Gumbel-softmax relaxation.
 """
 
-import copy
 import math
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
-from models.fast.cpu import Dropout
-from models.fast.cuda_graphs import Branch
-from models.graph import CellBatch, GraphState, LabelEmbedding
+from models.fast.cuda_graphs import needs_fixed_shapes, side_by_side
+from models.fast.sampling import decide_as_in_float64
+from models.graph import CellBatch, GraphState, LabelEmbedding, MessagePassing, neighbours
 from utils import load_checkpoint, of_this_version
 
-# Logits. The largest difference between float32 and float64 measured on 512 genotypes is 2.4e-6 with the shipped
-# generators, 1e-6 with untrained ones of default size and 1e-4 with one whose weights are quadrupled. Of the shipped
-# generators' genotypes, 1 to 3 % have a decision this close.
-CLOSE = 1e-3
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The settings of a generator, as published by default, which go into checkpoints as they are.
+
+    latent_dim: width of the noise z. vertex_size, graph_size: widths of vertex and graph states. num_layers, dropout:
+    of message passing. aggregation: from vertex states to a graph state, "gsum" or "mean", see GraphState.
+    num_classes, label_sizes: classes and width of the label embedding of each objective.
+    max_vertices: at which growth ends; None is the limit of the search space.
+    Not in the paper: chain_cells (a cell is grown in view of the finished cells before it), autoregressive_edges (the
+    edges into a vertex are decided one after the other, each in view of those before it; decided independently, as
+    published, "exactly one of these" cannot be said), temperature (0, as published: every decision takes the likelier
+    side; 1: it is drawn with its probability).
+    """
+
+    latent_dim: int = 100
+    vertex_size: int = 250
+    graph_size: int = 56
+    num_layers: int = 3
+    dropout: float = 0.5
+    aggregation: str = "gsum"
+    num_classes: tuple[int, ...] = (3,)
+    label_sizes: tuple[int, ...] = (10,)
+    max_vertices: int | None = None
+    chain_cells: bool = False
+    autoregressive_edges: bool = False
+    temperature: float = 0.0
+
+    @staticmethod
+    def of(settings: dict, space: SearchSpace) -> "GeneratorConfig":
+        """The config with these settings in a space. Raises ValueError when the space has no cells of max_vertices."""
+        limit = settings.get("max_vertices")
+        settings = settings | {"max_vertices": space.max_vertices if limit is None else limit}
+        config = GeneratorConfig(**settings)
+        if not space.min_vertices <= config.max_vertices <= space.max_vertices:
+            limits = f"{space.min_vertices} to {space.max_vertices}"
+            raise ValueError(f"max_vertices must be {limits} in the space {space.name}, got {config.max_vertices}")
+        return config
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -32,71 +74,40 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def forcing_noise(cells: tuple[CellBatch, ...], strength: float = 1e4) -> tuple[Tensor, ...]:
-    """What to add to the logits of the decisions for growth to retrace hard cells: (B, V, T + V) for each cell.
+    """Noise that makes growth decide as it must for the result to be the given hard cells (teacher forcing).
 
-    strength: more than any logit.
+    It is added to the logits of the decisions: (B, V, T + V) for each cell, `strength` where the cell has the token or
+    the edge, minus that elsewhere. strength: more than any logit.
     """
     return tuple(strength * (2 * torch.cat([batch.ops, batch.adj.mT], dim=-1) - 1) for batch in cells)
 
 
-class MessagePassing(nn.Module):
-    """One round of messages along the edges and against them, then a GRU cell (NAG paper, section 3.2)."""
+class Request(NamedTuple):
+    """What a generator is called with: B genotypes are asked for.
 
-    def __init__(self, vertex_size: int, dropout: float):
-        super().__init__()
-        width = 2 * vertex_size
-        self.dropout = Dropout(dropout)
-        self.message = nn.Linear(width, width)  # of edge j -> i, to i, from [h_j, h_i]
-        self.message_reversed = nn.Linear(width, width)  # of the same edge, to j, from [h_i, h_j]
-        self.update = nn.GRUCell(width, vertex_size)
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """Of the messages along and against the edges: (2D, 4D), and their biases (2, 2D)."""
-        both = self.message, self.message_reversed
-        return torch.cat([linear.weight for linear in both], dim=1), torch.stack([linear.bias for linear in both])
-
-    def forward(self, states: Tensor, senders: Tensor, count: Tensor, weight: Tensor, biases: Tensor) -> Tensor:
-        """states (B, V, D) -> new states (B, V, D).
-
-        senders, count: `neighbours` of the cells. weight, biases: `weights`. Several calls share them.
-        The sum of a linear map is the linear map of the sum, so the map is applied once per vertex, not per edge.
-        """
-        states = self.dropout(states)
-        inputs = (senders @ states).view(-1, weight.shape[1])  # (B * V, 4D)
-        messages = torch.addmm(count.flatten(0, 1) @ biases, inputs, weight.T)  # (B * V, 2D)
-        return self.update(messages, states.flatten(0, 1)).view_as(states)
-
-
-def neighbours(adj: Tensor) -> tuple[Tensor, Tensor]:
-    """adj (B, V, V) of 0/1 -> what turns states (B, V, D) into the inputs of the messages, and the numbers of edges.
-
-    (B, 4V, V), whose product with the states is, for each vertex i, the sum over the edges into it of h_j and of h_i,
-    and the same of the edges out of it; and (B, V, 2): how many there are.
+    z: (B, latent_dim). labels: (B, K) long, one for each of K objectives. noise: of the decisions in each cell
+    (B, V, T + V), see Generator.draw_noise; None: every decision takes the likelier side.
     """
-    others = torch.stack([adj.mT, adj], dim=2)  # (B, V, 2, V)
-    count = others.sum(-1)  # (B, V, 2)
-    own = count[..., None] * torch.eye(adj.shape[1], dtype=adj.dtype, device=adj.device)[:, None]
-    return torch.stack([others, own], dim=3).flatten(1, 3), count
+
+    z: Tensor
+    labels: Tensor
+    noise: tuple[Tensor, ...] | None
+
+    @staticmethod
+    def cat(first: "Request", second: "Request") -> "Request":
+        """Both requests in one; both have noise."""
+        noise = tuple(torch.cat(pair) for pair in zip(first.noise, second.noise, strict=True))
+        return Request(torch.cat([first.z, second.z]), torch.cat([first.labels, second.labels]), noise)
 
 
 class CellGenerator(nn.Module):
     """Grows one cell per sample (NAG paper, section 3.2). Sizes: D vertex state, S graph state, C condition."""
 
-    def __init__(
-        self,
-        condition_size: int,
-        vertex_size: int,
-        graph_size: int,
-        num_layers: int,
-        dropout: float,
-        aggregation: str,
-        max_vertices: int,
-        edges_in_turn: bool,
-        space: SearchSpace,
-    ):
+    def __init__(self, condition_size: int, config: GeneratorConfig, space: SearchSpace):
         super().__init__()
-        tokens, hidden = len(space.tokens), vertex_size + graph_size
-        self.max_vertices = max_vertices
+        vertex_size, graph_size, tokens = config.vertex_size, config.graph_size, len(space.tokens)
+        hidden = vertex_size + graph_size
+        self.max_vertices = config.max_vertices
         self.num_inputs = space.num_inputs
         self.output_token = space.token_id[space.output]
         self.input_tokens = slice(1, 1 + space.num_inputs)  # space.tokens = (output, *inputs, *ops)
@@ -104,22 +115,26 @@ class CellGenerator(nn.Module):
 
         self.tokens = nn.Embedding(tokens, vertex_size)
         self.start = mlp(vertex_size + condition_size, hidden, vertex_size)
-        self.layers = nn.ModuleList(MessagePassing(vertex_size, dropout) for _ in range(num_layers))
-        self.graph_state = GraphState(vertex_size, graph_size, aggregation)
-        self.graph_state_init = GraphState(vertex_size, graph_size, aggregation)
+        self.layers = nn.ModuleList(MessagePassing(vertex_size, config.dropout) for _ in range(config.num_layers))
+        self.graph_state = GraphState(vertex_size, graph_size, config.aggregation)
+        self.graph_state_init = GraphState(vertex_size, graph_size, config.aggregation)
         self.add_vertex = mlp(graph_size + condition_size, graph_size, tokens)
         self.init_vertex = mlp(vertex_size + graph_size + condition_size, hidden, vertex_size)
         self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
-        self.chosen = nn.Linear(vertex_size, hidden) if edges_in_turn else None
+        self.earlier_edges = nn.Linear(vertex_size, hidden) if config.autoregressive_edges else None
 
     def forward(
-        self, condition: Tensor, fixed_shape: bool, noise: Tensor | None, known: CellBatch | None
+        self,
+        condition: Tensor,
+        noise: Tensor | None = None,
+        forced: CellBatch | None = None,
+        fixed_shape: bool = False,
     ) -> tuple[CellBatch, Tensor]:
-        """condition (B, C) -> CellBatch of B cells, soft; and the log-likelihood (B,) of the hard ones, without noise.
+        """condition (B, C) -> B soft cells, and the log-likelihood (B,) of their hard decisions, noise left out.
 
         Growth follows the hard decisions; the soft values returned carry the gradient.
         noise: (B, V, T + V) added to the logits of each new vertex's token and edges, see Generator.draw_noise.
-        known: the hard cells, where noise forces them.
+        forced: the hard cells that the noise forces, with teacher forcing.
         fixed_shape: keep finished samples in the batch, masked, so that no shape depends on a value. Otherwise they
             leave it, and b <= B samples are left at a step. The result is the same.
         """
@@ -142,8 +157,8 @@ class CellGenerator(nn.Module):
             vertex = torch.cat([self.tokens(token), self.graph_state_init(states), condition], dim=-1)
             vertex = F.normalize(self.init_vertex(vertex), dim=-1)  # (b, D)
             context = torch.cat([vertex, graph, condition], dim=-1)
-            forced = None if known is None else known.adj[sample, :t, t].detach()  # (b, t)
-            edge_logits = self._edge_logits(states, context, edge_noise, forced)  # (b, t)
+            forced_edges = None if forced is None else forced.adj[sample, :t, t].detach()  # (b, t)
+            edge_logits = self._edge_logits(states, context, edge_noise, forced_edges)  # (b, t)
             edges = edge_logits + edge_noise > 0  # (b, t)
             own = F.pad(torch.cat([token_logits, edge_logits], dim=-1), (0, size - t))  # (b, T + V)
             if len(sample) < batch:
@@ -159,7 +174,11 @@ class CellGenerator(nn.Module):
         return self._decisions(torch.stack(logits, dim=1), noise)
 
     def _decisions(self, logits: Tensor, noise: Tensor) -> tuple[CellBatch, Tensor]:
-        """Logits (B, V - inputs, T + V) of the new vertices' tokens and edges, any after a cell's end -> as forward."""
+        """Logits of all decisions -> what forward returns.
+
+        logits: (B, V - inputs, T + V), of the tokens and edges of the new vertices; those after a cell's end do not
+        count. noise: (B, V, T + V).
+        """
         noisy = logits + noise[:, self.num_inputs :]
         tokens, size = self.one_hot.shape[0], self.max_vertices
         token = noisy[..., :tokens].argmax(-1, keepdim=True)  # (B, N, 1)
@@ -184,7 +203,10 @@ class CellGenerator(nn.Module):
         return self.start(torch.cat([tokens, condition[:, None].expand(-1, self.num_inputs, -1)], dim=-1))
 
     def _propagate(self, states: Tensor, adj: Tensor, weights: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Message passing over (b, t, D); a sample without any edge keeps its states. weights: of each layer."""
+        """Message passing over states (b, t, D); a sample without any edge keeps its states.
+
+        weights: what MessagePassing.weights gives, layer by layer.
+        """
         new, (senders, count) = states, neighbours(adj)
         for layer, own in zip(self.layers, weights, strict=True):
             new = layer(new, senders, count, *own)
@@ -192,12 +214,15 @@ class CellGenerator(nn.Module):
         return torch.where(has_edge, F.normalize(new, dim=-1), states)
 
     def _split_noise(self, noise: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """(b, T + V) -> noise of the tokens (b, T) and of the edges from vertices before t (b, t)."""
+        """Noise of vertex t (b, T + V) -> that of its token (b, T) and that of the edges to it (b, t)."""
         tokens = self.one_hot.shape[0]
         return noise[:, :tokens], noise[:, tokens : tokens + t]
 
     def _token_logits(self, graph: Tensor, condition: Tensor, last: bool) -> Tensor:
-        """graph (b, S) -> what vertex is added, (b, T): never an input, and the output when no vertex may follow."""
+        """Graph states (b, S) -> logits of the token of the vertex that is added (b, T).
+
+        It is never an input. last: no vertex may follow, so it is the output for sure.
+        """
         if last:
             return self.one_hot[self.output_token].log().expand(len(graph), -1)
         logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
@@ -205,167 +230,139 @@ class CellGenerator(nn.Module):
         return logits
 
     def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor, forced: Tensor | None) -> Tensor:
-        """states (b, t, D) of the sources, context [h_v, h_G, c] of the same samples -> (b, t), without noise.
+        """Logits of the edges from every existing vertex to the new one (b, t), without noise.
 
-        The MLP of [h_j, context] for every j, but the context's share of its first layer is computed once.
-        The reference mixes the contexts of different samples here, which cuts the edges off from the labels.
-        With `edges_in_turn`, every edge also sees the sum over the sources that were chosen before it: with the noise
-        (b, t), or those that are `forced` (b, t).
+        states: of the existing vertices (b, t, D). context: [h_v, h_G, c] of the same samples, v being the new vertex.
+        It is the MLP of [h_j, context] for every j, but the context's share of the first layer is computed once.
+        (The reference takes the contexts of other samples here, which cuts the edges off from the labels.)
+        With autoregressive edges, every edge also sees the sum over the sources of the edges decided before it. These
+        are decided here with the noise (b, t), or they are `forced` (b, t) of 0/1.
         """
         first, activation, second = self.add_edge
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
-        if self.chosen is not None:
-            further = self.chosen(states)  # (b, t, D + S) what a chosen source adds for those after it
-            edges = self._decide_in_turn(hidden.detach(), further.detach(), noise) if forced is None else forced
-            hidden = torch.baddbmm(hidden, edges[:, None].expand(-1, edges.shape[1], -1).tril(-1), further)
+        if self.earlier_edges is not None:
+            seen = self.earlier_edges(states)  # (b, t, D + S) what an edge from this source adds for those after it
+            edges = self._decide_one_by_one(hidden.detach(), seen.detach(), noise) if forced is None else forced
+            hidden = torch.baddbmm(hidden, edges[:, None].expand(-1, edges.shape[1], -1).tril(-1), seen)
         return second(activation(hidden)).squeeze(-1)
 
     @torch.no_grad()
-    def _decide_in_turn(self, hidden: Tensor, further: Tensor, noise: Tensor) -> Tensor:
-        """The edges (b, t) of 0/1, each in view of those before it. hidden, further (b, t, D + S), noise (b, t)."""
+    def _decide_one_by_one(self, hidden: Tensor, seen: Tensor, noise: Tensor) -> Tensor:
+        """Autoregressive edges (b, t) of 0/1: each is decided in view of those before it.
+
+        hidden: the hidden layer of each edge without the others (b, t, D + S). seen: what an edge adds to the hidden
+        layers of those after it (b, t, D + S). noise: (b, t), added to the logits.
+        """
         _, activation, second = self.add_edge
         before, edges = torch.zeros_like(hidden[:, 0]), []  # (b, D + S)
         for j in range(hidden.shape[1]):
             logit = second(activation(hidden[:, j] + before))  # (b, 1)
             edges.append((logit + noise[:, j, None] > 0).to(hidden.dtype))
-            before = torch.addcmul(before, edges[-1], further[:, j])
+            before = torch.addcmul(before, edges[-1], seen[:, j])
         return torch.cat(edges, dim=1)
 
 
 class Generator(nn.Module):
     """Noise and labels -> genotypes: one CellGenerator for each cell of the space, on a common condition.
 
-    num_classes, label_sizes: classes and embedding width of each of the K objectives.
-    max_vertices: at which growth ends (default: the space's limit).
-    aggregation: "gsum" or "mean", see GraphState.
-    chain_cells: a cell is grown in view of the finished cells before it (an addition to the paper, where the cells
-        of a genotype have noise and labels in common only).
-    edges_in_turn: the edges into a vertex are decided one after the other, each in view of those before (an addition:
-        decided independently, as published, "exactly one of these" cannot be said).
-    temperature: 0, as published: every decision takes the likelier side; 1: it is drawn with its probability.
+    The keywords are the fields of GeneratorConfig, the space apart.
 
     fixed_shape (attribute): True for shapes that depend on no value and a forward pass that never waits for the
-    device; False for less work, finished samples leaving the batch; None: True on CUDA only.
+    device; False for less work, since finished samples leave the batch; None for whichever suits the device.
     """
 
     fixed_shape: bool | None = None
 
-    def __init__(
-        self,
-        latent_dim: int = 100,
-        vertex_size: int = 250,
-        graph_size: int = 56,
-        num_layers: int = 3,
-        dropout: float = 0.5,
-        aggregation: str = "gsum",
-        num_classes: tuple[int, ...] = (3,),
-        label_sizes: tuple[int, ...] = (10,),
-        max_vertices: int | None = None,
-        chain_cells: bool = False,
-        edges_in_turn: bool = False,
-        temperature: float = 0.0,
-        space: SearchSpace = NAG_SPACE,
-    ):
+    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
         super().__init__()
-        max_vertices = space.max_vertices if max_vertices is None else max_vertices
-        if not space.min_vertices <= max_vertices <= space.max_vertices:
-            limits = f"{space.min_vertices} to {space.max_vertices}"
-            raise ValueError(f"max_vertices must be {limits} in the space {space.name}, got {max_vertices}")
-        self.config = {
-            "latent_dim": latent_dim,
-            "vertex_size": vertex_size,
-            "graph_size": graph_size,
-            "num_layers": num_layers,
-            "dropout": dropout,
-            "aggregation": aggregation,
-            "num_classes": tuple(num_classes),
-            "label_sizes": tuple(label_sizes),
-            "max_vertices": max_vertices,
-            "chain_cells": chain_cells,
-            "edges_in_turn": edges_in_turn,
-            "temperature": temperature,
-        }
+        names = [field.name for field in fields(GeneratorConfig)]
+        self.config = config = GeneratorConfig.of(dict(zip(names, args, strict=False)) | kwargs, space)
         self.space = space
-        self.labels = LabelEmbedding(num_classes, label_sizes)
+        self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         self.cells, self.summaries = nn.ModuleDict(), nn.ModuleDict()
-        condition_size = latent_dim + sum(label_sizes)
+        condition_size = config.latent_dim + sum(config.label_sizes)
         for i, cell in enumerate(space.cells):
-            self.cells[cell] = CellGenerator(
-                condition_size,
-                vertex_size,
-                graph_size,
-                num_layers,
-                dropout,
-                aggregation,
-                max_vertices,
-                edges_in_turn,
-                space,
-            )
-            if chain_cells and i < len(space.cells) - 1:  # for the cells after this one
-                flat = max_vertices * (max_vertices + len(space.tokens))
-                self.summaries[cell] = mlp(flat, vertex_size, graph_size)
-                condition_size += graph_size
+            self.cells[cell] = CellGenerator(condition_size, config, space)
+            if config.chain_cells and i < len(space.cells) - 1:  # the cells after this one see a summary of it
+                flat = config.max_vertices * (config.max_vertices + len(space.tokens))
+                self.summaries[cell] = mlp(flat, config.vertex_size, config.graph_size)
+                condition_size += config.graph_size
 
     def forward(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...] | None = None) -> tuple[CellBatch, ...]:
-        """z (B, latent_dim), labels (B, K) long -> one CellBatch of B soft cells for each cell of the space.
+        """z (B, latent_dim), labels (B, K) long -> B soft cells for each cell of the space.
 
-        noise: of the decisions, from draw_noise; None: every decision takes the likelier side.
+        noise: what draw_noise gives for the decisions; None: every decision takes the likelier side.
         """
-        return self._grow(z, labels, noise)[0]
+        return self._grow(z, labels, noise, gradient_between_cells=True)[0]
 
     def draw(self, z: Tensor, labels: Tensor, noise: tuple[Tensor, ...] | None) -> tuple[tuple[CellBatch, ...], Tensor]:
-        """The cells of forward, and the log-likelihood (B,) of the hard decisions in them, which are taken as given.
+        """The cells that forward gives, and the log-likelihood (B,) of their hard decisions, each given those before.
 
-        In nats, at temperature 1; from logits, so that it is exact where probabilities are rounded to 0 or 1.
+        In nats, at temperature 1. It is computed from logits and so exact where probabilities are rounded to 0 or 1.
         """
-        return self._grow(z, labels, noise, given=True)
+        return self._grow(z, labels, noise)
 
-    def likelihood(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> Tensor:
-        """The log-likelihood of hard cells (B,), as from draw: growth is made to retrace them (teacher forcing)."""
-        return self._grow(z, labels, forcing_noise(cells), given=True, known=cells)[1]
+    def log_likelihood(self, z: Tensor, labels: Tensor, cells: tuple[CellBatch, ...]) -> Tensor:
+        """The log-likelihood (B,) of hard cells, in nats: growth is made to decide as in these (teacher forcing)."""
+        return self._grow(z, labels, forcing_noise(cells), cells)[1]
 
     def _grow(
-        self, z: Tensor, labels: Tensor, noise, given: bool = False, known: tuple[CellBatch, ...] | None = None
+        self,
+        z: Tensor,
+        labels: Tensor,
+        noise: tuple[Tensor, ...] | None,
+        forced: tuple[CellBatch, ...] | None = None,
+        gradient_between_cells: bool = False,
     ) -> tuple[tuple[CellBatch, ...], Tensor]:
-        """given: no gradient from a cell to the decisions in the cells before it, which is that of straight_through.
+        """The soft cells, and the log-likelihood (B,) of their hard decisions.
 
-        known: the hard cells, where noise forces them.
+        forced: the hard cells that the noise forces, with teacher forcing.
+        gradient_between_cells: whether, with chain_cells, gradients pass from a cell to the decisions in the cells
+            before it (straight through). For a likelihood they must not: these decisions are given.
         """
-        fixed_shape = z.is_cuda if self.fixed_shape is None else self.fixed_shape
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
-        results, branches = [], []  # of the cells
-        for i, (name, cell) in enumerate(self.cells.items()):
-            branches.append(Branch(name, condition))
-            own_noise, own_known = (None if of_cells is None else of_cells[i] for of_cells in (noise, known))
-            with branches[i].work(condition, own_noise, own_known):  # cells wait for each other only where they must
-                results.append(cell(condition, fixed_shape, own_noise, own_known))
-            if name in self.summaries:
-                if known is not None:
-                    finished = known[i]
-                else:
-                    branches[i].join(*results[i])
-                    finished = results[i][0].straight_through()
-                flat = torch.cat([finished.adj, finished.ops], dim=-1).flatten(1)  # (B, V * (V + T))
-                summary = self.summaries[name](flat.detach() if given else flat)
-                condition = torch.cat([condition, F.normalize(summary, dim=-1)], dim=-1)
-        for branch, result in zip(branches, results, strict=True):
-            branch.join(*result)
+        fixed_shape = needs_fixed_shapes(z) if self.fixed_shape is None else self.fixed_shape
+        noise = noise or (None,) * len(self.cells)
+        results = []
+        if self.summaries and forced is None:  # a cell waits for the cells before it
+            for (name, cell), own_noise in zip(self.cells.items(), noise, strict=True):
+                results.append(cell(condition, own_noise, fixed_shape=fixed_shape))
+                finished = results[-1][0].straight_through()
+                condition = self._in_view_of(condition, name, finished, gradient_between_cells)
+        else:
+            calls = []
+            for i, (name, cell) in enumerate(self.cells.items()):
+                own = None if forced is None else forced[i]
+                calls.append((partial(cell, fixed_shape=fixed_shape), condition, noise[i], own))
+                condition = self._in_view_of(condition, name, own, gradient_between_cells)
+            results = side_by_side(*calls)
         cells, likelihoods = zip(*results, strict=True)
         return cells, sum(likelihoods)
+
+    def _in_view_of(self, condition: Tensor, name: str, cells: CellBatch | None, gradient: bool) -> Tensor:
+        """The condition of the cells after the cell called `name`: with chain_cells, a summary of that cell is added.
+
+        gradient: whether gradients pass to the given hard cells.
+        """
+        if name not in self.summaries:
+            return condition
+        flat = torch.cat([cells.adj, cells.ops], dim=-1).flatten(1)  # (B, V * (V + T))
+        summary = self.summaries[name](flat if gradient else flat.detach())
+        return torch.cat([condition, F.normalize(summary, dim=-1)], dim=-1)
 
     def draw_noise(
         self, n: int, generator: torch.Generator, temperature: float | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """z (n, latent_dim), and what forward adds to the logits of the decisions; on the device of `generator`.
+        """z (n, latent_dim), and for each cell what forward adds to the logits of the decisions (n, V, T + V).
 
         Gumbel noise for tokens and logistic noise for edges, times the temperature: the decision that is then the
-        likelier one has been drawn from the softmax or sigmoid of logits / temperature.
-        temperature: the generator's by default.
+        likelier one has been drawn from the softmax or sigmoid of logits / temperature. None at temperature 0.
+        generator: on whose device the noise is drawn. temperature: the config's by default.
         """
-        temperature = self.config["temperature"] if temperature is None else temperature
-        device, size, tokens = generator.device, self.config["max_vertices"], len(self.space.tokens)
-        z = torch.randn(n, self.config["latent_dim"], generator=generator, device=device)
+        temperature = self.config.temperature if temperature is None else temperature
+        device, size, tokens = generator.device, self.config.max_vertices, len(self.space.tokens)
+        z = torch.randn(n, self.config.latent_dim, generator=generator, device=device)
         if not temperature:
             return z, None
         noise = []
@@ -402,35 +399,13 @@ class Generator(nn.Module):
         What is drawn depends on weights, labels, n, seed and temperature, not on batch_size, device or training mode:
         the noise comes from the CPU in one draw, dropout is off, and decisions are those of float64, since in float32
         the order of a sum (another batch size or device) can carry a probability from one side of 0.5 to the other.
-        For speed, samples are grown in float32 first, and grown again where a decision is closer than CLOSE.
         """
-        num_classes = self.config["num_classes"]
+        num_classes = self.config.num_classes
         if len(labels) != len(num_classes):
             raise ValueError(f"expected {len(num_classes)} labels, one for each objective, got {len(labels)}")
         for i, (label, classes) in enumerate(zip(labels, num_classes, strict=True)):
             if not 0 <= label < classes:
                 raise ValueError(f"label {i} must be 0 to {classes - 1}, got {label}")
-        exact = copy.deepcopy(self).double().eval()
-        fast = copy.deepcopy(self).float().eval() if torch.get_float32_matmul_precision() == "highest" else exact
-        device = next(exact.parameters()).device
         z, noise = self.draw_noise(n, torch.Generator().manual_seed(seed), temperature)
-        genotypes = []
-        for start in range(0, n, batch_size):
-            rows = torch.arange(start, min(start + batch_size, n))
-            cells = fast._grow_rows(z, noise, labels, rows, device)
-            decoded = list(zip(*(batch.decode(self.space) for batch in cells), strict=True))
-            margin = torch.stack([batch.margin() for batch in cells]).amin(0).cpu()
-            close = (margin < CLOSE).nonzero().flatten()
-            if fast is not exact and len(close):
-                cells = exact._grow_rows(z, noise, labels, rows[close], device)
-                again = zip(*(batch.decode(self.space) for batch in cells), strict=True)
-                for i, specs in zip(close.tolist(), again, strict=True):
-                    decoded[i] = specs
-            genotypes += [Genotype(*specs, space=self.space).prune() for specs in decoded]
-        return genotypes
-
-    def _grow_rows(self, z: Tensor, noise, labels: tuple[int, ...], rows: Tensor, device) -> tuple[CellBatch, ...]:
-        """The cells of some rows of a draw, in the precision of the weights."""
-        dtype = next(self.parameters()).dtype
-        decisions = None if noise is None else tuple(part[rows].to(device, dtype) for part in noise)
-        return self(z[rows].to(device, dtype), torch.tensor([labels], device=device).expand(len(rows), -1), decisions)
+        cells = decide_as_in_float64(self, z, noise, torch.tensor(labels), batch_size)
+        return [Genotype(*specs, space=self.space).prune() for specs in cells]

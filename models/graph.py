@@ -1,7 +1,8 @@
-"""Cells as tensors, and the two small modules that everything reading or writing such tensors shares."""
+"""Cells as tensors, and the small modules of which the networks that read and write them are made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, CellSpec, SearchSpace
+from models.fast.cpu import Dropout
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +90,6 @@ class CellBatch:
         adj = self.adj.gather(1, rows.expand_as(self.adj)).gather(2, order[:, None].expand_as(self.adj))
         return CellBatch(adj, self.ops.gather(1, rows.expand_as(self.ops)), present.sum(1))
 
-    @torch.no_grad()
-    def margin(self) -> Tensor:
-        """How far each cell's closest decision is from its other side, in logits: (B,), infinite where all are sure."""
-        edges = torch.where(self.adj > 0, self.adj.logit().abs(), torch.inf).amin((1, 2))
-        first, second = self.ops.topk(2, dim=-1).values.log().unbind(-1)  # (B, V)
-        tokens = (first - second).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)  # nan: an absent vertex
-        return torch.minimum(edges, tokens)
-
     def straight_through(self) -> "CellBatch":
         """The hard decisions (0/1 edges, one-hot tokens) with the gradients of the soft values."""
         hard_adj = (self.adj > 0.5).to(self.adj.dtype)
@@ -117,6 +111,9 @@ class CellBatch:
         """The cells of all batches in one, of which V must be the same."""
         return CellBatch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("adj", "ops", "num_nodes")))
 
+    def detach(self) -> "CellBatch":
+        return CellBatch(self.adj.detach(), self.ops.detach(), self.num_nodes)
+
     def to(self, device: torch.device | str) -> "CellBatch":
         return CellBatch(self.adj.to(device), self.ops.to(device), self.num_nodes.to(device))
 
@@ -126,6 +123,57 @@ class CellBatch:
 
     def __len__(self) -> int:
         return len(self.num_nodes)
+
+
+class LabelledCells(NamedTuple):
+    """B genotypes and their labels: what a discriminator is called with.
+
+    cells: one CellBatch of B cells for each cell of the space. labels: (B, K) long, one for each of K objectives.
+    """
+
+    cells: tuple[CellBatch, ...]
+    labels: Tensor
+
+
+class MessagePassing(nn.Module):
+    """One round of messages along the edges and against them, then a GRU cell (NAG paper, section 3.2)."""
+
+    def __init__(self, vertex_size: int, dropout: float):
+        super().__init__()
+        width = 2 * vertex_size
+        self.dropout = Dropout(dropout)
+        self.message = nn.Linear(width, width)  # of edge j -> i, to i, from [h_j, h_i]
+        self.message_reversed = nn.Linear(width, width)  # of the same edge, to j, from [h_i, h_j]
+        self.update = nn.GRUCell(width, vertex_size)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of the messages along and against the edges side by side (2D, 4D), and their biases (2, 2D)."""
+        both = self.message, self.message_reversed
+        return torch.cat([linear.weight for linear in both], dim=1), torch.stack([linear.bias for linear in both])
+
+    def forward(self, states: Tensor, senders: Tensor, count: Tensor, weight: Tensor, biases: Tensor) -> Tensor:
+        """states (B, V, D) -> new states (B, V, D).
+
+        senders, count: what neighbours() gives for the cells. weight, biases: what weights() gives.
+        The sum of a linear map is the linear map of the sum, so the map is applied once per vertex, not once per edge
+        as in models/plain.py.
+        """
+        states = self.dropout(states)
+        inputs = (senders @ states).view(-1, weight.shape[1])  # (B * V, 4D)
+        messages = torch.addmm(count.flatten(0, 1) @ biases, inputs, weight.T)  # (B * V, 2D)
+        return self.update(messages, states.flatten(0, 1)).view_as(states)
+
+
+def neighbours(adj: Tensor) -> tuple[Tensor, Tensor]:
+    """adj (B, V, V) of 0/1 -> a matrix that sums states along edges (B, 4V, V), and the numbers of edges (B, V, 2).
+
+    The product of the matrix with the states (B, V, D) holds four sums for each vertex i: of h_j and of h_i over the
+    edges j -> i into it, and of h_j and of h_i over the edges i -> j out of it. The numbers count both kinds of edges.
+    """
+    others = torch.stack([adj.mT, adj], dim=2)  # (B, V, 2, V)
+    count = others.sum(-1)  # (B, V, 2)
+    own = count[..., None] * torch.eye(adj.shape[1], dtype=adj.dtype, device=adj.device)[:, None]
+    return torch.stack([others, own], dim=3).flatten(1, 3), count
 
 
 class GraphState(nn.Module):

@@ -1,19 +1,43 @@
-"""The predictor: where in the NAS dataset's ranking does a genotype stand, objective by objective?"""
+"""The predictor: where in the NAS dataset's ranking does a genotype stand, objective by objective? And its training.
 
+It is an addition to the paper: the robust recipe takes its rewards from it, and generate_archs.py ranks cells by it.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch
-from utils import load_checkpoint, of_this_version
+from utils import derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
+
+HELD_OUT = 0.1  # share of the records that the predictor is measured on, and not trained on
+EPOCHS = 20
+PEAK_LR, WEIGHT_DECAY = 3e-3, 0.1  # of AdamW, in one cycle
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """The settings of a predictor, which go into checkpoints as they are.
+
+    num_objectives: K. vertex_size: width of a vertex state, D. num_layers: rounds of messages.
+    """
+
+    num_objectives: int
+    vertex_size: int = 64
+    num_layers: int = 3
 
 
 class DirectedEncoder(nn.Module):
-    """CellBatch -> (B, 2D). Sums over neighbours, never normalised: #params and MACs are matters of counting."""
+    """Cells -> (B, 2D): the mean-like sum of all vertex states, and the state of the output vertex.
+
+    Messages are sums over neighbours, never normalised, since #params and MACs are matters of counting.
+    """
 
     def __init__(self, space: SearchSpace, vertex_size: int, num_layers: int):
         super().__init__()
@@ -32,19 +56,24 @@ class DirectedEncoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Genotypes -> the quantile, 0 lowest to 1 highest, of each of K objectives in the NAS dataset (B, K)."""
+    """Genotypes -> the quantile, 0 lowest to 1 highest, of each of K objectives in the NAS dataset (B, K).
 
-    def __init__(self, num_objectives: int, vertex_size: int = 64, num_layers: int = 3, space: SearchSpace = NAG_SPACE):
+    The keywords are the fields of PredictorConfig. error (a buffer): the root mean square error of each objective's
+    quantile (K,) on records that it was not trained on.
+    """
+
+    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
         super().__init__()
-        self.config = {"num_objectives": num_objectives, "vertex_size": vertex_size, "num_layers": num_layers}
-        self.encoders = nn.ModuleDict({cell: DirectedEncoder(space, vertex_size, num_layers) for cell in space.cells})
-        width = 2 * vertex_size * len(space.cells)
+        self.config = config = PredictorConfig(*args, **kwargs)
+        encoders = {cell: DirectedEncoder(space, config.vertex_size, config.num_layers) for cell in space.cells}
+        self.encoders = nn.ModuleDict(encoders)
+        width = 2 * config.vertex_size * len(space.cells)
         self.head = nn.Sequential(
-            nn.Linear(width, vertex_size), nn.LeakyReLU(0.2), nn.Linear(vertex_size, num_objectives)
+            nn.Linear(width, config.vertex_size),
+            nn.LeakyReLU(0.2),
+            nn.Linear(config.vertex_size, config.num_objectives),
         )
-
-        # Root mean square (K,), on records that it was not trained on.
-        self.register_buffer("error", torch.zeros(num_objectives))
+        self.register_buffer("error", torch.zeros(config.num_objectives))
 
     def forward(self, cells: tuple[CellBatch, ...]) -> Tensor:
         """cells: one CellBatch of B cells for each cell of the space, hard or with straight-through gradients."""
@@ -68,3 +97,35 @@ class Predictor(nn.Module):
         device = next(self.parameters()).device
         cells = (CellBatch.encode([genotype[name] for genotype in genotypes]) for name in self.encoders)
         return self(tuple(batch.to(device) for batch in cells)).cpu().numpy()
+
+
+def train_predictor(
+    cells: tuple[CellBatch, ...], quantiles: Tensor, batch_size: int, seed: int
+) -> tuple[Predictor, list[float]]:
+    """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
+
+    cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K).
+    Its root mean square error on the records held out is kept in it.
+    """
+    device = quantiles.device
+    set_seed(derive_seed(seed, 2))
+    order = torch.randperm(len(quantiles), generator=torch.Generator().manual_seed(seed)).to(device)
+    num_held_out = max(2, int(HELD_OUT * len(quantiles)))
+    held_out, train = order[:num_held_out], order[num_held_out:]
+    batch_size = min(batch_size, len(train))
+    predictor = Predictor(quantiles.shape[1]).to(device)
+    optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
+    steps = EPOCHS * (len(train) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=steps)
+    for _ in progress_bar(range(EPOCHS), desc="predictor"):
+        shuffled = train[torch.randperm(len(train), device=device)]
+        for index in shuffled[: len(train) // batch_size * batch_size].split(batch_size):
+            loss = F.mse_loss(predictor(tuple(batch[index] for batch in cells)), quantiles[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    predictor.requires_grad_(False)
+    predicted, truth = predictor(tuple(batch[held_out] for batch in cells)).cpu(), quantiles[held_out].cpu()
+    predictor.error.copy_((predicted - truth).square().mean(0).sqrt())
+    return predictor, [float(kendalltau(a, b).statistic) for a, b in zip(predicted.T, truth.T, strict=True)]

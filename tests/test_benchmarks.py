@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import gan
 from benchmarks import all as all_benchmarks
 from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, count_flops, interleave
-from benchmarks.gan import Step, full_cells, retrace
-from benchmarks.plain_gan import PlainDiscriminator, PlainGenerator
+from benchmarks.gan import Step, force, full_cells, plain_network
 from benchmarks.supernet import random_images
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
 from build_nas_dataset.scoring import score
-from models.discriminator import Discriminator
+from generation.recipes import PAPER, ROBUST
 from models.generator import Generator
 from models.graph import CellBatch
 from models.network import CifarNetwork
@@ -28,116 +26,31 @@ from training.images import normalize
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SIZES = {"latent_dim": 5, "vertex_size": 12, "graph_size": 6, "label_sizes": (4, 4), "num_classes": (3, 2)}
-VARIANTS = {
-    "paper": {},
-    "drawn": {"temperature": 1.0},
-    "mean": {"aggregation": "mean", "temperature": 1.0},
-    "additions": {"chain_cells": True, "edges_in_turn": True, "temperature": 1.0},
-}
 
 
-def generator_and_inputs(dtype, n=24, **changes):
-    """A small generator without dropout, and z, labels, noise for n cells, which differ in float64.
-
-    In float32 the weights are left small: larger ones amplify the rounding.
-    """
-    torch.manual_seed(0)
-    generator = Generator(**SIZES, dropout=0.0, **changes).to(dtype)
-    with torch.no_grad():
-        for name, parameter in generator.named_parameters():
-            parameter.mul_(1 if dtype == torch.float32 else 4 if "add_" in name else 2)
-        for cell in generator.cells.values():
-            cell.add_vertex[2].bias[cell.output_token] = 1.0
-    z, noise = generator.draw_noise(n, torch.Generator().manual_seed(1))
-    noise = None if noise is None else tuple(part.to(dtype) for part in noise)
-    labels = torch.stack([torch.arange(n) % 3, torch.arange(n) % 2], dim=1)
-    return generator, (z.to(dtype), labels, noise)
-
-
-def assert_equal_cells(cells, others, atol):
-    for a, b in zip(cells, others, strict=True):
-        assert torch.equal(a.num_nodes, b.num_nodes)
-        torch.testing.assert_close(a.adj, b.adj, rtol=0, atol=atol)
-        torch.testing.assert_close(a.ops, b.ops, rtol=0, atol=atol)
-
-
-# -------------------------------------------------------------------------------------------------------- GAN
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_plain_growth_gives_the_same_cells(changes, dtype, atol):
-    generator, inputs = generator_and_inputs(dtype, **changes)
-    with torch.no_grad():
-        cells = generator(*inputs)
-        assert dtype == torch.float32 or len(torch.cat([batch.num_nodes for batch in cells]).unique()) > 3
-        assert_equal_cells(PlainGenerator(generator)(*inputs), cells, atol)
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_plain_growth_and_judgement_give_the_same_gradients(changes):
-    generator, inputs = generator_and_inputs(torch.float64, **changes)
-    torch.manual_seed(1)
-    shared = {name: SIZES[name] for name in ("label_sizes", "num_classes")}
-    discriminator = Discriminator(12, 6, gcn_dropout=0.0, mlp_dropout=0.0, **shared).double()
-    outcomes = []
-    for g, d in (
-        (generator, discriminator),
-        (PlainGenerator(generator), PlainDiscriminator(discriminator)),
-    ):
-        scores = d(g(*inputs), inputs[1])
-        generator.zero_grad()
-        discriminator.zero_grad()
-        (scores - 1).square().mean().backward()
-        networks = (generator, discriminator)
-        outcomes.append([scores, *(p.grad.clone() for n in networks for p in n.parameters() if p.grad is not None)])
-    assert len(outcomes[0]) > 100
-    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_plain_growth_gives_the_same_likelihoods(changes):
-    generator, (z, labels, noise) = generator_and_inputs(torch.float64, **changes)
-    plain = PlainGenerator(generator)
-    pool = random_pool(len(z), seed=0)
-    cells = tuple(CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in ("normal", "reduction"))
-    with torch.no_grad():
-        own, likelihood = generator.draw(z, labels, noise)
-        plain_own, plain_likelihood = plain.draw(z, labels, noise)
-        assert_equal_cells(plain_own, own, 1e-12)
-        torch.testing.assert_close(plain_likelihood, likelihood, rtol=1e-12, atol=1e-9)
-        of_given = generator.likelihood(z, labels, cells)
-        torch.testing.assert_close(plain.likelihood(z, labels, cells), of_given, rtol=1e-12, atol=1e-9)
-        assert not torch.equal(of_given, likelihood)
-
-
-def test_retraced_growth_gives_the_cells_to_retrace():
+def test_forced_growth_gives_the_cells_that_it_is_forced_to():
     torch.manual_seed(0)
     generator = Generator().eval()
     pool = random_pool(12, seed=0)
-    retrace(generator, tuple(CellBatch.encode([g[name] for g in pool]) for name in ("normal", "reduction")))
+    force(generator, tuple(CellBatch.encode([g[name] for g in pool]) for name in ("normal", "reduction")))
     assert generator.sample((1,), len(pool), seed=0) == pool
 
 
 @pytest.mark.parametrize("recipe", ["paper", "robust"])
 def test_a_step_with_plain_networks_leaves_the_weights_of_one_with_fast_ones(recipe, monkeypatch):
     for name in ("g_dropout", "d_gnn_dropout", "d_mlp_dropout"):
-        monkeypatch.setitem(gan.ROBUST, name, 0.0)
+        monkeypatch.setitem(PAPER if recipe == "paper" else ROBUST, name, 0.0)
     records = [Record(i, g, i / 8, 1000 * i, 1000 * i) for i, g in enumerate(random_pool(8, seed=0))]
-    args = argparse.Namespace(quick=True)
     weights = []
-    for plain in (False, True):
-        step = Step(recipe, [record.genotype for record in records], records, args, CPU)
-        networks = step.generator, step.discriminator
-        for module in (module for network in networks for module in network.modules()):
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        step.runs_with(*((PlainGenerator(networks[0]), PlainDiscriminator(networks[1])) if plain else networks))()
-        weights.append([p.detach() for network in networks for p in network.parameters()])
-    torch.manual_seed(0)
-    untouched = gan.build_networks(step.args, (3,))[0].parameters()
-    assert any(not torch.equal(a, b) for a, b in zip(weights[0], untouched, strict=False))
+    for change in (lambda network: network, plain_network):
+        genotypes, changed = [record.genotype for record in records], []
+        step = Step(recipe, genotypes, records, argparse.Namespace(quick=True), CPU)
+        before = [p.detach().clone() for p in step.networks.generator.parameters()]
+        step.runs_with(lambda network, c=change, done=changed: done.append(c(network)) or done[-1])()
+        networks = changed[: len(step.networks.optimizers)]
+        weights.append({(i, name): p.detach() for i, n in enumerate(networks) for name, p in n.named_parameters()})
+    after = [p for (i, _), p in weights[0].items() if i == 0]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5 if recipe == "paper" else 1e-4)
 
 

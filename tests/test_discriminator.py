@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
-from models.discriminator import CellEncoder, Discriminator
+from models.discriminator import CellEncoder, Discriminator, DiscriminatorConfig
 from models.fast.cpu import Dropout
 from models.graph import CellBatch
 
@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_reference(kind):
 @pytest.mark.parametrize("aggregation", ["gsum", "mean"])
 def test_encoding_is_that_of_a_loop_over_unpadded_cells(aggregation):
     torch.manual_seed(0)
-    encoder = CellEncoder(8, 12, 6, num_layers=3, dropout=0.5, aggregation=aggregation).double().eval()
+    encoder = CellEncoder(8, DiscriminatorConfig(12, 6, aggregation=aggregation)).double().eval()
     for batch in published_cells():
         for state, adj, ops, v in zip(encoder(batch), batch.adj, batch.ops, batch.num_nodes.tolist(), strict=True):
             neighbours = [{i} | {j for j in range(v) if adj[i, j] or adj[j, i]} for i in range(v)]

@@ -143,13 +143,13 @@ def test_evaluation_of_cells_that_are_the_real_ones_but_for_three():
     predictor = predictor_of(dict.fromkeys(low, 0.1) | dict.fromkeys(high, 0.9) | {high[0]: 0.2})
     drawn = {(0, 0): low, (1, 1): high, (0, 1): [low[0], None]}
     result = evaluate_cells(drawn, objectives, records, predictor, None)
-    assert result["accuracy"]["obeys"] == pytest.approx(8 / 10)
+    assert result["accuracy"]["controllability"] == pytest.approx(8 / 10)
     assert result["accuracy"]["asked_by_obtained"] == [[5, 0], [1, 3]]
-    assert result["params"]["obeys"] == pytest.approx(8 / 10)
+    assert result["params"]["controllability"] == pytest.approx(8 / 10)
     assert result["params"]["asked_by_obtained"] == [[4, 0], [1, 4]]
-    assert result["all"]["obeys"] == pytest.approx(7 / 10)
+    assert result["all"]["controllability"] == pytest.approx(7 / 10)
     assert result["distance"] == pytest.approx({"vertices": 0, "ops": 0, "density": 0})
     assert (result["drawn"], result["validity"], result["novelty"], result["new"]) == (10, 0.9, 0, 0)
     swapped = evaluate_cells({(0, 0): high, (1, 1): low}, objectives, records, predictor, None)
     assert all(value > 0.05 for value in swapped["distance"].values())
-    assert swapped["all"]["obeys"] == 0
+    assert swapped["all"]["controllability"] == 0

@@ -1,14 +1,20 @@
 """The predictor: blind to the order of vertices and to padding, able to count, and back from a checkpoint."""
 
+from dataclasses import asdict
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from build_nas_dataset.random_cells import random_pool
-from genotypes import NAG_SPACE
+from build_nas_dataset.records import Record
+from generation.training import TrainingData
+from genotypes import NAG_SPACE, Genotype
+from models.cost import genotype_cost
 from models.graph import CellBatch
-from models.predictor import Predictor
+from models.predictor import Predictor, train_predictor
 from utils import save_checkpoint
 
 POOL = random_pool(40, seed=3)
@@ -76,7 +82,7 @@ def test_it_learns_to_count_parameters():
 
 
 def test_a_checkpoint_gives_back_the_predictor(predictor, tmp_path):
-    state = {"predictor": predictor.state_dict(), "predictor_config": predictor.config}
+    state = {"predictor": predictor.state_dict(), "predictor_config": asdict(predictor.config)}
     save_checkpoint(tmp_path / "checkpoint.pt", "gan", state)
     loaded = Predictor.from_checkpoint(tmp_path / "checkpoint.pt")
     assert np.array_equal(loaded.quantiles(POOL), predictor.quantiles(POOL))
@@ -86,7 +92,32 @@ def test_a_checkpoint_gives_back_the_predictor(predictor, tmp_path):
 def test_a_predictor_of_an_older_version_is_refused_by_name(predictor, tmp_path):
     weights = predictor.state_dict()
     del weights["error"]
-    state = {"predictor": weights, "predictor_config": predictor.config}
+    state = {"predictor": weights, "predictor_config": asdict(predictor.config)}
     save_checkpoint(tmp_path / "old.pt", "gan", state)
     with pytest.raises(ValueError, match=r"old\.pt is of another version"):
         Predictor.from_checkpoint(tmp_path / "old.pt")
+
+
+def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch):
+    pool, trained_on = random_pool(50, seed=6), set()
+    rng = np.random.default_rng(0)
+    records = [Record(i, g, rng.random(), *genotype_cost(g)) for i, g in enumerate(pool)]
+    data = TrainingData(records, {"accuracy": 2, "params": 2}, 10, torch.device("cpu"))
+
+    class Spy(Predictor):
+        def forward(self, cells):
+            if any(parameter.requires_grad for parameter in self.parameters()):
+                trained_on.update(Genotype(*specs) for specs in zip(*(batch.decode() for batch in cells), strict=True))
+            return super().forward(cells)
+
+    monkeypatch.setattr("models.predictor.Predictor", Spy)
+    predictor, taus = train_predictor(data.cells, data.quantiles, 16, seed=3)
+    held_out = [i for i, genotype in enumerate(pool) if genotype not in trained_on]
+    assert len(held_out) == 5
+    predicted, truth = predictor.quantiles([pool[i] for i in held_out]), data.quantiles[held_out].numpy()
+    np.testing.assert_allclose(predictor.error, ((predicted - truth) ** 2).mean(0) ** 0.5, rtol=1e-5)
+    for k in range(2):
+        signs = [
+            np.sign((predicted[i] - predicted[j]) * (truth[i] - truth[j]))[k] for i, j in combinations(range(5), 2)
+        ]
+        assert taus[k] == pytest.approx(np.mean(signs))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from build_nas_dataset.objectives import class_boundaries, class_of
+from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_header, read_records, write_records
 from models.cost import genotype_cost
@@ -94,21 +94,11 @@ def test_torch_files_of_code_or_of_other_data_are_refused(tmp_path):
         read_records(tmp_path / "lists.pt")
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 4, 5])
-def test_classes_have_equal_sizes(num_classes):
-    values = np.random.default_rng(0).random(1000)
-    boundaries = class_boundaries(values, num_classes)
-    sizes = np.bincount([class_of(value, boundaries) for value in values], minlength=num_classes)
-    assert len(sizes) == num_classes
-    assert np.ptp(sizes) <= 1
-
-
 def test_shipped_dataset_is_whole_and_its_costs_are_exact():
     records = read_records("data/nasdata.jsonl")
     assert len(records) >= 2000
     assert len({record.genotype.canonical() for record in records}) == len(records)
     assert all(genotype_cost(r.genotype) == (r.params, r.macs) for r in records[:200])
-    accuracies = [record.accuracy for record in records]
-    boundaries = class_boundaries(accuracies, 3)
-    sizes = np.bincount([class_of(accuracy, boundaries) for accuracy in accuracies])
+    (accuracy,) = objectives_of(records, {"accuracy": 3})
+    sizes = np.bincount([accuracy.class_of(record.accuracy) for record in records])
     assert np.abs(sizes / len(records) - 1 / 3).max() < 0.03  # accuracies are multiples of 1/1000: ties

@@ -16,6 +16,7 @@ from PIL import Image
 
 import generate_archs
 from build_nas_dataset.build_nas_dataset import settle_training_amp
+from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
 from generation.metrics import evaluate_cells
@@ -27,41 +28,12 @@ from models.supernet import Supernet
 from utils import settle_amp
 
 ROOT = Path(__file__).parent.parent
-SMALL_GAN = [
-    "--batch_size",
-    "8",
-    "--latent_dim",
-    "8",
-    "--g_emb_size",
-    "16",
-    "--d_emb_size",
-    "16",
-    "--g_hidden_size",
-    "8",
-    "--eval_size",
-    "12",
-]
-ROBUST_FLAGS = ["--adversarial_weight", 1, "--warmup_epochs", 1, "--n_epochs", 2, "--pool", 1000]
-SMALL_SUPERNET = [
-    "--dataset",
-    "folder",
-    "--layers",
-    "1",
-    "--channels",
-    "4",
-    "--batch_size",
-    "16",
-    "--holdout",
-    "24",
-    "--score_images",
-    "8",
-    "--score_batch_size",
-    "4",
-    "--pool_size",
-    "6",
-    "--scorings",
-    "2",
-]
+SMALL_GAN = "--batch_size 8 --latent_dim 8 --g_emb_size 16 --d_emb_size 16 --g_hidden_size 8 --eval_size 12".split()
+ROBUST_FLAGS = "--adversarial_weight 1 --n_epochs 2 --pool_size 1000".split()
+SMALL_SUPERNET = """
+    --dataset folder --layers 1 --channels 4 --batch_size 16 --holdout 24 --score_images 8 --score_batch_size 4
+    --pool_size 6 --scorings 2
+""".split()
 
 
 def run(*command, ok=True):
@@ -244,7 +216,7 @@ def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within
             return torch.tensor([[-0.1], [1.1], [1.3]])
 
     entries = [{**genotype.to_dict(), "number": i} for i, genotype in enumerate(random_pool(3, seed=1))]
-    generate_archs.rank(entries, Expecting(), [{"name": "accuracy"}], None)
+    generate_archs.rank(entries, Expecting(), [Objective("accuracy", (), (), 0, 1)], None)
     assert [entry["number"] for entry in entries] == [2, 1, 0]
     assert [entry["predicted_quantiles"]["accuracy"] for entry in entries] == [1, 1, 0]
 
@@ -305,8 +277,8 @@ def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, t
             valid = round(result["drawn"] * result["validity"])
             assert result["drawn"] == 9 * 4
             matrix = np.array(result["params"]["asked_by_obtained"])
-            assert matrix.sum() == valid and result["params"]["obeys"] == pytest.approx(matrix.trace() / 36)
-            assert result["all"]["obeys"] <= result["params"]["obeys"]
+            assert matrix.sum() == valid and result["params"]["controllability"] == pytest.approx(matrix.trace() / 36)
+            assert result["all"]["controllability"] <= result["params"]["controllability"]
             assert result["accuracy"]["by"] == ("supernet" if flags else "predictor")
 
 
@@ -314,6 +286,7 @@ def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys)
     records, objectives = read_records(nasdata), torch.load(gan / "generator.pt", weights_only=True)["objectives"]
     scorer = Mock(side_effect=lambda genotypes: np.full(len(genotypes), 0.5), ceiling=1.0, percentile80=0.5)
     scorer.classes = lambda accuracies: np.zeros(len(accuracies), int)
+    objectives = [Objective.from_dict(objective) for objective in objectives]
     drawn = {(0,): [None, None], (1,): [record.genotype for record in records[:3]]}
     predictor = Predictor.from_checkpoint(gan / "generator.pt", "cpu")
     result = evaluate_cells(drawn, objectives, records, predictor, scorer)
@@ -367,9 +340,10 @@ def test_a_generator_of_invalid_cells_writes_an_empty_list(gan, nasdata, tmp_pat
 def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, tmp_path, capsys):
     """The default is a path that may be of another file by now."""
     checkpoint, args = torch.load(gan / "generator.pt", weights_only=True), generate_archs.parse_args([])
-    assert generate_archs.read_nas_dataset(args, checkpoint) == read_records(nasdata)
+    objectives = [Objective.from_dict(objective) for objective in checkpoint["objectives"]]
+    assert generate_archs.read_nas_dataset(args, checkpoint, objectives) == read_records(nasdata)
     checkpoint["args"]["nasbench_data"] = "data/nasdata.jsonl"
-    assert generate_archs.read_nas_dataset(args, checkpoint) is None
+    assert generate_archs.read_nas_dataset(args, checkpoint, objectives) is None
     assert "novelty is not computed" in capsys.readouterr().out
 
 
@@ -402,12 +376,15 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --evaluate", "cells of up to 5 vertices"),
         ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
         ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
-        ("gan.py --n_epochs 18", "more than the 18 --warmup_epochs"),
-        ("gan.py --pool 999", "0 or from 1000"),
-        ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool: expected 0 without --likelihood_weight"),
+        ("gan.py --n_epochs 18 --warmup_epochs 18", "more than the 18 --warmup_epochs"),
+        ("gan.py --pool_size 999", "0 or from 1000"),
+        ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool_size: expected 0 without --likelihood_weight"),
         ("gan.py --nasbench_data FLAT --batch_size 8", "too few different values of accuracy for 3 classes"),
-        ("gan.py --recipe paper --tilt 3", "--tilt: expected 0 without --pool"),
-        ("gan.py --recipe paper --draws 7", "--draws: expected 0 without --pool or --control_weight"),
+        ("gan.py --recipe paper --inverse_temperature 3", "--inverse_temperature: expected 0 without --pool_size"),
+        (
+            "gan.py --recipe paper --policy_gradient_cells 7",
+            "--policy_gradient_cells: expected 0 without --pool_size or --policy_gradient_weight",
+        ),
         ("gan.py --n_critic 2", "--n_critic: expected 1 without --adversarial_weight"),
         ("gan.py --nasbench_data NASDATA --batch_size 8 --recipe paper --n_epochs 2 --n_critic 7", "the 6 steps"),
         ("gan.py --resume GAN --n_epochs 1", "has done 2 epochs already, more than --n_epochs"),
@@ -437,8 +414,8 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
         ("generate_archs.py --checkpoint GAN --supernet EMPTY", "--supernet: expected a value"),
         ("generate_archs.py --checkpoint GAN --num_archs 1000000000000", "--num_archs: expected a whole number from 1"),
         ("gan.py --resume EMPTY", "--resume: expected a value"),
-        ("gan.py --draws 1", "--draws: expected 0 or from 2"),
-        ("gan.py --tilt 1e39", "--tilt: expected a number from 0 to 1000"),
+        ("gan.py --policy_gradient_cells 1", "--policy_gradient_cells: expected 0 or from 2"),
+        ("gan.py --inverse_temperature 1e39", "--inverse_temperature: expected a number from 0 to 1000"),
         ("gan.py --objectives speed", "accuracy, params, macs"),
         ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
         ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),

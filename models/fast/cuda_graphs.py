@@ -84,6 +84,33 @@ def side_stream(parent: int, name: Hashable) -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+def side_by_side(*calls: tuple) -> list:
+    """The results of calls (function, *inputs) that do not wait for each other, in their order.
+
+    Within a recording they work beside each other, each on a stream of its own; elsewhere they are done in turn.
+    Inputs and results are tensors, None, and tuples, dicts and dataclasses of these.
+    """
+    tensors = tensors_of(tuple(tuple(inputs) for _, *inputs in calls))
+    branches = [Branch((len(calls), i), tensors[0]) for i in range(len(calls))]
+    results = []
+    for branch, (function, *inputs) in zip(branches, calls, strict=True):
+        with branch.work(*inputs):
+            results.append(function(*inputs))
+    for branch, result in zip(branches, results, strict=True):
+        branch.join(result)
+    return results
+
+
+def recordable(x: Tensor) -> bool:
+    """Whether work on x can be recorded."""
+    return x.is_cuda
+
+
+def needs_fixed_shapes(x: Tensor) -> bool:
+    """Whether work on x should have shapes that depend on no value: on CUDA, where reading one waits for the device."""
+    return x.is_cuda
+
+
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
     """The context in which a graph is recorded."""
     # thread_local: another thread may pin memory meanwhile
@@ -99,6 +126,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value):
             return function(value)
         case dict():
             return {key: map_tensors(function, part) for key, part in value.items()}
+        case tuple() if hasattr(value, "_fields"):  # a NamedTuple
+            return type(value)(*(map_tensors(function, part) for part in value))
         case tuple():
             return tuple(map_tensors(function, part) for part in value)
     if is_dataclass(value):

@@ -1,0 +1,139 @@
+"""What cells are asked for: the classes that flags name, and hard limits on #params and MACs."""
+
+import argparse
+from itertools import product
+
+from build_nas_dataset.objectives import Objective
+from genotypes import NAG_SPACE, CellSpec, Genotype
+from models.cost import genotype_cost
+from utils import fail
+
+RECORDS_NETWORK = (10, 6, 36)  # classes, layers and channels, whose counts the NAS dataset has
+LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
+
+
+def wanted_labels(args: argparse.Namespace, objectives: list[Objective]) -> list[tuple[int, ...]]:
+    """The combinations of classes to draw cells for. Ends the script when the GAN was not trained on what is asked."""
+    names = [objective.name for objective in objectives]
+    for name, flag in LABEL_FLAGS.items():
+        if getattr(args, flag) is not None and name not in names:
+            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
+    for flag in ("target_acc", "target_quantile"):
+        if getattr(args, flag) is not None and "accuracy" not in names:
+            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
+    return list(product(*(wanted_classes(args, objective) for objective in objectives)))
+
+
+def wanted_classes(args: argparse.Namespace, objective: Objective) -> list[int]:
+    """The classes of one objective to draw cells for."""
+    low, high, highest = objective.minimum, objective.maximum, objective.num_classes - 1
+    flag = LABEL_FLAGS[objective.name]
+    label = getattr(args, flag)
+    if label is not None:
+        if label > highest:
+            fail(f"--{flag}: expected 0 (lowest {objective.name}) to {highest} (highest), got {label}")
+        return [label]
+    if objective.name == "accuracy" and args.target_acc is not None:
+        if not low <= args.target_acc <= high:
+            fail(
+                f"--target_acc: expected {low:.4f} to {high:.4f}, the accuracies of the NAS dataset that the GAN was "
+                f"trained on (by a supernet, below those of trained networks), got {args.target_acc:g}"
+            )
+        return [objective.class_of(args.target_acc)]
+    if objective.name == "accuracy" and args.target_quantile is not None:
+        return [objective.class_of_quantile(args.target_quantile)]
+    return list(range(highest + 1))
+
+
+class Limits:
+    """Hard limits on the exact #params and MACs of a CIFAR network, from the flags.
+
+    Ends the script when no cell of up to max_vertices vertices can keep them.
+    """
+
+    def __init__(self, args: argparse.Namespace, max_vertices: int):
+        self.network = (args.num_classes, args.layers, args.channels)
+        self.bounds = {
+            "params": (args.min_params or 0, args.max_params or float("inf")),
+            "macs": (args.min_macs or 0, args.max_macs or float("inf")),
+        }
+        self.given = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
+        if self.given:
+            self._check_reachable(max_vertices)
+
+    def _check_reachable(self, max_vertices: int) -> None:
+        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices)]
+        _, layers, channels = self.network
+        for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
+            low, high = self.bounds[name]
+            reach = f"cells have {min(costs):,} to {max(costs):,} at --layers {layers} --channels {channels}"
+            if low > high:
+                fail(f"--min_{name}: expected at most --max_{name} {si(high)}, got {si(low)}; {reach}")
+            if high < min(costs):
+                fail(f"--max_{name}: no cell is that small: {reach}")
+            if low > max(costs):
+                fail(f"--min_{name}: no cell is that large: {reach}")
+
+    def allow(self, labels: tuple[int, ...], objectives: list[Objective]) -> bool:
+        """Whether the classes of #params and MACs have cells within the limits."""
+        if self.network != RECORDS_NETWORK:
+            return True  # the classes are of other counts
+        for objective, label in zip(objectives, labels, strict=True):
+            low, high = self.bounds.get(objective.name, (0, float("inf")))
+            edges = [0, *objective.boundaries, float("inf")]
+            if edges[label] > high or low >= edges[label + 1]:
+                return False
+        return True
+
+    def keep(self, genotype: Genotype) -> bool:
+        """Whether the genotype is within the limits."""
+        counts = genotype_cost(genotype, *self.network)
+        return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
+
+
+def extreme_genotypes(max_vertices: int) -> list[Genotype]:
+    """Genotypes among which are those of least and most #params and MACs: tiny ones, and the full one."""
+    space, cells = NAG_SPACE, []
+    size = min(space.num_inputs + 2, max_vertices)
+    free = [(i, j) for i in range(size - 1) for j in range(max(i + 1, space.num_inputs), size)]
+    for op in ("maxpool3x3", "identity"):
+        for chosen in product((0, 1), repeat=len(free)):
+            matrix = [[0] * size for _ in range(size)]
+            for (i, j), edge in zip(free, chosen, strict=True):
+                matrix[i][j] = edge
+            interior = [op] * (size - space.num_inputs - 1)
+            cells.append(CellSpec(matrix, [*space.inputs, *interior, space.output]).prune())
+    cells = list({cell.canonical(): cell for cell in cells if cell is not None}.values())
+    size = max_vertices
+    matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
+    full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
+    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [
+        Genotype(*[full] * len(space.cells))
+    ]
+
+
+def count(text: str) -> int:
+    """An argparse type: 3000000, 3.0M, 600M or 1.2G."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        value = float(digits) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[unit]
+        if not 1 <= value < 1e15:
+            raise ValueError
+    except (ValueError, KeyError):
+        what = "expected a number from 1 to 1e15, like 3000000 or 3.0M"
+        raise argparse.ArgumentTypeError(f"{what}, got {text!r}") from None
+    return round(value)
+
+
+def si(value: float) -> str:
+    return f"{value / 1e6:.3f}M"
+
+
+def describe(labels: tuple[int, ...], objectives: list[Objective]) -> str:
+    """class 2 (accuracy 0.4805 to 0.5180)"""
+    parts = []
+    for label, objective in zip(labels, objectives, strict=True):
+        edges = [objective.minimum, *objective.boundaries, objective.maximum]
+        show = (lambda value: f"{value:.4f}") if objective.name == "accuracy" else si
+        parts.append(f"{objective.name} {show(edges[label])} to {show(edges[label + 1])}")
+    return f"class {','.join(map(str, labels))} ({', '.join(parts)})"
