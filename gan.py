@@ -388,17 +388,9 @@ def main(args: argparse.Namespace) -> None:
     print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
 
 
-def print_start(
-    records: list[Record],
-    data: TrainingData,
-    networks: Networks,
-    predictor_tau: list[float],
-    batch_size: int,
-    where: str,
-) -> None:
+def print_start(records: list[Record], data: TrainingData, networks: Networks, predictor_tau: list[float]) -> None:
     """What the run begins with: the NAS dataset, and how good the predictor is."""
     real = cell_statistics(record.genotype for record in records)
-    print(f"{len(records)} genotypes, {len(data) // batch_size} steps an epoch, {where}")
     print(f"real cells: {real['vertices']:.2f} vertices, density {real['density']:.2f}")
     measured = zip(data.objectives, predictor_tau, networks.predictor.error.tolist(), strict=True)
     words = ", ".join(f"{objective.name} {value:.3f} (error {error:.3f})" for objective, value, error in measured)

@@ -8,7 +8,18 @@
 The flags are those of gan.py. With --recipe paper, gradients are not clipped here. NAG paper, section 3.4.
 """
 
+import argparse
+
 import gan
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return gan.parse_args(argv, __doc__, objectives=("accuracy", "params"), paper={"clip_value": 0.0})
+
+
+def main(args: argparse.Namespace) -> None:
+    gan.main(args)
+
+
 if __name__ == "__main__":
-    gan.main(gan.parse_args(description=__doc__, objectives=("accuracy", "params"), paper={"clip_value": 0.0}))
+    main(parse_args())

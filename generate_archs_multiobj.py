@@ -8,8 +8,18 @@
 The flags and what is written are those of generate_archs.py.
 """
 
+import argparse
+
 import generate_archs
 
-if __name__ == "__main__":
-    args = generate_archs.parse_args(description=__doc__, checkpoint="data/generator_multiobj.pt")
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return generate_archs.parse_args(argv, __doc__, checkpoint="data/generator_multiobj.pt")
+
+
+def main(args: argparse.Namespace) -> None:
     generate_archs.main(args, single=False)
+
+
+if __name__ == "__main__":
+    main(parse_args())
