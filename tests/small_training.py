@@ -15,6 +15,7 @@ from training.images import ImageSet
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
+PHOTO_CLASSES = ("blue", "dark", "green", "light", "red", "white")
 TINY = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --amp off".split()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TWO_PROCESSES = (*TORCHRUN, "tests/two_processes.py")  # for scripts that are files
@@ -39,6 +40,18 @@ def make_images(folder: Path, classes: dict[str, int]) -> Path:
             for i in range(n):
                 pixels = rng.normal(brightness, 60, (32, 32, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def make_photos(folder: Path, classes: tuple[str, ...] = PHOTO_CLASSES, test: str = "val") -> Path:
+    """8 training and 4 test images a class, about 40 pixels wide; a class has a brightness of its own."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 8), (test, 4)):
+        for k, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.normal(40 * k + 20, 50, (36, 40 + i, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
     return folder
 
 

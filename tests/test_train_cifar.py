@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import re
 import shlex
 import shutil
@@ -16,12 +15,10 @@ from small_training import (
     ROOT,
     TINY,
     TWO_PROCESSES,
-    augmented_by,
     make_images,
     refused,
     start,
     threads,
-    white_images,
     words,
 )
 
@@ -29,9 +26,8 @@ import train_cifar
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from models.export import load_network
-from models.network import CifarNetwork
 from training.images import ImageSet
-from training.steps import Step, build_network, network_from_checkpoint
+from training.steps import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 TWO_EPOCHS = "--data IMAGES --epochs 2 --holdout 8 --arch NAG_ENSEMBLE_B"
@@ -123,55 +119,6 @@ def test_the_checkpoint_tells_what_is_needed_to_rebuild_the_network(run):
     assert state["classes"] == ["dark", "light"]
     assert len(state["mean"]) == len(state["std"]) == 3
     assert set(state["genotype"]) == {"normal", "reduction"}
-
-
-# ----------------------------------------------------------------------------------------- what reaches a training
-
-
-class WatchedStep(Step):
-    """Computes nothing, but keeps what it is given, and the learning rate."""
-
-    def __call__(self, x, labels, progress):
-        self.seen = [*getattr(self, "seen", ()), (x, labels, progress.item(), self.optimizer.param_groups[0]["lr"])]
-        return torch.zeros(2)
-
-
-def published(*flags) -> tuple[argparse.Namespace, CifarNetwork]:
-    """The published recipe, but for the size of the network."""
-    args = train_cifar.parse_args([*map(str, flags), *"--layers 1 --channels 4 --device cpu".split()])
-    return args, build_network(CifarNetwork, GENOTYPES["NAG_ENSEMBLE_B"], 2, args, torch.device("cpu"))
-
-
-def test_the_published_recipe_reaches_network_and_optimizer():
-    args, network = published()
-    (group,) = train_cifar.build_optimizer(network, args).param_groups
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.025, 0.9, 3e-4)
-    assert len(group["params"]) == len(list(network.parameters()))
-    assert network.dropout.p == pytest.approx(0.4)
-    assert network.drop_path_keep_prob == 0.8 and network.auxiliary is not None
-    assert (args.grad_clip, args.auxiliary_weight, args.schedule_epochs) == (5, 0.4, 600)
-
-
-def test_epochs_go_on_with_the_schedules_and_see_other_orders_of_augmented_images():
-    args, network = published("--epochs", 4)
-    step = WatchedStep(network, train_cifar.build_optimizer(network, args), args, torch.device("cpu"))
-    for epoch in (0, 1):
-        train_cifar.train_epoch(step, white_images(200), args, epoch, torch.device("cpu"))
-    x, labels, progress, rates = zip(*step.seen, strict=True)  # of 2 epochs of 2 steps
-    assert augmented_by(torch.cat(x)) == (4, 16)
-    assert [len(part) for part in labels] == [96] * 4
-    first, second = torch.cat(labels[:2]), torch.cat(labels[2:])
-    assert first.unique().numel() == second.unique().numel() == 2 * 96
-    assert not first.equal(second) and not x[0].equal(x[2])
-    assert progress == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
-    assert rates == pytest.approx([0.025 * math.cos(math.pi * i / 16) ** 2 for i in range(4)])
-
-
-def test_held_out_images_are_not_trained_on(images):
-    training, held_out, test = load_data(images, "--holdout", 8)
-    assert (len(training), len(held_out), len(test)) == (48 - 8, 8, 20)
-    seen, kept = ({image.numpy().tobytes() for image in part.images} for part in (training, held_out))
-    assert len(seen) == 40 and not seen & kept
 
 
 # ----------------------------------------------------------------------------------------------- several processes

@@ -9,44 +9,27 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import small_training
 import torch
-from PIL import Image
-from small_training import ROOT, TWO_PROCESSES, threads, words
+from small_training import PHOTO_CLASSES, ROOT, TWO_PROCESSES, make_photos, threads, words
 
 import train_imagenet
-from genotypes import GENOTYPES
 from models.export import load_network
-from models.network import ImageNetNetwork
 from training.image_stream import EvalStream, open_images
 from training.steps import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
-CLASSES = ("blue", "dark", "green", "light", "red", "white")
 TINY = """
     --layers 1 --channels 4 --image_size 32 --auxiliary_weight 0 --batch_size 8 --workers 0
     --device cpu --amp off --arch NAG_ENSEMBLE_B --lr 0.02 --epochs 2 --holdout 12
 """.split()
 
 
-def make_images(folder: Path, classes: tuple[str, ...] = CLASSES, test: str = "val") -> Path:
-    """8 training and 4 test images a class, about 40 pixels wide; a class has a brightness of its own."""
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 8), (test, 4)):
-        for k, name in enumerate(classes):
-            (folder / part / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.normal(40 * k + 20, 50, (36, 40 + i, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images"))
+    return make_photos(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +80,6 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- training
-
-
-def test_the_published_recipe_is_the_default():
-    args = train_imagenet.parse_args([])
-    assert (args.epochs, args.batch_size, args.layers, args.channels, args.image_size) == (250, 256, 4, 42, 224)
-    assert (args.lr, args.gamma, args.decay_period, args.momentum, args.l2_reg) == (0.1, 0.97, 1, 0.9, 3e-5)
-    assert (args.label_smooth, args.auxiliary_weight, args.keep_prob, args.drop_path_keep_prob) == (0.1, 0.4, 1, 1)
-
-
-def test_the_published_network_has_5_million_parameters_and_520_million_macs():
-    config = {"num_classes": 1000, "layers": 4, "channels": 42}
-    size = train_imagenet.cost(GENOTYPES["NAG_HIGH_ACC"], config, 224)
-    assert size["params"] == 4_971_763
-    assert round(size["macs"] / 1e6) == 520
 
 
 def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
@@ -202,22 +171,10 @@ def test_select_on_val_chooses_on_the_validation_part(images, tmp_path):
     assert result["best"]["top1"] == result["best"]["test"]["top1"] == result["test"]["top1"]
 
 
-def test_by_default_10_images_a_class_are_held_out_but_at_most_a_tenth(images):
-    args = train_imagenet.parse_args(["--data", str(images), "--batch_size", "8"])
-    rest, held_out, test = train_imagenet.load_data(args)
-    assert (len(rest), len(held_out), len(test)) == (44, 4, 24)
-
-
-def tiny_network(num_classes: int = 6) -> ImageNetNetwork:
-    torch.manual_seed(0)
-    network = ImageNetNetwork(GENOTYPES["NAG_ENSEMBLE_B"], num_classes, 1, 4, auxiliary=False)
-    return network.to(memory_format=torch.channels_last)
-
-
 COMPARISON = """  # run by each of two processes, before the script itself
 import sys, torch, train_imagenet
 from training import distributed, steps
-from test_train_imagenet import CPU, tiny_network
+from test_imagenet import CPU, tiny_network
 
 def gradients(wrap, part, accumulate):
     network = tiny_network().double().eval()  # a batch norm in train mode would see other images
@@ -278,30 +235,11 @@ def test_two_processes_tell_of_all_images_that_they_skipped(two):
 # --------------------------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_evaluation_is_independent_of_the_batch_size_and_counts_as_a_loop_would(images, batch_size):
-    _, test = open_images(images)
-    network = tiny_network()
-    measured = train_imagenet.accuracy(network, EvalStream(test, 32, batch_size), CPU, "off")
-    top1 = top5 = 0
-    with torch.no_grad():
-        for x, labels in EvalStream(test, 32, 1).epoch(0, CPU):
-            ranking = network(x)[0][0].argsort(descending=True).tolist()
-            top1 += ranking[0] == labels.item()
-            top5 += labels.item() in ranking[:5]
-    assert measured == {"top1": top1 / 24, "top5": top5 / 24, "images": 24}
-
-
 def test_evaluate_gives_the_accuracy_of_the_run(run, images, tmp_path):
     paths = {"CHECKPOINT": run[0] / "checkpoint.pt", "OUT": tmp_path}
     run_script(*words("--evaluate CHECKPOINT --device cpu --workers 0 --output_dir OUT", **paths))
     evaluated = json.loads((tmp_path / "evaluation.json").read_text())
     assert evaluated["test"] == json.loads((run[0] / "result.json").read_text())["test"]
-
-
-def test_top_5_of_fewer_classes_is_of_all_of_them(tmp_path):
-    _, test = open_images(make_images(tmp_path, CLASSES[:3]))
-    assert train_imagenet.accuracy(tiny_network(3), EvalStream(test, 32, 6), CPU, "off")["top5"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -368,10 +306,10 @@ def test_images_that_were_skipped_before_a_stop_are_told_at_the_end(images, tmp_
 
 
 def test_too_few_images_to_hold_some_out_are_refused_before_the_training(capsys, tmp_path):
-    make_images(tmp_path / "images", CLASSES[:2])
+    make_photos(tmp_path / "images", PHOTO_CLASSES[:2])
     for name in ("4", "5", "6", "7"):
-        (tmp_path / "images" / "train" / CLASSES[0] / f"{name}.jpg").unlink()
-        (tmp_path / "images" / "train" / CLASSES[1] / f"{name}.jpg").unlink()
+        (tmp_path / "images" / "train" / PHOTO_CLASSES[0] / f"{name}.jpg").unlink()
+        (tmp_path / "images" / "train" / PHOTO_CLASSES[1] / f"{name}.jpg").unlink()
     paths = {"IMAGES": tmp_path / "images", "OUT": tmp_path / "out"}
     argv = words("--data IMAGES --batch_size 2 --output_dir OUT", **paths)
     line = small_training.refused(capsys, train_imagenet, argv)
@@ -380,7 +318,7 @@ def test_too_few_images_to_hold_some_out_are_refused_before_the_training(capsys,
 
 
 def test_a_missing_part_and_differing_classes_are_refused(capsys, tmp_path):
-    make_images(tmp_path)
+    make_photos(tmp_path)
     shutil.move(tmp_path / "val" / "red", tmp_path / "val" / "rouge")
     assert "only in" in refused(capsys, "--data", tmp_path)
     shutil.rmtree(tmp_path / "val")
@@ -405,7 +343,7 @@ def test_a_checkpoint_of_other_weights_is_refused(capsys, run, tmp_path, flag):
 
 
 def test_images_of_other_classes_are_refused_by_evaluate(capsys, run, tmp_path):
-    other = make_images(tmp_path / "other", ("black", *CLASSES[1:]))
+    other = make_photos(tmp_path / "other", ("black", *PHOTO_CLASSES[1:]))
     flags = ["--data", other, "--evaluate", run[0] / "best.pt", "--output_dir", tmp_path / "out"]
     assert f"class 0 of the images is black, of {run[0] / 'best.pt'} blue" in refused(capsys, *flags)
     assert not (tmp_path / "out").exists()
@@ -419,11 +357,3 @@ def test_an_exported_network_has_the_logits_of_the_checkpoint(run, images, tmp_p
     x = torch.randn(2, 3, 32, 32)
     expected = network_from_checkpoint(load_checkpoint(folder / "best.pt", "imagenet"), folder, CPU)(x)
     torch.testing.assert_close(load_network(path)(x)[0], expected[0])
-
-
-def test_adabelief_has_its_own_learning_rate_and_decay(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if the package were there
-    args = train_imagenet.parse_args(["--optimizer", "adabelief"])
-    assert (args.lr, args.l2_reg) == (1e-3, 1e-2)
-    args = train_imagenet.parse_args(["--optimizer", "adabelief", "--lr", "0.01"])
-    assert args.lr == 0.01

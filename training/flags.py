@@ -17,7 +17,7 @@ from models.export import check_export
 from models.network import NetworkConfig
 from utils import add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
 
-MEANINGLESS = " "  # in a table of the reference's flags: what it asks for always holds here
+ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for is so in any case, and it is dropped
 
 
 def add_arch_flag(group: argparse._ActionsContainer) -> None:

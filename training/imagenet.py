@@ -19,7 +19,7 @@ import torch
 from models.network import ImageNetConfig, ImageNetNetwork
 from training import distributed, steps
 from training.flags import (
-    MEANINGLESS,
+    ALREADY_SO,
     add_network_flags,
     add_step_flags,
     check_image_size,
@@ -39,8 +39,8 @@ OPTIMIZERS = {"sgd": (0.1, 3e-5), "adabelief": (ADABELIEF_LR, 1e-2)}
 # Flags of the public reference's train_imagenet.py that have other names here.
 REFERENCE_FLAGS = {
     "use_aux_head": "--auxiliary_weight 0",  # the switch turns the head off
-    "zip_file": MEANINGLESS,  # train.zip and valid.zip are found where there is no folder of that name
-    "lazy_load": MEANINGLESS,  # images always stay in their files
+    "zip_file": ALREADY_SO,  # train.zip and valid.zip are found where there is no folder of that name
+    "lazy_load": ALREADY_SO,  # images always stay in their files
     "mode": UNREAD,
     "cutout_size": UNREAD,
     "max_num_vertices": UNREAD,
