@@ -79,7 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_flags(parser)
     add_checkpoint_flags(parser)
     add_common_flags(parser)
-    args = parse_resumable(parser, argv, "imagenet", tuple(MAY_CHANGE), ("network", "optimizer", "best", "classes"))
+    needed = ("network", "optimizer", "best", "skipped", "classes")
+    args = parse_resumable(parser, argv, "imagenet", tuple(MAY_CHANGE), needed)
     if args.evaluate:
         of_the_images = {"data", "image_size", "skip_bad", "amp"}
         return evaluation_args(parser, argv, args, "imagenet", [args.evaluate], of_the_images)
