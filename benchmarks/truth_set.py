@@ -26,7 +26,7 @@ from build_nas_dataset.records import read_records
 from genotypes import Genotype, read_genotypes
 from models.cost import genotype_cost
 from models.network import CifarNetwork
-from train_cifar import accuracy, build_optimizer, load_data, train
+from training.cifar import accuracy, build_optimizer, load_data, train
 from training.steps import build_network
 from utils import atomic_file, device_name, prepare, versions
 

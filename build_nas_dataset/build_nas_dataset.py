@@ -31,8 +31,9 @@ from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from models.supernet import Supernet
+from training.flags import check_image_size
 from training.images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
-from training.steps import build_optimizer, check_image_size
+from training.steps import build_optimizer
 from utils import (
     ArgumentParser,
     RunLog,

@@ -5,9 +5,9 @@
     from models.export import load_network
     network = load_network("FILE.safetensors")       # in eval mode: network(images)[0] are logits (B, classes)
 
-Beside each file, its name with .json appended tells what the weights do not: genotype, layers, channels, image size,
-normalisation and classes. The networks take float images (B, 3, S, S), (pixel / 255 - mean) / std; the auxiliary head
-is left out.
+Beside FILE, FILE.json tells what the weights do not: genotype, settings of the network, image size, classes, and the
+mean and the standard deviation by which images are normalised. The networks take float images (B, 3, S, S),
+(pixel / 255 - mean) / std, and have no auxiliary head.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from utils import atomic_file, check_writable, write_json
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}
-TOLERANCE = 1e-4  # of logits: another runtime sums in another order
+TOLERANCE = 1e-4  # absolute and relative difference of logits from another runtime, which sums in another order
 
 
 def check_export(path: str) -> None:
@@ -39,15 +39,16 @@ def check_export(path: str) -> None:
 
 
 def described_in(path: Path) -> Path:
-    """FILE.safetensors -> FILE.safetensors.json: no file of a run, and no other format's, has that name."""
+    """The file of the description: FILE.safetensors -> FILE.safetensors.json, which no other file can be called."""
     return path.with_name(path.name + ".json")
 
 
 def export_network(network: Network, path: str | Path, known: dict) -> list[Path]:
-    """Write a network in the format of the file's suffix, and what is known of it as JSON. Returns both paths.
+    """Write a network in the format of the file's suffix, and its description as JSON. Returns the paths of both.
 
-    known: "kind" ("cifar" or "imagenet"), "genotype", "network_config", "image_size", "classes", "mean", "std", ...
-    Raises ValueError, and writes nothing, when what the file holds does not give the logits of the network.
+    known: the description: "kind" ("cifar" or "imagenet"), "genotype", "network_config", "image_size" in pixels,
+        "classes", "mean", "std" and whatever else is to be told.
+    Raises ValueError and writes nothing when the exported network does not give the logits of the network.
     """
     path = Path(path)
     check_export(str(path))
@@ -94,13 +95,14 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
 
 
 def rebuild(known: dict, weights: dict[str, Tensor]) -> Network:
-    """On the CPU, in eval mode."""
+    """The network of a description (see export_network) and its weights, on the CPU, in eval mode."""
     network = NETWORKS[known["kind"]](Genotype.from_dict(known["genotype"]), **known["network_config"])
     network.load_state_dict(weights)
     return network.eval()
 
 
 def without_auxiliary(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a network without those of the auxiliary head, on the CPU."""
     return {name: w.detach().cpu().contiguous() for name, w in weights.items() if not name.startswith("auxiliary.")}
 
 
@@ -108,7 +110,7 @@ def without_auxiliary(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Logits(nn.Module):
-    """A network as other programs want it: images to logits, nothing else."""
+    """A network as other programs want it: from images (B, 3, S, S) to logits (B, classes)."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -118,7 +120,7 @@ class Logits(nn.Module):
         return self.network(images)[0]
 
 
-BATCH = {"images": {0: torch.export.Dim("batch")}}  # of any size
+BATCH = {"images": {0: torch.export.Dim("batch")}}  # exported networks take batches of any size
 
 
 def to_safetensors(network: Network, images: Tensor) -> bytes:
@@ -163,6 +165,7 @@ def run_onnx(content: bytes, known: dict, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+# suffix -> (network, example images) -> content of the file; (content, description, images) -> logits
 FORMATS = {
     ".safetensors": (to_safetensors, run_safetensors),
     ".onnx": (to_onnx, run_onnx),

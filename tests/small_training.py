@@ -15,7 +15,8 @@ from training.images import ImageSet
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
-TINY = ["--dataset", "folder", "--layers", 1, "--channels", 4, "--batch_size", 8, "--device", "cpu", "--amp", "off"]
+PHOTO_CLASSES = ("blue", "dark", "green", "light", "red", "white")
+TINY = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --amp off".split()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TWO_PROCESSES = (*TORCHRUN, "tests/two_processes.py")  # for scripts that are files
 
@@ -42,6 +43,23 @@ def make_images(folder: Path, classes: dict[str, int]) -> Path:
     return folder
 
 
+def make_photos(folder: Path, classes: tuple[str, ...] = PHOTO_CLASSES, test: str = "val") -> Path:
+    """8 training and 4 test images a class, about 40 pixels wide; a class has a brightness of its own."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 8), (test, 4)):
+        for k, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.normal(40 * k + 20, 50, (36, 40 + i, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
+    return folder
+
+
+def words(line: str, **paths) -> list[str]:
+    """The words of a command line with paths in the place of their names: words("--data IMAGES", IMAGES=folder)."""
+    return [str(paths.get(word, word)) for word in line.split()]
+
+
 def start(*command) -> str:
     """Standard output of a script that must succeed."""
     command = [sys.executable, *map(str, command)]
@@ -50,14 +68,19 @@ def start(*command) -> str:
     return result.stdout
 
 
-def refused(capsys, main, parse_args, argv: list) -> str:
-    """The last line on stderr of a script that must end with status 2."""
+def refused(capsys, script, argv: list) -> str:
+    """The last line on stderr of a script (a module with parse_args and main) that must end with status 2."""
     with pytest.raises(SystemExit) as error:
-        main(parse_args(list(map(str, argv))))
+        script.main(script.parse_args(list(map(str, argv))))
     stderr = capsys.readouterr().err
     assert error.value.code == 2
     assert "Traceback" not in stderr
     return stderr.splitlines()[-1]
+
+
+def same_images(a: ImageSet, b: ImageSet) -> bool:
+    """Whether two sets hold the same images, labels and classes."""
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.classes == b.classes
 
 
 def white_images(n: int) -> ImageSet:

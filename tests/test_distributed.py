@@ -1,5 +1,7 @@
 """distributed.py with one process; several are tested through train_cifar.py and eval_archs."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -58,6 +60,25 @@ def test_running_statistics_become_the_mean_of_all_processes(monkeypatch):
     distributed.average_buffers(network)
     for name, buffer in network.named_buffers():
         torch.testing.assert_close(buffer, before[name] + (1 if buffer.is_floating_point() else 0))
+
+
+def test_the_first_process_goes_first_and_ends_the_others_when_it_fails(monkeypatch):
+    """test_train_cifar.py has the same with two processes, among the slow tests."""
+    told = []
+    monkeypatch.setattr(distributed, "same_everywhere", lambda value: told.append(value) or value)
+    with distributed.first_process_first():
+        assert not told  # the others wait
+    with pytest.raises(ValueError, match="what went wrong"), distributed.first_process_first():
+        raise ValueError("what went wrong")
+    assert told == [True, False]
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for ready in (True, False):
+        monkeypatch.setattr(distributed, "same_everywhere", lambda value, ready=ready: ready)
+        done = []
+        with contextlib.suppress(SystemExit), distributed.first_process_first():
+            done.append("found the files")
+        assert bool(done) == ready
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])

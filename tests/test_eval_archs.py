@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start, white_images
+from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start, white_images, words
 
 import train_cifar
-from build_nas_dataset import eval_archs
+from build_nas_dataset import candidates, eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
 from utils import load_checkpoint, save_checkpoint
@@ -24,9 +24,9 @@ def images(tmp_path_factory) -> Path:
     return make_images(tmp_path_factory.mktemp("images") / "two", {"dark": 60, "light": 180})
 
 
-def candidate_flags(images: Path, output_dir: Path, archs: Path) -> list:
-    flags = ["--data", images, "--epochs", 1, "--holdout", 16, "--archs", archs, "--output_dir", output_dir]
-    return [*TINY, *flags]
+def candidate_flags(images: Path, output_dir: Path, archs: Path) -> list[str]:
+    line = "--data IMAGES --epochs 1 --holdout 16 --archs ARCHS --output_dir OUT"
+    return [*TINY, *words(line, IMAGES=images, ARCHS=archs, OUT=output_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +37,32 @@ def archs(tmp_path_factory) -> Path:
     return path
 
 
+def run_script(*flags) -> dict[str, dict]:
+    """What a run in this process found of each candidate, by name."""
+    args = eval_archs.parse_args(list(map(str, flags)))
+    eval_archs.main(args)
+    results = json.loads((Path(args.output_dir) / "results.json").read_text())
+    return {result["name"]: result for result in results}
+
+
 def test_candidates_are_ranked_and_finished_ones_are_skipped(capsys, images, archs, tmp_path):
     folder = tmp_path / "run"
     flags = [*candidate_flags(images, folder, archs), "--num_archs", 2]
-    start("-m", "build_nas_dataset.eval_archs", *flags)
-    assert "python -m build_nas_dataset.eval_archs " in json.loads((folder / "config.json").read_text())["command"]
+    start("build_nas_dataset/eval_archs.py", *flags)
+    command = json.loads((folder / "config.json").read_text())["command"]
+    assert "python build_nas_dataset/eval_archs.py --dataset folder " in command
     first = {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
     assert set(first) == set(NAMES[:2])
 
-    line = refused(capsys, eval_archs.main, eval_archs.parse_args, flags)  # not trained again for want of --resume
+    line = refused(capsys, eval_archs, flags)  # not trained again for want of --resume
     assert f"go on with that run by --resume {folder}" in line
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 3, "held_out_acc')  # a kill while it was written
-    output = start("-m", "build_nas_dataset.eval_archs", "--resume", folder, "--num_archs", 0)
+    results = list(run_script("--resume", folder, "--num_archs", 0).values())
+    output = capsys.readouterr().out
     assert "3 candidates, 2 of them done" in output
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [1, 2, 3, 4]  # the last one is the taus
-    results = json.loads((folder / "results.json").read_text())
     accuracies = [result["held_out_accuracy"] for result in results]
     assert accuracies == sorted(accuracies, reverse=True)
     assert {result["name"] for result in results} == set(NAMES)
@@ -74,12 +83,12 @@ def test_candidates_are_ranked_by_their_accuracy_on_held_out_images(images, arch
     Which, is recomputed from the network that was trained.
     """
     flags = [*candidate_flags(images, tmp_path, archs), "--num_archs", 2]
-    training, _, test = train_cifar.load_data(train_cifar.parse_args(list(map(str, [*TINY, "--data", images]))), CPU)
+    training, _, test = train_cifar.load_data(train_cifar.parse_args([*TINY, "--data", str(images)]), CPU)
     held_out = replace(test, images=test.images[:1].expand(7, -1, -1, -1), labels=torch.arange(7) % 2)
     networks, build = [], eval_archs.build_network
     monkeypatch.setattr(eval_archs, "load_data", lambda *args: (training, held_out, test))
     monkeypatch.setattr(eval_archs, "build_network", lambda *args: networks.append(build(*args)) or networks[-1])
-    results = eval_archs_results(*flags)
+    results = run_script(*flags)
     mean, std = (torch.tensor(values)[:, None, None] for values in (training.mean, training.std))
     assert len(networks) == len(results) == 2
     for name, network in zip(NAMES, networks, strict=False):
@@ -94,29 +103,16 @@ def test_candidates_are_ranked_by_their_accuracy_on_held_out_images(images, arch
 def test_every_candidate_is_trained_as_if_it_were_the_only_one(images, archs, tmp_path):
     alone = tmp_path / "alone.json"
     alone.write_text(json.dumps(json.loads(archs.read_text())[1]))
-    losses = []
-    for name, path in (("all", archs), ("alone", alone)):
-        argv = list(map(str, candidate_flags(images, tmp_path / name, path)))
-        eval_archs.main(eval_archs.parse_args(argv))
-        results = json.loads((tmp_path / name / "results.json").read_text())
-        losses.append(next(result["training"]["loss"] for result in results if result["name"] == NAMES[1]))
-    assert losses[0] == losses[1]
+    results = [run_script(*candidate_flags(images, tmp_path / path.stem, path)) for path in (archs, alone)]
+    assert results[0][NAMES[1]]["training"]["loss"] == results[1][NAMES[1]]["training"]["loss"]
 
 
 def test_candidates_are_not_trained_on_other_images_after_a_stop(capsys, halved, images, tmp_path):
     folder = shutil.copytree(halved[0], tmp_path / "run")
     other = shutil.copytree(images, tmp_path / "images")
     (other / "train" / "dark" / "0.png").unlink()
-    line = refused(capsys, eval_archs.main, eval_archs.parse_args, ["--resume", folder, "--data", other])
+    line = refused(capsys, eval_archs, ["--resume", folder, "--data", other])
     assert f"--data: the images are not those of {folder}" in line
-
-
-def eval_archs_results(*flags) -> dict[str, dict]:
-    """What a run in this process found of each candidate, by name."""
-    args = eval_archs.parse_args(list(map(str, flags)))
-    eval_archs.main(args)
-    results = json.loads((Path(args.output_dir) / "results.json").read_text())
-    return {result["name"]: result for result in results}
 
 
 def rounds(result: dict) -> list[tuple]:
@@ -124,14 +120,14 @@ def rounds(result: dict) -> list[tuple]:
     return [(r["epochs"], r["held_out_accuracy"]) for r in result["training"]["rounds"]]
 
 
-HALVING = ["--halving", "--epochs", 4, "--schedule_epochs", 5, "--eta", 2]
+HALVING = "--halving --epochs 4 --schedule_epochs 5 --eta 2".split()
 
 
 @pytest.fixture(scope="module")
 def halved(images, archs, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     """A finished run of three candidates in three rounds (3 to 1 epoch, 2 to 2, 1 to 4), and its results."""
     folder = tmp_path_factory.mktemp("halved")
-    return folder, eval_archs_results(*candidate_flags(images, folder, archs), *HALVING)
+    return folder, run_script(*candidate_flags(images, folder, archs), *HALVING)
 
 
 def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs, tmp_path):
@@ -148,8 +144,8 @@ def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs
     assert done[best["name"]] == [1, 2, 4] and best["accuracy"] == results[best["name"]]["accuracy"]
     assert not list(folder.glob("weights/*"))
 
-    flags = [*candidate_flags(images, tmp_path, archs), "--epochs", 4, "--schedule_epochs", 5]
-    whole = eval_archs_results(*flags)[best["name"]]
+    flags = [*candidate_flags(images, tmp_path, archs), *"--epochs 4 --schedule_epochs 5".split()]
+    whole = run_script(*flags)[best["name"]]
     assert best["held_out_accuracy"] == whole["held_out_accuracy"]
     assert best["training"]["loss"] == whole["training"]["loss"]
 
@@ -174,7 +170,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
             eval_archs.main(eval_archs.parse_args(list(map(str, resumed))))
         resumed = ["--resume", tmp_path]
     monkeypatch.setattr(eval_archs, "train_candidate", train_candidate)
-    results = eval_archs_results("--resume", tmp_path)
+    results = run_script("--resume", tmp_path)
     for name, result in results.items():
         assert rounds(result) == rounds(expected[name])
         assert result["training"]["loss"] == expected[name]["training"]["loss"]
@@ -184,7 +180,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
 def test_seconds_are_those_of_all_rounds(monkeypatch):
     monkeypatch.setattr(eval_archs, "train", lambda *args: {"loss": 2.0})
     monkeypatch.setattr(eval_archs, "accuracy", lambda *args: 0.5)
-    args = eval_archs.parse_args(["--layers", "1", "--channels", "4"])
+    args = eval_archs.parse_args("--layers 1 --channels 4".split())
     first = {"epochs": 1, "held_out_accuracy": 0.4, "loss": 3.0, "seconds": 100.0}
     before = {"training": {"rounds": [first], "seconds": 100.0}}
     images, cpu = white_images(4), torch.device("cpu")
@@ -197,6 +193,7 @@ def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     _, expected = halved
     flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
     output = start(*TORCHRUN, "-m", "build_nas_dataset.eval_archs", *flags)
+    assert "-m build_nas_dataset.eval_archs " in json.loads((tmp_path / "config.json").read_text())["command"]
     results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
     found = {name: rounds(result) for name, result in results.items()}
     assert found == {name: rounds(result) for name, result in expected.items()}
@@ -207,8 +204,7 @@ def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     assert output.count("round 1/3") == output.count("next:") == 1
     own = [load_checkpoint(tmp_path / name, "candidates")["results"] for name in ("checkpoint.pt", "checkpoint-1.pt")]
     assert all(own) and {result["name"] for results in own for result in results} == set(NAMES)
-    eval_archs.main(eval_archs.parse_args(["--resume", str(tmp_path)]))  # one process reads the parts of two
-    assert {r["name"] for r in json.loads((tmp_path / "results.json").read_text())} == set(NAMES)
+    assert run_script("--resume", tmp_path).keys() == set(NAMES)  # one process reads the parts of two
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sorted(line["loss"] for line in again) == losses
 
@@ -219,43 +215,35 @@ def test_a_candidate_that_diverged_is_ranked_below_all_others():
         return {"name": name, "training": {"rounds": rounds}}
 
     results = [result("a", 1, 0.5, None), result("b", 1, 0.5, 3.0), result("c", 1, 0.6, 2.0), result("d", 2, 0.1, 1.0)]
-    assert [r["name"] for r in eval_archs.by_accuracy(results)] == ["d", "c", "b", "a"]
+    assert [r["name"] for r in candidates.by_accuracy(results)] == ["d", "c", "b", "a"]
     results[3]["training"]["rounds"][0]["loss"] = None  # the only one that was trained for two epochs
-    assert [r["name"] for r in eval_archs.by_accuracy(results)] == ["c", "b", "d", "a"]
+    assert [r["name"] for r in candidates.by_accuracy(results)] == ["c", "b", "d", "a"]
     by_name = {r["name"]: r for r in results}
-    assert eval_archs.best_of_round(list("abc"), by_name, 0, 2) == ["c", "b"]
-    del by_name["b"]["training"]["rounds"][0]["loss"]  # as older versions wrote it
-    assert eval_archs.best_of_round(list("abc"), by_name, 0, 3) == ["c", "b", "a"]
+    assert candidates.best_of_round(list("abc"), by_name, 0, 2) == ["c", "b"]
 
 
-def test_results_of_older_versions_are_read(tmp_path):
-    """They tell no more of a round than epochs and accuracy, or have no rounds; a loss may be NaN."""
-    results = []
-    for name, loss, before in zip(NAMES, (1.0, float("nan"), 2.0), ([1], [1], None), strict=True):
-        training = {"epochs": 2, "loss": loss, "seconds": 3.0}
-        if before:
-            training["rounds"] = [{"epochs": n, "held_out_accuracy": 0.5} for n in (*before, 2)]
-        results.append({**GENOTYPES[name].to_dict(), "held_out_accuracy": 0.7, "training": training})
-    save_checkpoint(tmp_path / "checkpoint.pt", "candidates", {"results": results})
-    keys = [eval_archs.key_of(GENOTYPES[name]) for name in NAMES]
-    found = eval_archs.read_parts(tmp_path, order=keys[::-1])
-    assert list(found) == keys[::-1]
-    for key, loss, rounds in zip(keys, (1.0, None, 2.0), (2, 2, 1), strict=True):
-        last = {"epochs": 2, "held_out_accuracy": 0.7, "loss": loss, "seconds": 3.0}
-        assert found[key]["training"]["rounds"][-1] == last and found[key]["training"]["loss"] == loss
-        assert len(found[key]["training"]["rounds"]) == rounds
-    assert eval_archs.best_of_round(keys[:2], found, 0, 1) == keys[:1]
+def test_of_each_candidate_the_latest_result_is_read_whichever_process_has_it(tmp_path):
+    def result(name: str, rounds: int) -> dict:
+        return {**GENOTYPES[name].to_dict(), "name": name, "training": {"rounds": [{"epochs": 1}] * rounds}}
+
+    parts = [[result(NAMES[0], 2), result(NAMES[1], 1)], [result(NAMES[0], 1), result(NAMES[1], 2)]]
+    for rank, results in enumerate(parts):
+        save_checkpoint(candidates.part_file(tmp_path, rank), "candidates", {"results": results})
+    keys = [candidates.key_of(GENOTYPES[name]) for name in NAMES]
+    found = candidates.read_parts(tmp_path, order=keys[::-1])
+    assert list(found) == [keys[1], keys[0]]
+    assert list(found.values()) == [parts[1][1], parts[0][0]]
 
 
 def test_when_all_candidates_diverge_the_file_says_so_and_there_is_no_best(capsys, images, archs, tmp_path):
-    flags = [*candidate_flags(images, tmp_path, archs), "--num_archs", 1, "--lr_max", 1e30, "--grad_clip", 1e30]
-    assert "no candidate has a finite loss" in refused(capsys, eval_archs.main, eval_archs.parse_args, flags)
+    flags = [*candidate_flags(images, tmp_path, archs), *"--num_archs 1 --lr_max 1e30 --grad_clip 1e30".split()]
+    assert "no candidate has a finite loss" in refused(capsys, eval_archs, flags)
     (result,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert result["training"]["loss"] is None and not (tmp_path / "best.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("candidates", "epochs", "expected"),
+    ("number", "epochs", "expected"),
     [
         (27, 27, [(27, 1), (9, 3), (3, 9), (1, 27)]),
         (50, 50, [(50, 1), (17, 5), (6, 16), (2, 50)]),
@@ -264,29 +252,29 @@ def test_when_all_candidates_diverge_the_file_says_so_and_there_is_no_best(capsy
         (50, 3, [(50, 1), (17, 3)]),
     ],
 )
-def test_rounds_of_halving(candidates, epochs, expected):
-    args = eval_archs.parse_args(["--halving", "--epochs", str(epochs)])
-    assert eval_archs.plan(candidates, args) == expected
+def test_rounds_of_halving(number, epochs, expected):
+    args = eval_archs.parse_args(f"--halving --epochs {epochs}".split())
+    assert eval_archs.plan(number, args) == expected
 
 
 def test_a_halving_run_keeps_its_candidates(capsys, halved):
     argv = ["--resume", halved[0], "--num_archs", 2]
-    assert "the candidates that it was started with" in refused(capsys, eval_archs.main, eval_archs.parse_args, argv)
+    assert "the candidates that it was started with" in refused(capsys, eval_archs, argv)
 
 
 def test_a_nas_dataset_is_sampled_evenly_over_its_ranking(tmp_path):
     names = ["NAG_HIGH_ACC", *NAMES]
     records = [Record(i, GENOTYPES[name], (0.9, 0.1, 0.5, 0.3)[i], 1, 1) for i, name in enumerate(names)]
     write_records(tmp_path / "nasdata.jsonl", records, {})
-    picked = [known["accuracy"] for _, known in eval_archs.read_candidates(str(tmp_path / "nasdata.jsonl"), 2)]
+    picked = [known["accuracy"] for _, known in candidates.read_candidates(str(tmp_path / "nasdata.jsonl"), 2)]
     assert picked == [0.1, 0.9]
-    assert len(eval_archs.read_candidates(str(tmp_path / "nasdata.jsonl"), 0)) == 4
+    assert len(candidates.read_candidates(str(tmp_path / "nasdata.jsonl"), 0)) == 4
 
 
 def test_isomorphic_candidates_are_trained_once(tmp_path):
     entries = [GENOTYPES["NAG_ENSEMBLE_B"].to_dict(), GENOTYPES["NAG_ENSEMBLE_B"].canonical().to_dict()]
     (tmp_path / "twice.json").write_text(json.dumps(entries))
-    assert len(eval_archs.read_candidates(str(tmp_path / "twice.json"), 0)) == 1
+    assert len(candidates.read_candidates(str(tmp_path / "twice.json"), 0)) == 1
 
 
 def test_rank_correlations_compare_brief_training_with_supernet_and_params():
@@ -295,29 +283,29 @@ def test_rank_correlations_compare_brief_training_with_supernet_and_params():
         {"held_out_accuracy": brief, "training": {"params": params}} | ({"accuracy": supernet} if supernet else {})
         for brief, supernet, params in rows
     ]
-    correlations = eval_archs.rank_correlations(results)
+    correlations = candidates.rank_correlations(results)
     assert correlations["supernet accuracy"]["tau"] == 1
     assert correlations["supernet accuracy"]["n"] == 3
     assert correlations["#params"]["tau"] == -1
     assert correlations["#params"]["n"] == 4
-    assert eval_archs.rank_correlations(results[2:]) == {}
+    assert candidates.rank_correlations(results[2:]) == {}
     generated = [{"held_out_accuracy": x, "supernet_accuracy": -x, "training": {"params": 1}} for x in (0.1, 0.2, 0.3)]
-    assert eval_archs.rank_correlations(generated)["supernet accuracy"]["tau"] == -1
+    assert candidates.rank_correlations(generated)["supernet accuracy"]["tau"] == -1
 
 
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--archs", "missing.json"], "missing.json"),
-        (["--holdout", 0], "--holdout"),
-        (["--num_archs", -1], "--num_archs"),
-        (["--eta", 1], "--eta"),
-        (["--halving", "--epochs", 2], "--epochs: expected at least --eta (3)"),
-        (["--sync_bn"], "--sync_bn: not here"),
-        (["--resume", "missing"], "missing"),
+        ("--archs missing.json", "missing.json"),
+        ("--holdout 0", "--holdout"),
+        ("--num_archs -1", "--num_archs"),
+        ("--eta 1", "--eta"),
+        ("--halving --epochs 2", "--epochs: expected at least --eta (3)"),
+        ("--sync_bn", "--sync_bn: not here"),
+        ("--resume missing", "missing"),
     ],
 )
 def test_eval_archs_refuses_bad_input(capsys, images, archs, tmp_path, flags, expected):
-    argv = [*candidate_flags(images, tmp_path / "out", archs), *flags]
-    assert expected in refused(capsys, eval_archs.main, eval_archs.parse_args, argv)
+    argv = [*candidate_flags(images, tmp_path / "out", archs), *flags.split()]
+    assert expected in refused(capsys, eval_archs, argv)
     assert not (tmp_path / "out").exists()

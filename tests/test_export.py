@@ -44,13 +44,13 @@ def test_a_safetensors_file_is_loaded_back_as_the_same_network(tmp_path, kind, a
     assert described["network_config"] == {"num_classes": 3, "layers": 1, "channels": 4, "auxiliary": False}
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_a_torch_export_takes_batches_of_any_size(tmp_path, batch_size):
+def test_a_torch_export_takes_batches_of_any_size(tmp_path):
     network, known = trained("cifar")
     export.export_network(network, tmp_path / "n.pt2", known)
-    images = torch.randn(batch_size, 3, 16, 16)
-    logits = torch.export.load(tmp_path / "n.pt2").module()(images)
-    torch.testing.assert_close(logits, network(images)[0], rtol=1e-4, atol=1e-4)
+    exported = torch.export.load(tmp_path / "n.pt2").module()
+    for batch_size in (1, 5):
+        images = torch.randn(batch_size, 3, 16, 16)
+        torch.testing.assert_close(exported(images), network(images)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_an_onnx_file_gives_the_same_logits_in_another_runtime(tmp_path):

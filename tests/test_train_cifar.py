@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import re
 import shlex
 import shutil
@@ -12,16 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import ROOT, TINY, TWO_PROCESSES, augmented_by, make_images, refused, start, threads, white_images
+from small_training import (
+    ROOT,
+    TINY,
+    TWO_PROCESSES,
+    make_images,
+    refused,
+    start,
+    threads,
+    words,
+)
 
 import train_cifar
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from models.export import load_network
-from models.network import CifarNetwork
 from training.images import ImageSet
-from training.steps import Step, build_network, network_from_checkpoint
+from training.steps import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
+
+TWO_EPOCHS = "--data IMAGES --epochs 2 --holdout 8 --arch NAG_ENSEMBLE_B"
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +42,18 @@ def images(tmp_path_factory) -> Path:
 def run(images, tmp_path_factory) -> tuple[Path, str]:
     """A finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "trained here"
-    flags = [*TINY, "--data", images, "--epochs", 2, "--holdout", 8, "--arch", "NAG_ENSEMBLE_B"]
-    return folder, start("train_cifar.py", *flags, "--output_dir", folder)
+    return folder, start("train_cifar.py", *TINY, *words(TWO_EPOCHS, IMAGES=images), "--output_dir", folder)
 
 
-def train_refused(capsys, *argv) -> str:
-    return refused(capsys, train_cifar.main, train_cifar.parse_args, [*TINY, *argv])
+def train(*flags) -> None:
+    """Run the script in this process."""
+    train_cifar.main(train_cifar.parse_args(list(map(str, flags))))
+
+
+def load_data(images: Path, *flags) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """(training, held-out, test) images."""
+    args = train_cifar.parse_args([*TINY, "--data", str(images), *map(str, flags)])
+    return train_cifar.load_data(args, torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -64,19 +79,18 @@ def test_test_images_are_used_once_after_the_last_epoch(run):
     assert "test" not in (folder / "metrics.jsonl").read_text()
 
 
-def test_evaluate_gives_the_test_error_of_the_run(run, images, tmp_path):
+def test_evaluate_gives_the_test_error_of_the_run(capsys, run, images, tmp_path):
     folder, output = run
-    flags = [*TINY, "--data", images, "--output_dir", tmp_path / "evaluated"]
-    evaluated = start("train_cifar.py", "--evaluate", folder / "checkpoint.pt", *flags)
+    paths = {"CHECKPOINT": folder / "checkpoint.pt", "IMAGES": images, "OUT": tmp_path / "evaluated"}
+    train(*TINY, *words("--evaluate CHECKPOINT --data IMAGES --output_dir OUT", **paths))
     pattern = r"test error ([\d.]+) ?%"
-    assert re.search(pattern, evaluated).group(1) == re.search(pattern, output).group(1)
+    assert re.search(pattern, capsys.readouterr().out).group(1) == re.search(pattern, output).group(1)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(run, images, tmp_path, monkeypatch):
     """Stopped in the second of two epochs, then gone on with."""
     whole, _ = run
     folder = tmp_path / "stopped"
-    flags = [*TINY, "--data", images, "--epochs", "2", "--holdout", "8", "--arch", "NAG_ENSEMBLE_B"]
     train_epoch, epochs = train_cifar.train_epoch, []
 
     def stop_in_second_epoch(*args):
@@ -87,9 +101,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(run, images, tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_cifar, "train_epoch", stop_in_second_epoch)
-        train_cifar.main(train_cifar.parse_args([*map(str, flags), "--output_dir", str(folder)]))
+        train(*TINY, *words(TWO_EPOCHS, IMAGES=images), "--output_dir", folder)
     assert load_checkpoint(folder, "cifar")["epoch"] == 1
-    start("train_cifar.py", "--resume", folder)
+    train("--resume", folder)
 
     expected, resumed = load_checkpoint(whole, "cifar"), load_checkpoint(folder, "cifar")
     assert resumed["epoch"] == expected["epoch"] == 2
@@ -107,65 +121,13 @@ def test_the_checkpoint_tells_what_is_needed_to_rebuild_the_network(run):
     assert set(state["genotype"]) == {"normal", "reduction"}
 
 
-# ----------------------------------------------------------------------------------------- what reaches a training
-
-
-class WatchedStep(Step):
-    """Computes nothing, but keeps what it is given, and the learning rate."""
-
-    def __call__(self, x, labels, progress):
-        self.seen = [*getattr(self, "seen", ()), (x, labels, progress.item(), self.optimizer.param_groups[0]["lr"])]
-        return torch.zeros(2)
-
-
-def published(*flags) -> tuple[argparse.Namespace, CifarNetwork]:
-    """The published recipe, but for the size of the network."""
-    args = train_cifar.parse_args([*map(str, flags), "--layers", "1", "--channels", "4", "--device", "cpu"])
-    return args, build_network(CifarNetwork, GENOTYPES["NAG_ENSEMBLE_B"], 2, args, torch.device("cpu"))
-
-
-def test_the_published_recipe_reaches_network_and_optimizer():
-    args, network = published()
-    (group,) = train_cifar.build_optimizer(network, args).param_groups
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.025, 0.9, 3e-4)
-    assert len(group["params"]) == len(list(network.parameters()))
-    assert network.dropout.p == pytest.approx(0.4)
-    assert network.drop_path_keep_prob == 0.8 and network.auxiliary is not None
-    assert (args.grad_clip, args.auxiliary_weight, args.schedule_epochs) == (5, 0.4, 600)
-
-
-def test_epochs_go_on_with_the_schedules_and_see_other_orders_of_augmented_images():
-    args, network = published("--epochs", 4)
-    step = WatchedStep(network, train_cifar.build_optimizer(network, args), args, torch.device("cpu"))
-    for epoch in (0, 1):
-        train_cifar.train_epoch(step, white_images(200), args, epoch, torch.device("cpu"))
-    x, labels, progress, rates = zip(*step.seen, strict=True)  # of 2 epochs of 2 steps
-    assert augmented_by(torch.cat(x)) == (4, 16)
-    assert [len(part) for part in labels] == [96] * 4
-    first, second = torch.cat(labels[:2]), torch.cat(labels[2:])
-    assert first.unique().numel() == second.unique().numel() == 2 * 96
-    assert not first.equal(second) and not x[0].equal(x[2])
-    assert progress == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
-    assert rates == pytest.approx([0.025 * math.cos(math.pi * i / 16) ** 2 for i in range(4)])
-
-
-def test_held_out_images_are_not_trained_on(images):
-    args = train_cifar.parse_args([*map(str, TINY), "--data", str(images), "--holdout", "8"])
-    training, held_out, test = train_cifar.load_data(args, torch.device("cpu"))
-    assert (len(training), len(held_out), len(test)) == (48 - 8, 8, 20)
-    seen, kept = ({image.numpy().tobytes() for image in part.images} for part in (training, held_out))
-    assert len(seen) == 40 and not seen & kept
-
-
 # ----------------------------------------------------------------------------------------------- several processes
 
 # A small learning rate: a step multiplies differences of rounding, the more so the larger it is.
-PLAIN = [*TINY, "--schedule_epochs", 4, "--holdout", 7, "--keep_prob", 1, "--drop_path_keep_prob", 1, "--lr_max", 0.001]
-PLAIN += ["--arch", "NAG_ENSEMBLE_B"]
-
-
-def train(*flags) -> None:
-    train_cifar.main(train_cifar.parse_args(list(map(str, flags))))
+PLAIN = """
+    --schedule_epochs 4 --holdout 7 --keep_prob 1 --drop_path_keep_prob 1 --lr_max 0.001 --arch NAG_ENSEMBLE_B
+""".split()
+PLAIN = [*TINY, *PLAIN]
 
 
 def losses(folder: Path) -> list[float]:
@@ -203,8 +165,7 @@ def test_two_processes_equal_one_that_accumulates(two, images, tmp_path, one_thr
 def test_two_processes_evaluate_every_image_once(two, images):
     """20 test and 7 held-out images: one process counts the same on the network that two have left."""
     folder, _ = two
-    args = train_cifar.parse_args([*map(str, PLAIN), "--epochs", "4", "--data", str(images)])
-    _, held_out, test = train_cifar.load_data(args, torch.device("cpu"))
+    _, held_out, test = load_data(images, "--holdout", 7)
     network = network_from_checkpoint(load_checkpoint(folder, "cifar"), folder, torch.device("cpu"))
     result = json.loads((folder / "result.json").read_text())
     assert result["test_accuracy"] == train_cifar.accuracy(network, test, 3, "off")
@@ -218,17 +179,6 @@ def test_one_process_goes_on_with_a_run_of_two(two, images, tmp_path, one_thread
     train(*PLAIN, "--data", images, "--epochs", 3, "--accumulate", 2, "--output_dir", tmp_path / "whole")
     assert len(losses(folder)) == 3
     assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
-
-
-def test_a_run_with_a_checkpoint_from_before_accumulation_goes_on(run, images, tmp_path):
-    state = load_checkpoint(run[0], "cifar")
-    for name in ("accumulate", "optimizer", "sync_bn", "voting", "export"):
-        del state["args"][name]
-    state["epoch"] = 1  # a second epoch to be trained
-    save_checkpoint(tmp_path / "checkpoint.pt", "cifar", state)
-    train("--resume", tmp_path)
-    state = load_checkpoint(tmp_path, "cifar")
-    assert (state["epoch"], state["args"]["accumulate"], state["args"]["optimizer"]) == (2, 1, "sgd")
 
 
 # --------------------------------------------------------------------------------------------- ensemble and export
@@ -246,8 +196,7 @@ def test_an_ensemble_has_the_error_of_its_votes_and_the_sum_of_params(run, two, 
         alone = json.loads((folder / "result.json").read_text())
         assert (member["test_error"], member["params"]) == (alone["test_error"], alone["params"])
         state = load_checkpoint(folder, "cifar")
-        args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
-        test = train_cifar.load_data(args, torch.device("cpu"))[2]
+        test = load_data(images)[2]
         x = (test.images / 255 - torch.tensor(state["mean"])[:, None, None]) / torch.tensor(state["std"])[:, None, None]
         network = network_from_checkpoint(state, folder, torch.device("cpu"))
         with torch.no_grad():
@@ -281,8 +230,7 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
     assert str(path) in capsys.readouterr().out
     known = json.loads((tmp_path / "network.safetensors.json").read_text())
     assert known["classes"] == ["dark", "light"]
-    args = train_cifar.parse_args([*map(str, TINY), "--data", str(images)])
-    test = train_cifar.load_data(args, torch.device("cpu"))[2]
+    test = load_data(images)[2]
     test.mean, test.std = known["mean"], known["std"]
     accuracy = train_cifar.accuracy(load_network(path), test)
     assert accuracy == json.loads((run[0] / "result.json").read_text())["test_accuracy"]
@@ -291,29 +239,30 @@ def test_an_exported_network_has_the_test_error_of_the_run(run, images, tmp_path
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--evaluate", "RUN", "RUN", "--export", "x.onnx"], "expected one checkpoint"),
-        (["--evaluate", "RUN", "--export", "x.pth"], ".safetensors, .onnx, .pt2"),
-        (["--export", "x.onnx"], "needs --evaluate"),
-        (["--evaluate", "RUN", "SMALLER"], "--image_size 16"),
-        (["--evaluate", "RUN", "missing.pt"], "no such checkpoint"),
-        (["--evaluate", "RUN", "--arch", "NAG_HIGH_ACC"], "--arch: NAG_HIGH_ACC is another genotype than that of"),
-        (["--evaluate", "RUN", "--layers", 3], "--layers: "),
-        (["--evaluate", "RUN", "--voting", "loud"], "--voting"),
-        (["--evaluate", "RUN", "--voting", "soft"], "--voting: needs --evaluate with several"),
-        (["--evaluate", "RUN", "--export", "RUN/config.json/x.pt2"], "--export: expected a folder"),
-        (["--accumulate", 3], "--batch_size: expected at least 2 for each of 3 equal parts"),
-        (["--accumulate", 8], "--batch_size: expected at least 2 for each of 8 equal parts"),
-        (["--optimizer", "adam"], "--optimizer"),
-        (["--sync_bn"], "CUDA devices only"),
+        ("--evaluate RUN RUN --export x.onnx", "expected one checkpoint"),
+        ("--evaluate RUN --export x.pth", ".safetensors, .onnx, .pt2"),
+        ("--export x.onnx", "needs --evaluate"),
+        ("--evaluate RUN SMALLER", "--image_size 16"),
+        ("--evaluate RUN missing.pt", "no such checkpoint"),
+        ("--evaluate RUN --arch NAG_HIGH_ACC", "--arch: NAG_HIGH_ACC is another genotype than that of"),
+        ("--evaluate RUN --layers 3", "--layers: "),
+        ("--evaluate RUN --voting loud", "--voting"),
+        ("--evaluate RUN --voting soft", "--voting: needs --evaluate with several"),
+        ("--evaluate RUN --export RUN/config.json/x.pt2", "--export: expected a folder"),
+        ("--accumulate 3", "--batch_size: expected at least 2 for each of 3 equal parts"),
+        ("--accumulate 8", "--batch_size: expected at least 2 for each of 8 equal parts"),
+        ("--optimizer adam", "--optimizer"),
+        ("--sync_bn", "CUDA devices only"),
     ],
 )
 def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, images, tmp_path, flags, expected):
     state = load_checkpoint(run[0], "cifar")
     state["args"]["image_size"] = 16
     save_checkpoint(tmp_path / "smaller.pt", "cifar", state)
-    words = {"RUN": run[0], "SMALLER": tmp_path / "smaller.pt", "RUN/config.json/x.pt2": run[0] / "config.json/x.pt2"}
-    flags = [words.get(flag, flag) for flag in flags]
-    assert expected in train_refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
+    paths = {"RUN": run[0], "SMALLER": tmp_path / "smaller.pt", "RUN/config.json/x.pt2": run[0] / "config.json/x.pt2"}
+    paths |= {"IMAGES": images, "OUT": tmp_path / "out"}
+    argv = [*TINY, *words("--data IMAGES --output_dir OUT " + flags, **paths)]
+    assert expected in refused(capsys, train_cifar, argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -323,36 +272,31 @@ def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, image
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        (["--arch", "NAG_HIGH_ACCURACY"], "NAG_HIGH_ACC, NAG_ENSEMBLE_A"),
-        (["--arch", "missing.json"], "missing.json"),
-        (["--epochs", 0], "--epochs"),
-        (["--keep_prob", 1.5], "--keep_prob"),
-        (["--image_size", 16], "29 to 40"),
-        (["--holdout", 48], "--holdout"),
-        (["--batch_size", 100], "48 training images"),
+        ("--arch NAG_HIGH_ACCURACY", "NAG_HIGH_ACC, NAG_ENSEMBLE_A"),
+        ("--arch missing.json", "missing.json"),
+        ("--epochs 0", "--epochs"),
+        ("--keep_prob 1.5", "--keep_prob"),
+        ("--image_size 16", "29 to 40"),
+        ("--holdout 48", "--holdout"),
+        ("--batch_size 100", "48 training images"),
     ],
 )
 def test_bad_flags_are_refused_by_name_and_nothing_is_written(capsys, images, tmp_path, flags, expected):
-    line = train_refused(capsys, "--data", images, "--output_dir", tmp_path / "out", *flags)
-    assert expected in line
+    paths = {"IMAGES": images, "OUT": tmp_path / "out"}
+    argv = [*TINY, *words("--data IMAGES --output_dir OUT " + flags, **paths)]
+    assert expected in refused(capsys, train_cifar, argv)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_is_refused_where_there_is_none(capsys, images, tmp_path):
-    line = train_refused(capsys, "--data", images, "--output_dir", tmp_path / "out", "--device", "cuda")
+    paths = {"IMAGES": images, "OUT": tmp_path / "out"}
+    line = refused(capsys, train_cifar, [*TINY, *words("--data IMAGES --output_dir OUT --device cuda", **paths)])
     assert "cuda is not available" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_one_line_for_the_user(tmp_path):
-    command = [sys.executable, "train_cifar.py", *TINY, "--arch", "NOTHING", "--output_dir", tmp_path / "out"]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--data", "--output_dir"])
 def test_what_the_first_of_two_processes_refuses_ends_both_with_one_line(images, tmp_path, flag):
     (tmp_path / "checkpoint.pt").write_text("")  # so the folder holds another run, and no images
@@ -370,7 +314,7 @@ def test_what_the_first_of_two_processes_refuses_ends_both_with_one_line(images,
 def test_a_checkpoint_of_another_kind_is_refused(capsys, images, tmp_path, flag):
     save_checkpoint(tmp_path / "gan.pt", "gan", {})
     before = sorted(tmp_path.rglob("*"))
-    assert "expected kind cifar" in train_refused(capsys, "--data", images, flag, tmp_path / "gan.pt")
+    assert "expected kind cifar" in refused(capsys, train_cifar, [*TINY, "--data", images, flag, tmp_path / "gan.pt"])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -379,7 +323,7 @@ def test_a_checkpoint_of_other_weights_is_refused(capsys, run, images, tmp_path,
     state = load_checkpoint(run[0], "cifar")
     state["network"].popitem()
     save_checkpoint(tmp_path / "checkpoint.pt", "cifar", state)
-    line = refused(capsys, train_cifar.main, train_cifar.parse_args, [flag, tmp_path / "checkpoint.pt"])
+    line = refused(capsys, train_cifar, [flag, tmp_path / "checkpoint.pt"])
     assert f"{flag}: {tmp_path / 'checkpoint.pt'} is of another version of these networks" in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -388,7 +332,7 @@ def test_an_evaluation_is_not_written_over(capsys, run, tmp_path):
     flags = ["--evaluate", run[0], "--output_dir", tmp_path, "--device", "cpu"]
     train(*flags)
     before = (tmp_path / "evaluation.json").read_bytes()
-    line = refused(capsys, train_cifar.main, train_cifar.parse_args, flags)
+    line = refused(capsys, train_cifar, flags)
     assert f"--output_dir: {tmp_path} holds another run (evaluation.json)" in line
     assert (tmp_path / "evaluation.json").read_bytes() == before
 
@@ -403,7 +347,7 @@ def test_images_of_other_classes_are_refused(capsys, run, tmp_path, classes, fla
         path.unlink()
     shutil.copy(run[0] / "checkpoint.pt", tmp_path)
     flags = ["--data", other, flag, tmp_path / "checkpoint.pt"]
-    line = refused(capsys, train_cifar.main, train_cifar.parse_args, flags)
+    line = refused(capsys, train_cifar, flags)
     assert "--data" in line
     assert "class" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "other"]

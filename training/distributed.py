@@ -6,7 +6,7 @@
     ...
     distributed.finish()
 
-Every process reads the same flags and files, so bad input ends all of them alike; process 0 alone writes and prints.
+Every process reads the same flags and files, so bad input ends all of them alike. Process 0 alone writes and prints.
 """
 
 import atexit
@@ -20,38 +20,41 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # see finish
+import torch.distributed.nn  # imported before there is a process group, see finish
 from torch import nn
 
 from utils import fail
 
-LONGEST_WAIT = timedelta(days=7)  # candidates take long; torchrun itself ends the others when a process dies
+LONGEST_WAIT = timedelta(days=7)  # a candidate takes long; when a process dies, torchrun itself ends the others
 
-_alone = False
+_alone = False  # see alone
 
 
 def start(device: torch.device) -> torch.device:
     """Join the other processes, if torchrun started this one. Returns the device of this process.
 
-    device: of --device; a CUDA device becomes that of LOCAL_RANK.
+    device: the device of --device; of several GPUs, each process takes the one with its LOCAL_RANK.
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= (there := torch.cuda.device_count()):
-            fail(f"torchrun: --nproc_per_node: expected at most the {there} CUDA devices there are", everywhere=True)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    if device.type != "cuda":  # NCCL waits for the others
-        atexit.register(finish)  # after a failure too
+    if device.type != "cpu":
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        if device.index >= (there := torch.accelerator.device_count()):
+            fail(f"torchrun: --nproc_per_node: expected at most the {there} GPUs of this machine", everywhere=True)
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=LONGEST_WAIT)
+    if device.type == "cpu":
+        atexit.register(finish)  # after a failure too; not with NCCL, which would wait for the other processes
     return device
 
 
 def finish() -> None:
-    """Leave the others. Nothing may hold the process group then: where gloo's threads live on, they sometimes abort
-    the interpreter as it ends. DistributedDataParallel may be part of a reference cycle; and it imports
-    torch.distributed.nn, whose functions have the group as default argument if there is one at that time.
+    """Leave the other processes.
+
+    Gloo's threads end with the last reference to the process group; those that live on sometimes abort the interpreter
+    as it ends. So the garbage collector runs first, as DistributedDataParallel may be part of a reference cycle, and
+    torch.distributed.nn is imported at the top of this file: imported later, its functions would keep the group as a
+    default argument.
     """
     if dist.is_initialized():
         gc.collect()
@@ -59,20 +62,22 @@ def finish() -> None:
 
 
 def planned_world() -> int:
-    """The number of processes, known before `start` too: for checking flags."""
+    """The number of processes, which is known before `start` too, for the checks of flags."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def world() -> int:
+    """The number of processes that work on the run."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def processes() -> str:
-    """How many there are, in words."""
+    """How many processes there are, in words."""
     return "1 process" if world() == 1 else f"{world()} processes"
 
 
@@ -83,7 +88,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, this process works by itself, whatever the others do: as process 0 of 1."""
+    """Within this context, the process works as process 0 of 1, whatever the others do."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -93,19 +98,19 @@ def alone() -> Iterator[None]:
 
 
 def share(n: int) -> slice:
-    """This process's part of n things: contiguous parts, disjoint, together all of them."""
+    """This process's part of n items. The parts of all processes are contiguous, disjoint and together all items."""
     return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over the processes, in place."""
+    """Sum a tensor over all processes, in place, and return it."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def average_buffers(network: nn.Module) -> None:
-    """Give every process the mean of the running statistics, each of which has seen its own images only."""
+    """Replace the running statistics of batch norms by their means over all processes, which saw different images."""
     if world() > 1:
         for buffer in network.buffers():
             if buffer.is_floating_point():
@@ -113,16 +118,16 @@ def average_buffers(network: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Wait until all processes are here."""
     if world() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Within it, process 0 goes ahead while the others wait: for work that leaves files behind.
+    """Within this context, process 0 works first while the others wait, and then find the files that it has written.
 
-    If process 0 fails, the others end too, and leave it to say why.
+    If process 0 fails, the others end too, and process 0 says why.
     """
     if not is_main():
         if not same_everywhere(None):
@@ -139,7 +144,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def merged(own: dict) -> dict:
-    """The entries of all processes."""
+    """The entries of the dicts of all processes in one dict."""
     parts = [own]
     if world() > 1:
         parts = [None] * world()
@@ -148,7 +153,7 @@ def merged(own: dict) -> dict:
 
 
 def same_everywhere(value: Any) -> Any:
-    """What process 0 has."""
+    """The value that process 0 has, for all processes."""
     values = [value]
     if world() > 1:
         dist.broadcast_object_list(values)

@@ -1,22 +1,22 @@
-"""Images that stay in their files: trees of class folders like ImageNet's, or .zip files of them, streamed in batches.
+"""Images that stay in their files: class folders like ImageNet's, or .zip files of them, streamed in batches.
 
     train, test = open_images("DIR")
     train, held_out = images.split(train, 10_000, seed=1997)
     stream = TrainStream(train, 224, batch_size=256, workers=8, seed=1997)
     for x, labels in stream.epoch(0, device): ...
 
-Worker processes decode, crop and resize to uint8; flip, colour jitter and normalisation are done for a whole batch at a
-time on the device. Everything random about an image comes from (seed, epoch, image): neither the number of workers nor
-that of training processes changes it.
+Worker processes decode, crop and resize images to uint8; the device flips, jitters the colours and normalises a whole
+batch at a time. All random numbers about an image come from (seed, epoch, image), so that an image looks the same for
+any number of workers and of training processes.
 """
 
 import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -27,23 +27,29 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from training.images import Part, list_parts, normalize, reader, refuse_broken, short_reason, to_rgb
+from training.image_files import Part, list_parts, reader, refuse_broken, short_reason, to_rgb
+from training.images import normalize
 from utils import derive_seed
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels per channel, 0..1
-BRIGHTNESS = CONTRAST = SATURATION = 0.4  # a factor from 1 - 0.4 to 1 + 0.4
-HUE = 0.2  # up to that part of the colour circle, either way
-TEST_MARGIN = 256 / 224  # test images: the shortest side before the centre crop, to the side of the crop
-ORDER_STREAM, IMAGE_STREAM = 1, 2  # keys of derive_seed
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's training pixels by channel, 0 black to 1 white
+BRIGHTNESS = CONTRAST = SATURATION = 0.4  # each is multiplied by a factor from 1 - 0.4 to 1 + 0.4
+HUE = 0.2  # the hue turns by up to that part of the colour circle, either way
+TEST_MARGIN = 256 / 224  # the shortest side of a test image before the centre crop / the side of the crop
+ORDER_STREAM, IMAGE_STREAM = 1, 2  # keys of derive_seed, for the order of an epoch and for one image
 
 
 @dataclass
 class ImageFiles:
-    """Images of one part, not read yet: what images.split and images.balanced_batch ask of an ImageSet."""
+    """The images of one part by their names; nothing is read yet.
 
-    part: Part  # where they are; without its members
-    names: np.ndarray  # (N,) bytes: the workers share an array, where each would copy a million strings
-    labels: Tensor  # (N,) long, an index into classes
+    images.split and images.balanced_batch choose among them as among the images of an ImageSet.
+    part: where the files are; its members are left out. names: (N,) bytes in an array, which the workers share, where
+    each would have to copy a million strings. labels: (N,) long, an index into classes.
+    """
+
+    part: Part
+    names: np.ndarray
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,19 +82,22 @@ def open_images(data: str | Path) -> tuple[ImageFiles, ImageFiles]:
 
 
 class Batch(NamedTuple):
-    """What a worker hands over."""
+    """What a worker makes of a batch: the images that it could read, cropped, and which it could not.
 
-    images: Tensor  # (B, 3, S, S) uint8, cropped
+    draws: random numbers for the augmentation on the device, uniform from 0 to 1. broken: name -> reason.
+    """
+
+    images: Tensor  # (B, 3, S, S) uint8
     labels: Tensor  # (B,) long
-    draws: Tensor  # (B, 9) uniform in 0..1, for the augmentation on the device
-    broken: dict[str, str]  # name -> reason of the images that cannot be read; they are not among `images`
+    draws: Tensor  # (B, 9)
+    broken: dict[str, str]
 
 
 class Decoded(Dataset):
-    """Decodes and crops the images of a batch.
+    """Decodes and crops the images of a batch, in a worker.
 
-    random_crop: RandomResizedCrop as in training, else resize and centre crop.
-    decode_jpeg: see find_jpeg_decoder.
+    random_crop: whether a random part of an image is resized, as in training; else its centre.
+    decode_jpeg: a decoder from find_jpeg_decoder.
     """
 
     def __init__(self, files: ImageFiles, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None):
@@ -103,7 +112,7 @@ class Decoded(Dataset):
         return len(self.files)
 
     def __getitems__(self, key: tuple[int, np.ndarray]) -> Batch:
-        """key: the epoch, and indices of images (B,)"""
+        """The batch of the images at the indices (B,) in an epoch. key: (epoch, indices)."""
         epoch, indices = key
         images, kept, draws, broken = [], [], [], {}
         for index in indices.tolist():
@@ -123,18 +132,18 @@ class Decoded(Dataset):
         return Batch(torch.stack(images), self.files.labels[kept], torch.stack(draws), broken)
 
     def image(self, index: int) -> Tensor:
-        """(3, S, S) uint8, cropped"""
+        """One image, decoded and cropped: (3, S, S) uint8."""
         return self.transform(decode(self.read(self.files.name(index)), self.decode_jpeg))
 
     def read(self, name: str) -> bytes:
-        """The file's content. Each process opens a zip once, when it first reads: a handle must not be shared."""
+        """The content of a file. Each process opens a zip when it first reads, as they must not share a handle."""
         if self._read is None:
             self._read = self._opened.enter_context(reader(self.files.part))
         return self._read(name)
 
 
 def decode(data: bytes, decode_jpeg: Callable | None = None) -> Image.Image | Tensor:
-    """An image file's RGB pixels, as PIL's image or, from decode_jpeg, (3, H, W) uint8."""
+    """The RGB pixels of an image file: an image of PIL or, where decode_jpeg decoded it, a tensor (3, H, W) uint8."""
     if decode_jpeg is not None and data[:2] == b"\xff\xd8":
         with contextlib.suppress(RuntimeError):  # what it refuses, PIL may still read, or say what is wrong
             return decode_jpeg(data)
@@ -143,9 +152,10 @@ def decode(data: bytes, decode_jpeg: Callable | None = None) -> Image.Image | Te
 
 
 def find_jpeg_decoder(name: str) -> Callable | None:
-    """The JPEG decoder for "auto", "pil" (None) or "torchcodec": bytes -> (3, H, W) uint8.
+    """A function that decodes JPEG files, bytes -> (3, H, W) uint8; None where PIL is to decode them.
 
-    torchcodec, where installed, gave the same pixels as PIL 1.4 times as fast (500 x 375, decoded and cropped).
+    name: "pil", "torchcodec", or "auto" for torchcodec where it is installed. It gives the same pixels as PIL, and took
+    1 / 1.4 of the time (images of 500 x 375 pixels, decoded and cropped).
     Raises ValueError when torchcodec is asked for and cannot be used.
     """
     if name == "pil":
@@ -160,53 +170,55 @@ def find_jpeg_decoder(name: str) -> Callable | None:
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """The collate_fn for what is a batch already; a lambda could not be sent to a worker."""
+    """The loader's collate_fn: samples are batches already. (A lambda could not be sent to a worker.)"""
     return batch
 
 
 # ----------------------------------------------------------------------------------------------------- streams
 
 
+@dataclass(eq=False)
 class Stream:
-    """Batches of images on a device. The workers stay from the first epoch on.
+    """Batches of images on a device, from workers that stay from the first epoch to the last.
 
-    workers: processes that decode; 0: the calling one does.
-    rank, world: this process reads part number `rank` of `world` of every batch.
-    skip_bad: go on without images that cannot be read, instead of raising a ValueError that names the first.
+    image_size: the side of the crops in pixels.
+    workers: the number of processes that decode; 0: the calling one does.
+    rank, world: this process reads part `rank` of the `world` parts of every batch.
+    skip_bad: whether images that cannot be read are left out; else the first of them raises a ValueError.
+    decode_jpeg: a decoder from find_jpeg_decoder. pin_memory: whether batches are put where a GPU copies them from.
     broken: the images that could not be read so far, name -> reason.
-    waited: seconds for which the caller stood waiting for a batch, in all.
+    waited: the seconds for which the caller has waited for batches so far.
     """
 
-    random_crop = False
+    files: ImageFiles
+    image_size: int
+    batch_size: int
+    workers: int = 0
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    skip_bad: bool = False
+    decode_jpeg: Callable | None = None
+    pin_memory: bool = False
+    broken: dict[str, str] = field(default_factory=dict, init=False)
+    waited: float = field(default=0.0, init=False)
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        image_size: int,
-        batch_size: int,
-        workers: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        skip_bad: bool = False,
-        decode_jpeg: Callable | None = None,
-        pin_memory: bool = False,
-    ):
-        self.files, self.batch_size, self.seed, self.rank, self.world = files, batch_size, seed, rank, world
-        self.skip_bad, self.broken, self.waited = skip_bad, {}, 0.0
-        self.keys = []  # what the loader sends to the workers, one a batch
+    random_crop: ClassVar[bool] = False  # see Decoded
+
+    def __post_init__(self):
+        self.keys = []  # what the loader sends to the workers: (epoch, indices of images) for each batch
         self.loader = DataLoader(
-            Decoded(files, image_size, self.random_crop, seed, decode_jpeg),
+            Decoded(self.files, self.image_size, self.random_crop, self.seed, self.decode_jpeg),
             batch_sampler=self.keys,
             collate_fn=as_it_is,
-            generator=torch.Generator(),  # the loader draws from it what nobody uses, else from the global one
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+            generator=torch.Generator(),  # the loader draws seeds that nobody uses, else from the global stream
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.pin_memory,
         )
 
     def read(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch as the workers hand them over, in order."""
+        """The batches of an epoch in order, as the workers make them."""
         self.keys[:] = [(epoch, batch.numpy()) for batch in self.batches(epoch)]
         batches = iter(self.loader)
         while True:
@@ -224,23 +236,27 @@ class Stream:
 
 
 class TrainStream(Stream):
-    """Shuffled by (seed, epoch) and augmented; batch_size counts the images of all processes together.
+    """The training images, shuffled by (seed, epoch) and augmented.
 
-    The images left over after the last whole batch are dropped.
+    batch_size counts the images of all processes together. Those left over after the last whole batch are dropped.
     """
 
-    random_crop = True
+    random_crop: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.files) // self.batch_size
 
     def batches(self, epoch: int) -> list[Tensor]:
+        """The indices of the images in this process's part of each batch."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, ORDER_STREAM))
         order = torch.randperm(len(self.files), generator=generator)[: len(self) * self.batch_size]
         return [batch[self.rank :: self.world] for batch in order.split(self.batch_size)]
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x (B, 3, S, S) float channels_last, labels (B,)); others take the places of images that are skipped."""
+        """Batches of x (B, 3, S, S) float in channels_last layout and labels (B,), normalised.
+
+        In the place of images that are skipped, others of the batch are repeated.
+        """
         for batch in self.read(epoch):
             if batch.broken:
                 if not len(batch.labels):
@@ -255,18 +271,19 @@ class EvalStream(Stream):
     """All images once, in order; batch_size counts the images of one process."""
 
     def batches(self, epoch: int) -> list[Tensor]:
+        """The indices of the images in each of this process's batches, the same in every epoch."""
         return list(torch.arange(self.rank, len(self.files), self.world).split(self.batch_size))
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x (B, 3, S, S) float channels_last, labels (B,)), images that are skipped left out"""
+        """Normalised batches of x (B, 3, S, S) float in channels_last layout and labels (B,), without broken images."""
         for batch in self.read(epoch):
             if len(batch.labels):
                 yield normalize(to_device(batch.images, device), MEAN, STD), to_device(batch.labels, device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without the host waiting for it."""
-    if device.type == "cuda" and not tensor.is_pinned():
+    """Copy a tensor to the device without waiting for it."""
+    if device.type != "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -275,9 +292,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Flip with probability 1/2 and jitter the colours of uint8 images (B, 3, S, S); floats from 0 to 255.
+    """Flip uint8 images (B, 3, S, S) with probability 1/2 and jitter their colours. Returns floats from 0 to 255.
 
-    draws: (B, 9) uniform in 0..1, on the CPU: flip, one for each adjustment of the colours, and their order.
+    draws: (B, 9) on the CPU, uniform from 0 to 1. Of an image's nine numbers, the first decides about the flip, the
+        next four are the amounts of brightness, contrast, saturation and hue, and the last four sort these adjustments.
     """
     flip, *amounts = to_device(draws[:, :5], images.device).T[..., None, None, None]  # (B, 1, 1, 1) each
     images = torch.where(flip < 0.5, images.flip(3), images).float()
@@ -287,15 +305,15 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def color_jitter(images: Tensor, amounts: list[Tensor], order: Tensor) -> Tensor:
-    """torchvision's ColorJitter, each image by amounts and in an order of its own.
+    """Jitter the colours as torchvision's ColorJitter does, with amounts and an order for each image.
 
-    images: (B, 3, S, S) float from 0 to 255, written to. Unlike uint8 images, not rounded down between adjustments.
-    amounts: four of (B, 1, 1, 1): factors of brightness, contrast, saturation, and the turn of the hue.
-    order: (B, 4) on the CPU, each row a permutation of 0..3: which adjustment comes first, second, ...
+    images: (B, 3, S, S) float from 0 to 255, changed in place; unlike uint8, they are not rounded between adjustments.
+    amounts: (B, 1, 1, 1) each: the factors of brightness, contrast and saturation, and the turn of the hue.
+    order: (B, 4) on the CPU. order[b] is a permutation of 0 to 3: the adjustments of image b, first to last.
     """
-    grouped = to_device(order.argsort(0), images.device)  # (B, 4): for each turn, the images by adjustment
-    for turn, index in enumerate(grouped.unbind(1)):
-        counts = order[:, turn].bincount(minlength=4).tolist()  # of a CPU tensor: the device is not waited for
+    grouped = to_device(order.argsort(0), images.device)  # (B, 4): column i has the images sorted by their i-th one
+    for i, index in enumerate(grouped.unbind(1)):
+        counts = order[:, i].bincount(minlength=4).tolist()  # a CPU tensor, so that the device is not waited for
         for group, amount, adjust in zip(index.split(counts), amounts, ADJUSTMENTS, strict=True):
             if len(group):
                 images[group] = adjust(images[group], amount[group])
@@ -316,7 +334,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Shift the hue by `turn` of the colour circle. Hue, value and chroma as in HSV; S * V is the chroma."""
+    """Shift the hue by the part `turn` of the colour circle, in HSV: chroma is saturation times value."""
     value, chroma = images.amax(1, keepdim=True), images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
     r, g, b = images.split(1, dim=1)
     span = torch.where(chroma > 0, chroma, 1)

@@ -1,15 +1,15 @@
-"""What the training scripts share: their flags, optimizers, the steps of an epoch, evaluation; one process or several.
+"""The steps of training a stand-alone network, in one process or in several, and its evaluation.
 
-A step is one global batch. Each process takes its part of it, in --accumulate parts one after the other, so a batch
-is cut into processes * accumulate equal parts in all. A batch norm sees one such part (all processes' with --sync_bn).
+A step takes one batch. Every process computes its part of the batch, in --accumulate parts one after the other, so that
+a batch is cut into processes * accumulate equal parts in all. A batch norm sees one such part at a time or, with
+--sync_bn, the parts of all processes together.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,18 +18,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from genotypes import Genotype, load_genotype
-from models.export import rebuild
+from models.export import export_network, rebuild
 from models.fast.cuda_graphs import Recorded
 from models.network import Network
 from training import distributed
 from training.images import ImageSet
 from utils import (
     RunLog,
-    add_cuda_graphs_flag,
     autocast,
-    fail,
     load_optimizer,
-    number,
     of_this_version,
     on_device,
     progress_bar,
@@ -38,86 +35,39 @@ from utils import (
     user_input,
 )
 
-ADABELIEF_LR = 1e-3  # learning rate and epsilon of the reference's later code; decays are those of its two data sets
-ADABELIEF_EPSILON = 1e-8
-ADABELIEF_DECAY = {"cifar": 5e-4, "imagenet": 1e-2}  # coupled (added to the gradient), decoupled
-
-
-# ------------------------------------------------------------------------------------------------------- flags
-
-
-def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of how a step is computed."""
-    add = parser.add_argument
-    add("--optimizer", default="sgd", choices=["sgd", "adabelief"])
-    add("--accumulate", type=number(int, 1), default=1, help="parts in which a batch is computed, to save memory")
-    add("--sync_bn", action="store_true", help="batch statistics over all processes (CUDA)")
-    add("--amp", default="auto", choices=["auto", "off", "bf16"])
-    add("--compile", action="store_true", help="torch.compile the cells for training; needs a C++ compiler")
-    add_cuda_graphs_flag(parser)
-
-
-def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
-    """Refuse what flags, processes and installed packages do not allow together. processes: that share a batch."""
-    if args.optimizer == "adabelief" and importlib.util.find_spec("pytorch_optimizer") is None:
-        parser.error("argument --optimizer: adabelief comes from a package: pip install pytorch-optimizer")
-    parts = args.accumulate * processes
-    if args.batch_size % parts or args.batch_size < 2 * parts:
-        parser.error(f"argument --batch_size: expected at least 2 for each of {parts} equal parts (processes times "
-                     f"--accumulate), got {args.batch_size}")  # fmt: skip
-
-
-def check_image_size(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
-    """sizes: the smallest and the largest image that training with an auxiliary head takes."""
-    low, high = sizes
-    if args.auxiliary_weight and not low <= args.image_size <= high:
-        parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
-
-
-def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, path: str) -> None:
-    """Refuse to evaluate another network than the one asked for. given: names of the flags on the command line.
-
-    Ends the script when --arch, --layers or --channels are not those of `state`, the checkpoint in `path`.
-    """
-    if "arch" in given:
-        with user_input("--arch"):
-            asked, saved = load_genotype(args.arch), Genotype.from_dict(state["genotype"])
-            if asked.canonical() != saved.canonical():
-                raise ValueError(f"{args.arch} is another genotype than that of {path}, {state['args']['arch']}")
-    for name in given & {"layers", "channels"}:
-        if getattr(args, name) != state["args"][name]:
-            fail(f"--{name}: {path} was trained with {state['args'][name]}, got {getattr(args, name)}")
-
-
-def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:
-    if args.sync_bn and device.type != "cuda":
-        fail("--sync_bn: torch has it for CUDA devices only")
+ADABELIEF_LR, ADABELIEF_EPSILON = 1e-3, 1e-8  # as in the later code of the authors
 
 
 # -------------------------------------------------------------------------------------------------- preparation
 
 
+def genotype_to_train(args: argparse.Namespace, state: dict | None) -> Genotype:
+    """The genotype of --arch or, with --resume, of the checkpoint `state`. Ends the script when it is not valid."""
+    with user_input("--resume" if args.resume else "--arch"):
+        genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
+        if not genotype.is_valid:
+            raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
+    return genotype
+
+
 def build_network(
     kind: type[Network], genotype: Genotype, num_classes: int, args: argparse.Namespace, device: torch.device
 ) -> Network:
-    """A fresh network, whose weights depend on the seed only."""
+    """A fresh network with the settings of the flags, whose weights depend on the seed alone.
+
+    kind: CifarNetwork or ImageNetNetwork.
+    """
     set_seed(args.seed)
-    network = kind(
-        genotype,
-        num_classes,
-        args.layers,
-        args.channels,
-        args.keep_prob,
-        args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    )
+    settings = {name: getattr(args, name) for name in ("layers", "channels", "keep_prob", "drop_path_keep_prob")}
+    network = kind(genotype, num_classes, **settings, auxiliary=args.auxiliary_weight > 0)
     return network.to(device, memory_format=torch.channels_last)
 
 
 def network_from_checkpoint(state: dict, path: str | Path, device: torch.device) -> Network:
-    """The trained network of a checkpoint (of kind "cifar" or "imagenet") in eval mode, built from what that says.
+    """The trained network of a checkpoint of train_cifar.py or train_imagenet.py, in eval mode.
 
-    Raises ValueError naming `path`, where the checkpoint is from, when its weights are not those of such a network.
+    state: the checkpoint in the file `path`. Raises ValueError naming `path` when the weights are those of another
+    network than the checkpoint describes.
     """
     with of_this_version(path):
         network = rebuild(state, state["network"])
@@ -125,21 +75,45 @@ def network_from_checkpoint(state: dict, path: str | Path, device: torch.device)
 
 
 def go_on_from(state: dict, path: str | Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the weights and the state of the optimizer from a checkpoint. Raises ValueError like the above."""
+    """Load the weights and the optimizer's state from the checkpoint `state` in the file `path`.
+
+    Raises ValueError naming `path` when they are those of another network.
+    """
     with of_this_version(path):
         network.load_state_dict(state["network"])
         load_optimizer(optimizer, state["optimizer"])
 
 
+def network_state(network: Network, genotype: Genotype, optimizer: torch.optim.Optimizer) -> dict:
+    """What a checkpoint holds of a network and its optimizer, for network_from_checkpoint and go_on_from."""
+    return {
+        "network": network.state_dict(),
+        "network_config": asdict(network.config),
+        "genotype": genotype.to_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def check_training_images(images: Sized, state: dict) -> None:
+    """End the script when the run to resume, whose checkpoint is `state`, has another number of training images."""
+    with user_input("--data"):
+        if len(images) != state["training_images"]:
+            raise ValueError(f"{len(images)} training images, the run to resume has {state['training_images']}")
+
+
 def build_optimizer(
     name: str, network: nn.Module, lr: float, momentum: float, weight_decay: float, decoupled: bool = False
 ) -> torch.optim.Optimizer:
-    """name: "sgd" or "adabelief". decoupled: of AdaBelief's weight decay. momentum: of SGD."""
+    """SGD with momentum (name "sgd"), or AdaBelief ("adabelief"), which does not use `momentum`.
+
+    decoupled: whether AdaBelief shrinks the weights themselves (decoupled weight decay) instead of adding the decay to
+    the gradients.
+    """
     parameters = list(network.parameters())
+    device = parameters[0].device
     if name == "sgd":
-        on_gpu = {"fused": True} if parameters[0].is_cuda else {}
-        lr = on_device(lr, parameters[0].device)
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, **on_gpu)
+        fused = {} if device.type == "cpu" else {"fused": True}
+        return torch.optim.SGD(parameters, on_device(lr, device), momentum=momentum, weight_decay=weight_decay, **fused)
     from pytorch_optimizer import AdaBelief  # imported late: an optional package
 
     return AdaBelief(
@@ -153,9 +127,9 @@ def build_optimizer(
 
 
 def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
-    """What training calls: the network, with averaged gradients among several processes.
+    """The module that training calls in the place of the network: several processes average their gradients in it.
 
-    Its cells are compiled if asked for, in train mode only. Checkpoints and evaluation use the network itself.
+    With --compile, the network's cells are compiled for train mode. Checkpoints and evaluation use the network itself.
     """
     forward = network
     if args.compile:
@@ -163,7 +137,8 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
     if distributed.world() > 1:
         if args.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # exchanges the modules within the network
-        unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)  # then a whole cell may be unused
+        # where a cell does not read its second input, nothing may use the cell before it
+        unread = any(not any(cell.matrix[1]) for cell in network.genotype.cells)
         with warnings.catch_warnings():  # newer releases of torch call broadcast_buffers forward_sync_buffers
             warnings.simplefilter("ignore", FutureWarning)
             forward = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=unread)
@@ -171,7 +146,10 @@ def wrap(network: Network, args: argparse.Namespace) -> nn.Module:
 
 
 def open_log(folder: Path, args: argparse.Namespace, device: torch.device, step: int | None) -> RunLog | None:
-    """The record of the run, which process 0 alone keeps. step: as of RunLog. Ends the script on bad input."""
+    """The record of the run, a RunLog in process 0 and None in all others.
+
+    step: for a resumed run, the last step to keep; None for a new run. Ends the script when --output_dir is in use.
+    """
     with user_input("--output_dir"), distributed.first_process_first():
         return RunLog(folder, args, device, step) if distributed.is_main() else None
 
@@ -180,10 +158,10 @@ def open_log(folder: Path, args: argparse.Namespace, device: torch.device, step:
 
 
 class Step:
-    """A step of training: the gradients of a batch, clipped, and the optimizer's update.
+    """A training step: step(x, labels, progress) computes the gradients of a batch, clips them and updates the weights.
 
-    On CUDA it is replayed as a graph, but not where processes share a batch, nor with optimizers that compute on the
-    host.
+    With --cuda_graphs on a GPU, the step is recorded and replayed, unless several processes share a batch or the
+    optimizer is AdaBelief, which computes on the host.
     """
 
     def __init__(
@@ -198,10 +176,10 @@ class Step:
         self.label_smoothing = label_smoothing
         self.forward = wrap(network, args)
         recordable = isinstance(optimizer, torch.optim.SGD) and distributed.world() == 1
-        self.run = Recorded(self._run) if device.type == "cuda" and args.cuda_graphs and recordable else self._run
+        self.run = Recorded(self._run) if device.type != "cpu" and args.cuda_graphs and recordable else self._run
 
     def __call__(self, x: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
-        """See accumulate_gradients."""
+        """Train on this process's part of a batch; arguments and result are those of accumulate_gradients."""
         return self.run(x, labels, progress)
 
     def _run(self, x: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
@@ -220,11 +198,11 @@ def train_steps(
     learning_rate: Callable[[int], float],
     title: str = "",
 ) -> dict[str, float]:
-    """One epoch. Returns the mean loss and the training accuracy over all processes.
+    """Train for one epoch. Returns the mean loss and the training accuracy over all processes.
 
-    batches: this process's part of each step's batch, (x (B, 3, S, S), labels (B,)).
-    progress: (steps,) of the whole run, for drop path.
-    learning_rate: of a step within the epoch, from 0.
+    batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,).
+    progress: (steps,), the share of the whole run that is done after each step, by which drop path grows.
+    learning_rate: the learning rate of each step of the epoch, which are numbered from 0. title: of the progress bar.
     """
     totals = torch.zeros(2, device=step.device)
     step.network.train()
@@ -245,9 +223,10 @@ def accumulate_gradients(
     device: torch.device,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Gradients of a batch, computed in --accumulate equal parts; they are averaged among processes at the last part.
+    """Compute the gradients of a batch in --accumulate equal parts. Processes average them in the last part.
 
-    Returns (2,): mean loss, auxiliary head left out, and share classified correctly.
+    x: (B, 3, S, S). labels: (B,). progress: a scalar, the share of the run that is done, by which drop path grows.
+    Returns (2,): the mean loss without that of the auxiliary head, and the share of images classified correctly.
     """
     totals = torch.zeros(2, device=device)
     parts = list(zip(x.chunk(args.accumulate), labels.chunk(args.accumulate), strict=True))
@@ -272,9 +251,10 @@ def accumulate_gradients(
 def evaluate(
     network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto"
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in eval mode, over the images of all processes, and how many these were.
+    """The accuracy in eval mode over the images of all processes: {"top1", "top5", "images": how many there were}.
 
-    batches: of this process's images. top-5: of min(5, classes) guesses.
+    batches: this process's images, x (B, 3, S, S) and labels (B,). Of fewer than 5 classes, top-5 counts all guesses.
+    Raises ValueError when there are no images.
     """
     network.eval()
     correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
@@ -293,16 +273,35 @@ def evaluate(
 
 
 def own_part(images: ImageSet) -> ImageSet:
-    """This process's part of the images, to evaluate on: no image is in two parts."""
+    """This process's part of the images for an evaluation; the parts of all processes are disjoint."""
     part = distributed.share(len(images))
     return replace(images, images=images.images[part], labels=images.labels[part])
 
 
-def vote(logits: torch.Tensor, voting: str) -> torch.Tensor:
-    """The classes (B,) that an ensemble of logits (networks, B, classes) chooses.
+def export_trained(
+    network: Network,
+    state: dict,
+    args: argparse.Namespace,
+    kind: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Write a trained network, and beside it what is known of it, to the file of --export.
 
-    hard: what most networks choose; of equally many votes, the class of the highest mean probability.
-    soft: the highest mean logit.
+    state: its checkpoint. kind: "cifar" or "imagenet". mean, std: by which its images were normalised.
+    """
+    known = {"kind": kind, "arch": state["args"]["arch"], "image_size": args.image_size, "mean": mean, "std": std}
+    known |= {name: state[name] for name in ("genotype", "network_config", "classes")}
+    with user_input("--export"):
+        written = export_network(network, args.export, known)
+    print(f"wrote {' and '.join(map(str, written))}")
+
+
+def vote(logits: torch.Tensor, voting: str) -> torch.Tensor:
+    """The classes (B,) that an ensemble chooses by its logits (networks, B, classes).
+
+    voting: "hard" for the class that most networks choose, and among classes of equally many votes the one with the
+    highest mean probability; "soft" for the class with the highest mean logit.
     """
     if voting == "soft":
         return logits.mean(0).argmax(1)

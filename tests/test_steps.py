@@ -1,7 +1,6 @@
 """Steps, optimizers, evaluation and votes against their definitions."""
 
 import copy
-import importlib.util
 from argparse import Namespace
 from collections import Counter
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import train_cifar
 from genotypes import GENOTYPES
 from models.network import CifarNetwork
 from training import steps as training
@@ -107,22 +105,6 @@ def test_adabelief_is_the_published_update(decoupled):
         s = b2 * s + (1 - b2) * (g - m) ** 2 + epsilon
         w = w - lr * (m / (1 - b1**t)) / ((s / (1 - b2**t)).sqrt() + epsilon)
         torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-6, atol=1e-9)
-
-
-def test_adabelief_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as error:
-        train_cifar.parse_args(["--optimizer", "adabelief"])
-    assert error.value.code == 2
-    assert "pip install pytorch-optimizer" in capsys.readouterr().err
-
-
-def test_every_optimizer_has_its_defaults_and_explicit_flags_win():
-    pytest.importorskip("pytorch_optimizer")
-    args = [train_cifar.parse_args(["--optimizer", name]) for name in ("sgd", "adabelief")]
-    assert [(a.lr_max, a.l2_reg) for a in args] == [(0.025, 3e-4), (1e-3, 5e-4)]
-    args = train_cifar.parse_args(["--optimizer", "adabelief", "--lr_max", "0.5", "--l2_reg", "0"])
-    assert (args.lr_max, args.l2_reg) == (0.5, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])

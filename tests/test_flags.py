@@ -1,0 +1,99 @@
+"""Flags of the training scripts: those of the public reference, defaults, and help texts."""
+
+import argparse
+
+import pytest
+
+import train_cifar
+import train_imagenet
+from build_nas_dataset import eval_archs
+from models.network import CifarConfig, ImageNetConfig
+from utils import ArgumentParser
+
+SCRIPTS = {"train_cifar": train_cifar, "train_imagenet": train_imagenet, "eval_archs": eval_archs}
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """A function from the name of a script to its parser."""
+    made = []
+    real = ArgumentParser.__init__
+    monkeypatch.setattr(
+        ArgumentParser, "__init__", lambda self, *args, **kw: made.append(self) or real(self, *args, **kw)
+    )
+
+    def find(script: str) -> argparse.ArgumentParser:
+        SCRIPTS[script].parse_args([])
+        return made[-1]
+
+    return find
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_a_group_and_has_a_help_text(parser_of, script):
+    parser = parser_of(script)
+    grouped = [action for group in parser._action_groups[2:] for action in group._group_actions]
+    for action in parser._actions:
+        if action.dest != "help":
+            assert action.help and action in grouped, action.option_strings
+
+
+@pytest.mark.parametrize(("script", "config"), [("train_cifar", CifarConfig()), ("train_imagenet", ImageNetConfig())])
+def test_defaults_of_the_network_are_those_of_its_config(script, config):
+    args = SCRIPTS[script].parse_args([])
+    for name in ("layers", "channels", "keep_prob", "drop_path_keep_prob"):
+        assert getattr(args, name) == getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    ("script", "texts"),
+    [
+        ("train_cifar", ["(default: 600)", "(default: as --epochs)", "(default: sgd 0.025, adabelief 0.001)"]),
+        ("eval_archs", ["(default: 600)", "(default: 50)", "(default: sgd 0.0003, adabelief 0.0005)"]),
+        ("train_imagenet", ["(default: 250)", "(default: 10 a class, a tenth at most)", "(default: sgd 3e-05, "]),
+    ],
+)
+def test_help_shows_the_defaults_that_will_be_used(capsys, script, texts):
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[script].parse_args(["--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(text in shown for text in texts), shown
+
+
+# -------------------------------------------------------------------------------------------- the public reference
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_use_aux_head_switches_the_auxiliary_head_off_as_in_the_reference(script):
+    assert SCRIPTS[script].parse_args(["--use_aux_head"]).auxiliary_weight == 0
+    assert SCRIPTS[script].parse_args([]).auxiliary_weight > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_batch_size_is_accepted_in_either_spelling(script):
+    for flag in ("--eval_batch_size", "--eval-batch-size"):
+        assert SCRIPTS[script].parse_args([flag, "123"]).eval_batch_size == 123
+
+
+def test_the_reference_can_be_told_of_zip_files_which_are_found_here_without(capsys):
+    args = train_imagenet.parse_args("--zip_file --lazy_load --epochs 3 --arch NAG_FEW_PARAMS".split())
+    assert (args.epochs, args.arch) == (3, "NAG_FEW_PARAMS")
+    assert vars(train_imagenet.parse_args(["--zip-file"])) == vars(train_imagenet.parse_args([]))
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_cifar", "--max_num_vertices 10"),
+        ("eval_archs", "--max_num_vertices 10"),
+        ("train_imagenet", "--max_num_vertices 10"),
+        ("train_imagenet", "--mode test"),
+        ("train_imagenet", "--cutout_size 16"),
+    ],
+)
+def test_flags_that_the_reference_never_reads_are_refused(capsys, script, flags):
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[script].parse_args(flags.split())
+    assert end.value.code == 2
+    assert f"argument {flags.split()[0]}: the reference has this flag but never reads it" in capsys.readouterr().err

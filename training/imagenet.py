@@ -1,0 +1,184 @@
+"""Training of stand-alone networks on ImageNet or another tree of images, for train_imagenet.py.
+
+    images, selection, test = load_data(args)
+    network = build_network(ImageNetNetwork, genotype, len(images.classes), args, device)
+    step = Step(network, build_optimizer(network, args), args, device, args.label_smooth)
+    stream = TrainStream(images, args.image_size, args.batch_size, **stream_options(args, device))
+    train_epoch(step, stream, args, 0, device)
+
+`args` holds the flags of add_training_flags. NAG paper, section 4.3.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+
+from models.network import ImageNetConfig, ImageNetNetwork
+from training import distributed, steps
+from training.flags import (
+    ALREADY_SO,
+    add_network_flags,
+    add_step_flags,
+    check_image_size,
+    check_step_flags,
+    optimizer_defaults,
+    shown_defaults,
+)
+from training.image_stream import EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
+from training.images import balanced_batch, check_classes, split
+from training.steps import ADABELIEF_LR, Step, train_steps
+from utils import UNREAD, derive_seed, fail, number, set_seed, user_input
+
+HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
+# learning rate and weight decay of each optimizer; AdaBelief's decay is decoupled
+OPTIMIZERS = {"sgd": (0.1, 3e-5), "adabelief": (ADABELIEF_LR, 1e-2)}
+
+# Flags of the public reference's train_imagenet.py that have other names here.
+REFERENCE_FLAGS = {
+    "use_aux_head": "--auxiliary_weight 0",  # the switch turns the head off
+    "zip_file": ALREADY_SO,  # train.zip and valid.zip are found where there is no folder of that name
+    "lazy_load": ALREADY_SO,  # images always stay in their files
+    "mode": UNREAD,
+    "cutout_size": UNREAD,
+    "max_num_vertices": UNREAD,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the groups of flags about images, network and training."""
+    add_data_flags(parser.add_argument_group("images"))
+    add_network_flags(parser.add_argument_group("network"), ImageNetConfig())
+    add_schedule_flags(parser.add_argument_group("training"))
+    add_step_flags(parser.add_argument_group("training step"))
+
+
+def add_data_flags(group: argparse._ActionsContainer) -> None:
+    """The flags about images."""
+    add = group.add_argument
+    add("--data", default="data/imagenet", help="folder that holds train and test (or val): folders or .zip files")
+    add("--image_size", type=number(int, 32), default=224, help="side of the crops in pixels")
+    add("--num_images", type=number(int, 0), default=0, help="training images to use, as many of each class; 0: all")
+    held_out = f"training images held out, to select on (default: {HELD_OUT_PER_CLASS} a class, a tenth at most)"
+    add("--holdout", type=number(int, 1), help=held_out)
+    add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
+    add("--skip_bad", action="store_true", help="go on without images that cannot be read")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of the processes on this machine
+    decoding = "processes that decode images, for each training process and each part of the images"
+    add("--workers", type=number(int, 0), default=workers, help=decoding)
+    decoder = "decoder of JPEG files; auto: torchcodec where it is installed"
+    add("--decoder", default="auto", choices=["auto", "pil", "torchcodec"], help=decoder)
+
+
+def add_schedule_flags(group: argparse._ActionsContainer) -> None:
+    """The flags about epochs, batches, the optimizer and the loss."""
+    add, count = group.add_argument, number(int, 1)
+    share, unit, not_negative = number(float, 0, 1, above=True), number(float, 0, 1), number(float, 0)
+    add("--epochs", type=count, default=250, help="epochs to train")
+    add("--batch_size", type=number(int, 2), default=256, help="images of a step, over all processes")
+    add("--eval_batch_size", type=count, default=256, help="images of a batch in evaluations, for one process")
+    rate = f"learning rate at the start, for a whole batch {shown_defaults(OPTIMIZERS, 0)}"
+    add("--lr", type=number(float, 0, above=True), help=rate)
+    add("--gamma", type=share, default=0.97, help="factor of the learning rate after every --decay_period epochs")
+    add("--decay_period", type=count, default=1, help="epochs between decays of the learning rate")
+    add("--momentum", type=unit, default=0.9, help="momentum of SGD")
+    add("--l2_reg", type=not_negative, help=f"weight decay {shown_defaults(OPTIMIZERS, 1)}")
+    add("--label_smooth", type=unit, default=0.1, help="label smoothing: probability spread over all classes")
+    clip = "largest L2 norm of the gradient; longer ones are scaled down; 0: no limit"
+    add("--grad_clip", type=not_negative, default=0.0, help=clip)
+
+
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
+    """Settle the defaults that depend on other flags, and refuse what flags do not allow together.
+
+    processes: the number of processes that share a batch.
+    """
+    optimizer_defaults(args, OPTIMIZERS, "lr")
+    check_step_flags(parser, args, processes)
+    check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes)
+    if args.select_on_val and args.holdout:
+        parser.error("argument --holdout: not with --select_on_val")
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def load_data(args: argparse.Namespace, classes: list[str] | None = None) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
+    """(training, selection, test) images; with --select_on_val, the selection is the test part, else held-out images.
+
+    classes: of a resumed run, the classes that the images must have. Ends the script on bad input.
+    """
+    with user_input("--data"):
+        images, test = open_images(args.data)
+        if classes:
+            check_classes(images, classes, args.resume)
+    selection = test
+    if not args.select_on_val:
+        if args.holdout is None:
+            args.holdout = min(HELD_OUT_PER_CLASS * len(images.classes), len(images) // 10)
+            if not args.holdout:
+                fail(f"--data: a tenth of {len(images)} training images is none to choose the best epoch on; "
+                     "give --holdout or --select_on_val")  # fmt: skip
+        with user_input("--holdout"):
+            images, selection = split(images, args.holdout, args.seed)
+    if args.num_images:
+        with user_input("--num_images"):
+            images = balanced_batch(images, args.num_images, args.seed)
+    if args.batch_size > len(images):
+        fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
+    return images, selection, test
+
+
+def stream_options(args: argparse.Namespace, device: torch.device) -> dict:
+    """The options that all streams of a run have in common."""
+    with user_input("--decoder"):
+        decoder = find_jpeg_decoder(args.decoder)
+    options = {"workers": args.workers, "seed": args.seed, "skip_bad": args.skip_bad, "decode_jpeg": decoder}
+    return options | {
+        "rank": distributed.rank(),
+        "world": distributed.world(),
+        "pin_memory": device.type != "cpu",
+    }
+
+
+def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:
+    """The batches of a stream; an image that cannot be read ends the script with one line that names it."""
+    with user_input("--data", everywhere=True):  # each process reads other images
+        yield from stream.epoch(epoch, device)
+
+
+# ------------------------------------------------------------------------------------------------ training and accuracy
+
+
+def build_optimizer(network: ImageNetNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer for the network."""
+    return steps.build_optimizer(args.optimizer, network, args.lr, args.momentum, args.l2_reg, decoupled=True)
+
+
+def train_epoch(
+    step: Step, stream: TrainStream, args: argparse.Namespace, epoch: int, device: torch.device
+) -> dict[str, float]:
+    """Train for one epoch: {"loss", "train_accuracy", "lr", "seconds", "data_wait": share of the time without data}.
+
+    Every random stream starts anew from the seed and the epoch, so that a resumed run draws what the run would have.
+    """
+    started, waited = time.monotonic(), stream.waited
+    set_seed(derive_seed(args.seed, epoch, stream.rank))  # for dropout and drop path of this process
+    epoch_steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
+    first, all_steps = epoch * epoch_steps, args.epochs * epoch_steps
+    progress = torch.arange(first + 1, first + epoch_steps + 1, device=device) / all_steps
+    values = train_steps(step, readable(stream, epoch, device), progress, lambda _: lr, f"epoch {epoch + 1}")
+    seconds = time.monotonic() - started
+    return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
+
+
+def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
+    """Top-1 and top-5 accuracy in eval mode over the images of all processes, and how many images there are."""
+    with user_input(f"--data: {stream.files.part.path}"):
+        return steps.evaluate(network, readable(stream, 0, device), device, amp)
