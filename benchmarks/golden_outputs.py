@@ -1,4 +1,4 @@
-"""Print nothing, write much: what the networks of a checkout answer to the inputs of the golden files.
+"""Write what the networks of a checkout answer to the inputs of the golden files of tests/data.
 
 Run by benchmarks/same_results.py within a checkout, which comes first on the module path:
 
@@ -35,7 +35,7 @@ MODULES = {
 }
 # Keyword of a constructor -> what it is called elsewhere.
 KEYWORDS = {"label_sizes": "label_embedding_sizes"}
-# Part of a weight's name -> the part in the golden file; first for both networks, then for each.
+# Part of the name of a weight -> the same part in the golden file, of the generator and of the discriminator.
 GENERATOR_NAMES = {
     "labels.tables.0": "perf_label_embedding",
     "labels.tables.1": "param_label_embedding",

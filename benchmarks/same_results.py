@@ -26,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,27 +256,28 @@ def difference(old: Leaves, new: Leaves) -> str:
     """What differs, in words."""
     parts = []
     for kept, other, which in ((old, new, "old"), (new, old, "new")):
-        if only := sorted(kept.keys() - other.keys()):
-            parts.append(
-                f"{len(only)} values only in {which} ({', '.join(only[:3])}{', ...' if len(only) > 3 else ''})"
-            )
+        if only := kept.keys() - other.keys():
+            parts.append(f"{len(only)} values only in {which} ({some(only)})")
     worst, worst_name, numbers, others = 0.0, "", 0, []
     for name in sorted(old.keys() & new.keys()):
         a, b = old[name], new[name]
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.shape == b.shape:
             if a.dtype != b.dtype or a.tobytes() != b.tobytes():
                 numbers += 1
-                relative = relative_difference(a, b)
-                worst, worst_name = max((worst, worst_name), (relative, name))
+                worst, worst_name = max((worst, worst_name), (relative_difference(a, b), name))
         elif isinstance(a, np.ndarray) or isinstance(b, np.ndarray) or a != b:
             others.append(name)
     if numbers:
         parts.append(f"{numbers} of {len(old)} values by up to {worst:.1e} of the largest number ({worst_name})")
     if others:
-        parts.append(
-            f"{len(others)} by other than numbers ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
-        )
+        parts.append(f"{len(others)} by other than numbers ({some(others)})")
     return "; ".join(parts)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three names."""
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
