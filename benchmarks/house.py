@@ -5,7 +5,11 @@
 
 Prints a Markdown table. Lines are those of Python files, all of them. Parameters of a function are counted without self
 and cls, and *args and **kwargs as one each. Flags are those that `python SCRIPT --help` lists, --x and --no-x as one.
-The import rules are those of RULES below; tests/test_house.py enforces them.
+The import rules, enforced by tests/test_house.py: root scripts -> generation -> build_nas_dataset -> training ->
+models -> genotypes, utils; each may skip floors, none may climb. genotypes and utils import nothing of the project,
+genotypes the standard library only. models.fast is opened by models and by the modules of OPENS_FAST only. A script
+imports another one as in SCRIPT_TO_SCRIPT only; no package imports a root script. sys.path is changed in the files of
+EDITS_PATH only. tests and benchmarks import what they like.
 """
 
 import argparse
@@ -41,12 +45,6 @@ PACKAGE_SCRIPTS = {
 OPENS_FAST = {"training.steps", "generation.training", "build_nas_dataset.scoring"}
 # The only files that may change sys.path, so that `python build_nas_dataset/FILE.py` finds the other packages.
 EDITS_PATH = {"build_nas_dataset/build_nas_dataset.py", "build_nas_dataset/eval_archs.py"}
-RULES = """\
-Root scripts -> generation -> build_nas_dataset -> training -> models -> genotypes, utils: each may skip floors, none
-may climb; genotypes and utils import neither each other nor anything else of the project; genotypes imports the standard
-library only. models.fast is opened by models and OPENS_FAST only. Scripts import scripts as in SCRIPT_TO_SCRIPT only.
-No package imports a root script. tests and benchmarks import what they like."""
-
 FREE = ("tests", "benchmarks")
 SKIPPED = {".git", ".venv", "venv", "runs", "shared", "data", "docs", "__pycache__"}
 SCRIPTS = (
