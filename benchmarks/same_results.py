@@ -58,6 +58,7 @@ MAY_LACK = (
     (r"^gan.*-robust$", r"^(discriminator|optimizers\.discriminator)(\.|$)", "the discriminator, not trained here"),
     (r"^gan.*-paper$", r"^reference(\.|$)", "the reference policy, not used here"),
     (r"^gan", r"^objectives\.\d+\.quantiles$", "where class boundaries lie in the ranking, saved since version 2"),
+    (r"", r"^\w+_config\.\w+$", "settings of a network, saved since version 2"),
 )
 
 GAN = "--n_epochs 2 --nasbench_data {nasdata} --eval_size 60 --eval_every 2"
@@ -245,8 +246,8 @@ def compare(name: str, old: Leaves, new: Leaves) -> Row:
         lacking = [key for key in old.keys() ^ new.keys() if re.search(path, key)] if re.search(which, work) else []
         if lacking:
             notes.append(f"{why}: {len(lacking)} values in one only")
-            old = {key: value for key, value in old.items() if not re.search(path, key)}
-            new = {key: value for key, value in new.items() if not re.search(path, key)}
+            old = {key: value for key, value in old.items() if key not in lacking}
+            new = {key: value for key, value in new.items() if key not in lacking}
     equal = (first := digest(old)) == (second := digest(new))
     if not equal:
         notes.insert(0, difference(old, new))
