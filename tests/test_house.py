@@ -4,6 +4,7 @@ import argparse
 import re
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks.house import (
 
 FILES = python_files(ROOT)
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+OTHER_FLAGS = {"--help", "--standalone", "--nproc_per_node", "--logdir", "--index-url"}  # of other programs
 PACKAGES = ("models", "generation", "training", "build_nas_dataset")
 SCRIPTS = (
     "gan",
@@ -81,19 +83,26 @@ class Captured(Exception):
     """Holds the parser that was about to print its help."""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_a_help_text(script, monkeypatch):
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser of a script, by running `python SCRIPT --help` in this process up to where the help is printed."""
+
     def capture(parser, file=None):
         raise Captured(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "print_help", capture)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
-    with pytest.raises(Captured) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Captured) as caught:
+        patch.setattr(argparse.ArgumentParser, "print_help", capture)
+        patch.setattr(sys, "argv", [f"{script}.py", "--help"])
+        patch.setattr(sys, "path", [*sys.path])
         runpy.run_path(str(Path(ROOT, *script.split(".")).with_suffix(".py")), run_name="__main__")
-    (parser,) = caught.value.args
-    without = ["/".join(action.option_strings) for action in parser._actions if not (action.help or "").strip()]
-    assert len(parser._actions) > 3
-    assert without == []
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_help_text(script):
+    actions = parser_of(script)._actions
+    assert len(actions) > 3
+    assert ["/".join(action.option_strings) for action in actions if not (action.help or "").strip()] == []
 
 
 def test_no_function_has_more_than_eight_parameters():
@@ -134,6 +143,13 @@ def test_every_link_within_the_project_leads_somewhere(page):
         assert path.exists(), target
         if name:
             assert name in map(anchor, re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "reference" not in page and "speed" not in page])
+def test_every_flag_in_a_page_is_one_of_a_script(page):
+    known = {name for script in SCRIPTS for action in parser_of(script)._actions for name in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / page).read_text()))
+    assert named - known - OTHER_FLAGS == set()
 
 
 def test_the_functions_that_the_method_page_names_are_there():
