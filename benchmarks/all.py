@@ -1,11 +1,11 @@
-"""Run the benchmarks, and write benchmarks/RESULTS.md, section by section as each script ends.
+"""Run the benchmarks, and write docs/speed.md, section by section as each script ends.
 
     python benchmarks/all.py                             # all, on the GPU if there is one; minutes on 2 CPU cores
     python benchmarks/all.py --only gan generate
     python benchmarks/all.py --device cuda --rounds 20
 
 Results are kept in benchmarks/results.json by script and kind of device: a run replaces those of its own kind and
-leaves the others, so that RESULTS.md has columns for both. A "note" written there by hand is shown.
+leaves the others, so that docs/speed.md has columns for both. A "note" written there by hand is shown.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+DATA, PAGE = FOLDER / "results.json", FOLDER.parent / "docs" / "speed.md"
 SCRIPTS = ("gan", "generate", "supernet", "train_cifar", "image_stream", "startup")
 TITLES = {
     "gan": "GAN: one D + G step",
@@ -37,13 +38,15 @@ COLUMNS = (
     "peak GiB, plain / fast",
     "matmul, GFLOP/s",
 )
+CAPTION = "Seconds for each piece of work, the plain form against the fast one."
 EXPLANATION = """\
 Median of the rounds, plain and fast in turn in one process; the ratio is that of the same round, with its smallest and
 largest value. GFLOP: counted in the matrix products and convolutions of the fast variant. GFLOP-eq: seconds times the
 rate of a float32 matrix product measured in the same rounds, so that figures of different machines compare. Share of
 floor: GFLOP over seconds times the rate of a matrix product of the same precision. Memory: on the CPU, of a process
 with Python and torch; on CUDA, what the allocator takes of the device, beside the weights. What is plain: the
-docstrings of benchmarks/plain_gan.py, plain_images.py. Written by benchmarks/all.py; empty columns have not been run.
+docstrings of benchmarks/plain_gan.py, plain_images.py. Written by `python benchmarks/all.py`; empty columns have not
+been run. Where the time goes, and what was tried, is told in [speed_notes.md](speed_notes.md).
 """
 
 
@@ -58,12 +61,12 @@ def run_script(script: str, args: argparse.Namespace) -> dict:
         return json.loads(path.read_text())
 
 
-def write(results: dict, folder: Path) -> None:
-    """results[script][cpu or cuda] -> results.json and RESULTS.md."""
-    for name, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("RESULTS.md", render(results))):
-        temporary = folder / f".{name}.tmp"
+def write(results: dict, data: Path, page: Path) -> None:
+    """Write results[script][cpu or cuda] as JSON to `data`, and as tables to `page`."""
+    for path, text in ((data, json.dumps(results, indent=1) + "\n"), (page, render(results))):
+        temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text)
-        os.replace(temporary, folder / name)
+        os.replace(temporary, path)
 
 
 def render(results: dict) -> str:
@@ -79,7 +82,9 @@ def render(results: dict) -> str:
             f"{', ' + r['note'] if 'note' in r else ''}.\n"
             for kind, r in own.items()
         ]
-        parts += [markdown(rows) for rows in (joined(own, "rows"), joined(own, "figures")) if rows]
+        for part, caption in (("rows", CAPTION), ("figures", "Further figures.")):
+            if rows := joined(own, part):
+                parts.append(f"**{TITLES[script].split(':')[0]}.** {caption}\n\n{markdown(rows)}")
     return "\n".join(parts)
 
 
@@ -107,24 +112,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, metavar="SCRIPT", help=str(SCRIPTS))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each variant runs (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="where RESULTS.md and results.json are")
+    where = "folder for speed.md and results.json (default: docs/speed.md, benchmarks/results.json)"
+    parser.add_argument("--output_dir", type=Path, help=where)
     args = parser.parse_args(argv)
-    if args.quick and args.output_dir.resolve() == FOLDER:
+    if args.quick and (args.output_dir is None or args.output_dir.resolve() in (DATA.parent, PAGE.parent)):
         parser.error("argument --output_dir: expected another folder with --quick, whose figures mean nothing")
+    path, page = (DATA, PAGE) if args.output_dir is None else (args.output_dir / DATA.name, args.output_dir / PAGE.name)
     try:  # before anything is measured
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output_dir: {error}")
-    path = args.output_dir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for script in args.only:
         print(f"---- {script}", flush=True)
         result = run_script(script, args)
         results.setdefault(script, {})[result["kind"]] = {**result, "cpu": cpu_name(), "quick": args.quick}
-        write(results, args.output_dir)
-    print(f"wrote {args.output_dir / 'RESULTS.md'}")
+        write(results, path, page)
+    print(f"wrote {page}")
 
 
 def cpu_name() -> str:

@@ -18,7 +18,7 @@ NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
 PHOTO_CLASSES = ("blue", "dark", "green", "light", "red", "white")
 TINY = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --amp off".split()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-TWO_PROCESSES = (*TORCHRUN, "tests/two_processes.py")  # for scripts that are files
+TWO_PROCESSES = (*TORCHRUN, "-m", "tests.two_processes")  # for scripts that are files
 
 
 @contextmanager

@@ -171,9 +171,9 @@ def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path)
     rows, figures = results[script]["cpu"]["rows"], results[script]["cpu"]["figures"]
     assert all(float(row["GFLOP"]) > 0 and float(row["ratio"].split()[0]) > 0 for row in rows)
     assert bool(rows) == (script != "image_stream") and figures
-    text = (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "speed.md").read_text()
     assert all(text.index("GAN: one D + G step") < text.index(figure["what"]) for figure in figures)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["RESULTS.md", "results.json"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["results.json", "speed.md"]
     direct = subprocess.run(
         [sys.executable, f"benchmarks/{script}.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
     )
