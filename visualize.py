@@ -114,7 +114,7 @@ def _svg_to_pdf(svg: bytes) -> bytes:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(__doc__)
     parser.add_argument("--arch", required=True, help="a published genotype's name, FILE.json or FILE.json:INDEX")
-    parser.add_argument("--format", choices=FORMATS, default="svg")
+    parser.add_argument("--format", choices=FORMATS, default="svg", help="of the pictures")
     parser.add_argument("--output_dir", help="folder for the pictures (default: runs/visualize-<time>-<pid>)")
     return parser.parse_args(argv)
 

@@ -346,7 +346,7 @@ def test_a_generator_of_invalid_cells_writes_an_empty_list(gan, nasdata, tmp_pat
     state["generator"]["cells.normal.add_edge.2.bias"] -= 1e4  # no edges
     torch.save(state, tmp_path / "edgeless.pt")
     flags = ["--checkpoint", tmp_path / "edgeless.pt", "--num_archs", 4, "--output_dir", tmp_path / "out"]
-    assert "nothing was written" in run("generate_archs.py", *flags, "--max_params", "9M", ok=False)
+    assert "nothing was written" in run("generate_archs.py", *flags, "--max_draws", 9, "--max_params", "9M", ok=False)
     assert "warning: none of the cells drawn is valid" in run("generate_archs.py", *flags, "--evaluate")
     assert json.loads((tmp_path / "out" / "genotypes.json").read_text()) == []
 
