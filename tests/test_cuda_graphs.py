@@ -20,6 +20,7 @@ from build_nas_dataset.records import Record
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models.cost import genotype_cost
 from models.fast.cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
+from models.fast.replay import parameters_to_clip, record_parts
 from models.graph import CellBatch
 from models.network import CifarNetwork
 from models.supernet import Supernet
@@ -30,20 +31,9 @@ from utils import autocast, load_optimizer, set_lr, set_seed
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 GAN_FLAGS = {
-    "paper": ["--recipe", "paper", "--temperature", "1"],
-    "robust": ["--objectives", "accuracy,params", "--warmup_epochs", "1", "--pool", "1000"],
-    "all": [
-        "--warmup_epochs",
-        "1",
-        "--adversarial_weight",
-        "1",
-        "--g_dropout",
-        "0.3",
-        "--n_critic",
-        "2",
-        "--pool",
-        "0",
-    ],
+    "paper": "--recipe paper --temperature 1",
+    "robust": "--objectives accuracy,params --warmup_epochs 1 --pool 1000",
+    "all": "--warmup_epochs 1 --adversarial_weight 1 --g_dropout 0.3 --n_critic 2 --pool 0",
 }
 
 
@@ -89,8 +79,8 @@ def test_an_optimizer_takes_its_place_on_another_device_with_a_loaded_state():
 
 
 def trainer(name: str, **changes) -> gan.Trainer:
-    flags = ["--batch_size", "8", "--g_emb_size", "16", "--d_emb_size", "16", "--n_epochs", "3"]
-    args = gan.parse_args([*GAN_FLAGS[name], *flags])
+    flags = GAN_FLAGS[name] + " --batch_size 8 --g_emb_size 16 --d_emb_size 16 --n_epochs 3"
+    args = gan.parse_args(flags.split())
     vars(args).update(changes)
     pool = random_pool(60, seed=3)
     records = [Record(i, g, 0.1 + i / 100, *genotype_cost(g)) for i, g in enumerate(pool)]
@@ -248,9 +238,8 @@ class SupernetRun:
     """What build_nas_dataset trains, small: 24 genotypes, 12 steps an epoch."""
 
     def __init__(self, device: str, cuda_graphs: bool, amp: str = "off"):
-        flags = ["--batch_size", "16", "--epochs", "4", "--scorings", "1", "--cutout_size", "0"]
-        flags += ["--lr_max", "0.01", "--grad_clip", "1"]
-        self.args = build_nas_dataset.parse_args([*flags, "--amp", amp])
+        flags = "--batch_size 16 --epochs 4 --scorings 1 --cutout_size 0 --lr_max 0.01 --grad_clip 1"
+        self.args = build_nas_dataset.parse_args([*flags.split(), "--amp", amp])
         source, self.device = torch.Generator().manual_seed(0), torch.device(device)
         pixels = torch.randint(256, (192, 3, 32, 32), generator=source, dtype=torch.uint8)
         classes = [str(i) for i in range(10)]
@@ -258,10 +247,9 @@ class SupernetRun:
         self.pool = random_pool(24, seed=5)
         set_seed(0)
         self.supernet = Supernet(layers=1, channels=8).to(device, memory_format=torch.channels_last)
-        self.optimizer = training.build_optimizer("sgd", self.supernet, 0.01, momentum=0.9, weight_decay=3e-4)
-        build_nas_dataset.fill_momentum(self.optimizer)
+        self.optimizer = build_nas_dataset.make_optimizer(self.supernet, self.args)
         if cuda_graphs:
-            self.supernet.record_parts()
+            record_parts(self.supernet)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         return build_nas_dataset.train_epoch(
@@ -347,11 +335,11 @@ def test_gradients_of_replayed_parts_are_those_of_the_parts_themselves(graphs_on
         run = SupernetRun("cpu", False)
         run.supernet.double()
         if cuda_graphs:
-            run.supernet.record_parts()
+            record_parts(run.supernet)
         for genotype in (run.pool[0], passes_over_cells()):
             grads = run.gradients(genotype)
             norm = torch.nn.utils.get_total_norm(list(grads.values()))
-            parameters = [*run.supernet.recorded_parameters(), *run.supernet.other_parameters()]
+            parameters = parameters_to_clip(run.supernet)
             assert len(parameters) < 150 or not cuda_graphs
             torch.nn.utils.clip_grad_norm_(parameters, norm / 2)  # scales all of them
             found.append({name: grad.clone() for name, grad in grads.items()})
