@@ -6,8 +6,8 @@ can be recorded as a whole. Its parts can: each op, calibration and final convol
 when it is first called, and a step replays those on its path.
 
 RecordedParts holds the graphs. A Tape calls them in a forward pass and goes back over the calls for the gradients.
-Replay makes one function for autograd of a whole cell, since autograd takes longer for many. RecordedCell and
-RecordedSupernet, at the end, are the supernet's own classes with the calls of modules replaced.
+Replay makes one function for autograd of a cell, since many take longer. RecordedCell and RecordedSupernet, at the
+end, are the supernet's own classes with the calls of modules replaced.
 """
 
 from collections import defaultdict
@@ -118,8 +118,7 @@ class Place:
     """The memory that the parts in one place share, since a step calls one of them only.
 
     x, grad_x: the input and its gradient, as vectors. y: the output. grad_y: the gradient of y, in scratch memory,
-    since it is read at once. pool: the graphs' memory for all that is between. Without gradients x is scratch memory
-    too.
+    since it is read at once. pool: the graphs' memory for the rest. Without gradients x is scratch memory too.
     """
 
     x: Tensor
@@ -274,8 +273,7 @@ class Replay(torch.autograd.Function):
     """One function for autograd, made of run(tape, *inputs) -> a tensor, which calls the tape only.
 
     It is differentiable in the inputs, of which one at least has to require a gradient. The parameters then get their
-    gradients too: these are set and not accumulated. The output and all gradients are overwritten by the next calls of
-    the same parts.
+    gradients too, set and not accumulated. All that comes out is overwritten by the next calls of the same parts.
     """
 
     @staticmethod
@@ -363,6 +361,7 @@ class RecordedSupernet(Supernet):
     """A Supernet whose cells are replayed. Made by record_parts from a finished one."""
 
     def record(self) -> None:
+        """Replace the cells."""
         self.parts = {(True, True): RecordedParts(), (False, False): RecordedParts(gradients=False)}
         self.others = [p for name, p in self.named_parameters() if not name.startswith("cells.")]
         self.keep = self.classifier.weight.new_empty(len(self.cells))  # which recordings of drop path read
@@ -395,11 +394,12 @@ def record_parts(supernet: Supernet) -> None:
     supernet.record()
 
 
-def parameters_to_clip(supernet: nn.Module) -> list[Tensor]:
+def parameters_to_clip(supernet: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
     """The tensors whose gradients are all gradients of the last backward pass, for torch.nn.utils.clip_grad_norm_.
 
-    These are the parameters; those of recorded parts as one tensor for each part that was called.
+    These are the parameters; those of a recorded supernet with one tensor for each recorded part that was called.
+    parameters: list(supernet.parameters()), which takes milliseconds to find, and so is not found in each step.
     """
     if not isinstance(supernet, RecordedSupernet):
-        return list(supernet.parameters())
+        return parameters
     return [*(flat for parts in supernet.parts.values() for flat in parts.called), *supernet.others]
