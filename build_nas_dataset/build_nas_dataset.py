@@ -152,7 +152,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--cutout_size", type=number(int, 0), default=16, help="side of the square cut out of images, pixels; 0: none")
     add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
     add_cuda_graphs_flag(group)
-    add("--resume", help="run folder or checkpoint to go on with")
+    add("--resume", help="run folder, or its checkpoint.pt, to go on with")
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
