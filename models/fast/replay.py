@@ -1,9 +1,9 @@
 """`record_parts(supernet)` makes a finished supernet replay what its cells do as CUDA graphs, with the same numbers.
 
 Why it exists: a step of the supernet consists of some thousand small kernels, which a GPU is done with sooner than the
-host can launch them. A CUDA graph launches many at once. But every step goes along another genotype's path, so no step
-can be recorded as a whole. Its parts can: each op, calibration and final convolution has a graph of its own, recorded
-when it is first called, and a step replays those on its path.
+host can launch them. A CUDA graph launches many at once, but every step goes along another genotype's path, so that
+none can be recorded as a whole. Its parts can: each op has a graph of its own, recorded when it is first called, and a
+step replays those on its path.
 
 RecordedParts holds the graphs. A Tape calls them in a forward pass and goes back over the calls for the gradients.
 Replay makes one function for autograd of a cell, since many take longer. RecordedCell and RecordedSupernet, at the
@@ -13,7 +13,7 @@ end, are the supernet's own classes with the calls of modules replaced.
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 
 import torch
@@ -52,7 +52,7 @@ class RecordedParts:
         parameters: Sequence[Tensor],
         max_joined: int,
     ) -> "Part":
-        """Record a function with the arguments of Tape.call, which are described there."""
+        """Record a function; the arguments are those of Tape.call."""
         random_state, join = torch.cuda.get_rng_state(), max_joined > 0
         example = torch.cat(inputs, dim=1) if join else inputs[0]
         # Leaves of this recording alone: autograd remembers of others on what stream they were used before.
@@ -135,7 +135,7 @@ class Part:
     x, grad_x: its input and the gradient, views of the memory of the place. join: whether x is the concatenation of
     the inputs that it is called with, not their sum. leaves: the tensors that are read as the parameters; with `join`
     copies of them. grads: the gradients of the leaves. flat: a vector that stands for all parameters, whose gradient
-    is the memory of the grads: so many parameters take one kernel where gradients are clipped.
+    is the memory of the grads, so that clipping them takes one kernel.
     """
 
     place: Place
@@ -159,10 +159,7 @@ class Part:
         return self.place.y.detach()
 
     def backward(self, grads: Sequence[Tensor], count: int, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Replay the backward pass: gradients of the output, to be added up -> gradients of the `count` inputs.
-
-        The gradients of the parameters are set.
-        """
+        """Gradients of the output, to be added up -> those of the `count` inputs. Those of the parameters are set."""
         write_sum(grads, self.place.grad_y)
         self.backward_graph.replay()
         for parameter, grad in zip(parameters, self.grads, strict=True):
@@ -227,9 +224,8 @@ class Tape:
     ) -> Tensor:
         """function(x, *parameters), replayed; x is the sum of the inputs, or the concatenation of their ReLU.
 
-        The result is overwritten by the next call in the same place. All calls with one key must have the same
-        function, shapes, precision and, where inputs are added up, parameters. What else the function reads has to
-        stay where it is in memory.
+        The result is overwritten by the next call in the same place. Calls with one key must have the same function,
+        shapes, precision and, where inputs are added up, parameters. What else it reads has to stay where it is.
         max_joined: how many inputs are concatenated in this place at most; 0: they are added up.
         Raises ValueError when an input has another shape than at the first call.
         """
@@ -320,8 +316,8 @@ class TapedCell:
             x = F.conv2d(x, torch.cat(slices, dim=1))
             return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
 
-        parameters = [*slices, norm.weight, norm.bias]
-        return self.tape.call((cell, len(slices)), cell, function, states, parameters, len(cell.final))
+        read = [*slices, norm.weight, norm.bias]
+        return self.tape.call((cell, len(slices)), cell, function, states, read, len(cell.final))
 
     def _replay(self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: Tensor | None = None) -> Tensor:
         """A module on the sum of the inputs, and drop path if there is a keep probability."""
@@ -339,8 +335,7 @@ class RecordedCell(SupernetCell):
 
     def record(self, parts: dict[tuple[bool, bool], RecordedParts], layer: int) -> None:
         """parts: by whether in train mode and whether with gradients. layer: the cell's number in the supernet."""
-        self.parts = parts
-        # A step calls one of the ops of a vertex, so these are in the same place.
+        self.parts = parts  # below: a step calls one of the ops of a vertex, so these are in the same place
         places = {op: (layer, name.split("_")[0]) for name, op in self.ops.items()}
         modules = *self.calibration.values(), *self.ops.values(), *self.reduces.values()
         self.recorded = {module: (places.get(module, module), dict(module.named_parameters())) for module in modules}
@@ -349,22 +344,22 @@ class RecordedCell(SupernetCell):
         parts = self.parts.get((self.training, torch.is_grad_enabled()))
         if parts is None:
             return super().forward(spec, s0, s1, keep_prob)
-        replay = partial(self._replay, spec, keep_prob)
-        return Replay.apply(replay, parts, s0, s1) if parts.gradients else replay(Tape(parts), s0, s1)
 
-    def _replay(self, spec: CellSpec, keep_prob: Tensor | None, tape: Tape, s0: Tensor, s1: Tensor) -> Tensor:
-        cell = TapedCell(self, tape)
-        return cell.join(spec, cell.run(spec, (s0, s1), keep_prob))
+        def replay(tape: Tape, *inputs: Tensor) -> Tensor:
+            cell = TapedCell(self, tape)
+            return cell.join(spec, cell.run(spec, inputs, keep_prob))
+
+        return Replay.apply(replay, parts, s0, s1) if parts.gradients else replay(Tape(parts), s0, s1)
 
 
 class RecordedSupernet(Supernet):
     """A Supernet whose cells are replayed. Made by record_parts from a finished one."""
 
     def record(self) -> None:
-        """Replace the cells."""
+        """Make the cells RecordedCells. keep: the keep probabilities of drop path, where recordings read them."""
         self.parts = {(True, True): RecordedParts(), (False, False): RecordedParts(gradients=False)}
         self.others = [p for name, p in self.named_parameters() if not name.startswith("cells.")]
-        self.keep = self.classifier.weight.new_empty(len(self.cells))  # which recordings of drop path read
+        self.keep = self.classifier.weight.new_empty(len(self.cells))
         for layer, cell in enumerate(self.cells):
             cell.__class__ = RecordedCell
             cell.record(self.parts, layer)
@@ -386,9 +381,9 @@ def record_parts(supernet: Supernet) -> None:
     """From now on, replay what the cells of a supernet do as CUDA graphs, in training steps and in scorings.
 
     The supernet, on its device already, becomes a RecordedSupernet with the same weights, to be used as before.
-    Every training step has to have images of the same shape, and the same precision; so has every scoring, and be in
-    inference mode or not as the first one was. The gradients of a step are lost with the next forward pass, and have
-    to be gone (zero_grad) by the next backward pass. To clip them, use parameters_to_clip.
+    All training steps must have images of one shape and one precision; so must all scorings, and be in inference mode
+    or not as the first one was. The gradients of a step are lost with the next forward pass, and have to be gone
+    (zero_grad) by the next backward pass. To clip them, use parameters_to_clip.
     """
     supernet.__class__ = RecordedSupernet  # as torch.nn.utils.parametrize does
     supernet.record()
@@ -397,8 +392,8 @@ def record_parts(supernet: Supernet) -> None:
 def parameters_to_clip(supernet: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
     """The tensors whose gradients are all gradients of the last backward pass, for torch.nn.utils.clip_grad_norm_.
 
-    These are the parameters; those of a recorded supernet with one tensor for each recorded part that was called.
-    parameters: list(supernet.parameters()), which takes milliseconds to find, and so is not found in each step.
+    parameters: list(supernet.parameters()), found once, since it takes milliseconds. It is the result, but for a
+    recorded supernet, where one tensor stands for all parameters of a recorded part that was called.
     """
     if not isinstance(supernet, RecordedSupernet):
         return parameters
