@@ -128,14 +128,12 @@ def test_cell_with_an_unused_input_builds_a_network_that_learns():
 )
 def test_equal_cells_are_compiled_once_and_train_as_without(options):
     """The cells of a stage have other inputs in its first two; eleven graphs for those of three stages."""
-    rows = [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5]
-    cell = CellSpec(rows, ["input0", "input1", "seqconv3x3", "maxpool3x3", "output"])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     images, found = torch.randn(2, 3, 32, 32).double().to(memory_format=torch.channels_last), []
     for compiled in (False, True):
         torch.manual_seed(0)
-        network = CifarNetwork(Genotype(cell, cell), layers=4, channels=4, drop_path_keep_prob=0.9)
+        network = CifarNetwork(GENOTYPES["NAG_ENSEMBLE_C"], layers=4, channels=4, drop_path_keep_prob=0.9)
         network.double().to(memory_format=torch.channels_last)
         if compiled:
             network.compile_cells(fullgraph=True, **options)
