@@ -20,14 +20,14 @@ import torch
 
 from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory, steps_of
-from build_nas_dataset.build_nas_dataset import fill_momentum, settle_training_amp, train_epoch
+from build_nas_dataset.build_nas_dataset import make_optimizer, settle_training_amp, train_epoch
 from build_nas_dataset.build_nas_dataset import parse_args as script_args
 from build_nas_dataset.records import read_records
-from build_nas_dataset.scoring import score
+from build_nas_dataset.scoring import build_supernet, score
 from genotypes import Genotype
-from models.supernet import Supernet
+from models.fast.cuda_graphs import can_record
+from models.supernet import Supernet, SupernetConfig
 from training.images import ImageSet, normalize
-from training.steps import build_optimizer
 from utils import settle_amp
 
 GENOTYPES = 4  # a run, one training step or scoring each
@@ -36,7 +36,7 @@ EPOCHS, TRAIN_IMAGES, POOL, SCORINGS = 150, 45_000, 4000, 10  # of a whole run w
 
 
 def random_images(n: int, size: int, device: torch.device) -> ImageSet:
-    """n images of 10 classes."""
+    """n images of `size` pixels, of 10 classes, on the device."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
     classes = [str(i) for i in range(10)]
@@ -50,25 +50,25 @@ def median_genotypes(n: int) -> list[Genotype]:
     return [record.genotype for record in records[first : first + n]]
 
 
-def make_supernet(quick: bool, device: torch.device) -> Supernet:
+def make_supernet(quick: bool, device: torch.device, recorded: bool = False) -> Supernet:
+    """The published supernet, or a tiny one. recorded: whether it is replayed as CUDA graphs."""
     torch.manual_seed(0)
-    supernet = Supernet(layers=1, channels=4) if quick else Supernet()
-    return supernet.to(device, memory_format=torch.channels_last)
+    config = SupernetConfig(layers=1, channels=4) if quick else SupernetConfig()
+    return build_supernet(config, device, recorded)
 
 
 def scoring_run(
     genotypes: list[Genotype], images: ImageSet, batch_size: int, amp: str, args, device, recorded: bool = False
 ) -> Run:
     """Score genotypes one after the other on all images, in batches."""
-    supernet = make_supernet(args.quick, device).eval()
-    if recorded:
-        supernet.record_parts()
+    supernet = make_supernet(args.quick, device, recorded).eval()
     x = normalize(images.images, images.mean, images.std)
     batches = list(zip(x.split(batch_size), images.labels.split(batch_size), strict=True))
     return lambda: [score(supernet, genotype, batches, amp).item() for genotype in genotypes]
 
 
 def training(args: argparse.Namespace, device: torch.device) -> Comparison:
+    """Training steps of the supernet: the plain one, and in each precision the project's."""
     batch = 8 if args.quick else 128
     genotypes, steps = median_genotypes(1 if args.quick else GENOTYPES), steps_of(device)
     images = random_images(batch * steps, 32, device)
@@ -80,19 +80,16 @@ def training(args: argparse.Namespace, device: torch.device) -> Comparison:
         return lambda: [plain_images.train_step(supernet, optimizer, x, images.labels[:batch], g) for g in genotypes]
 
     def fast(amp: str, recorded: bool = False, images: ImageSet = images) -> Run:
-        supernet = make_supernet(args.quick, device)
-        flags = script_args(["--batch_size", str(batch), "--amp", amp])
-        optimizer = build_optimizer("sgd", supernet, flags.lr_max, momentum=0.9, weight_decay=flags.l2_reg)
-        fill_momentum(optimizer)
-        if recorded:
-            supernet.record_parts()
+        supernet = make_supernet(args.quick, device, recorded)
+        flags = script_args(f"--batch_size {batch} --amp {amp}".split())
+        optimizer = make_optimizer(supernet, flags)
         return lambda: [train_epoch(supernet, optimizer, images, [g], flags, 0, device) for g in genotypes]
 
     def once() -> Run:
         return fast("off", images=images.subset(torch.arange(batch)))
 
     builds = {"float32": lambda: fast("off"), "bf16": lambda: fast("bf16")}
-    if device.type == "cuda":
+    if can_record(device):
         builds["float32, recorded"] = lambda: fast("off", recorded=True)
         builds["bf16, recorded"] = lambda: fast("bf16", recorded=True)
     work = f"{len(genotypes)} training steps, batch {batch}, 32 px"
@@ -102,6 +99,7 @@ def training(args: argparse.Namespace, device: torch.device) -> Comparison:
 
 
 def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
+    """Scorings of single genotypes: the plain one, and in each precision the project's."""
     n = 20 if args.quick else 500
     images, genotypes = random_images(n, 32, device), median_genotypes(1 if args.quick else GENOTYPES)
     workers = 0 if args.quick else LOADER_WORKERS
@@ -114,7 +112,7 @@ def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
         "float32": lambda: scoring_run(genotypes, images, n, "off", args, device),
         "bf16": lambda: scoring_run(genotypes, images, n, "bf16", args, device),
     }
-    if device.type == "cuda":
+    if can_record(device):
         builds["float32, recorded"] = lambda: scoring_run(genotypes, images, n, "off", args, device, recorded=True)
         builds["bf16, recorded"] = lambda: scoring_run(genotypes, images, n, "bf16", args, device, recorded=True)
     work = f"scoring {len(genotypes)} genotypes on {n} images"
@@ -122,7 +120,7 @@ def scoring(args: argparse.Namespace, device: torch.device) -> Comparison:
 
 
 def linearity(report: Report) -> None:
-    """Time of scoring against genotypes and against images, relative to the smallest."""
+    """Report how the time of scoring grows with genotypes and with images, relative to the smallest number."""
     args, device = report.args, report.device
     n = 20 if args.quick else 250
     genotypes, images = median_genotypes(4), random_images(4 * n, 32, device)
@@ -136,7 +134,10 @@ def linearity(report: Report) -> None:
 
 
 def whole_run(report: Report, step: str, score_one: str) -> None:
-    """Extrapolated from one step and one scoring, in the precisions that `auto` means on this device."""
+    """Report the time of a whole run with default settings, extrapolated from one step and one scoring.
+
+    step, score_one: the names of these two comparisons. The precisions are those that `auto` means on this device.
+    """
     n = 1 if report.args.quick else GENOTYPES
     steps, scored = EPOCHS * (TRAIN_IMAGES // 128), POOL * SCORINGS
     settled = settle_training_amp("auto", report.device), settle_amp("auto", report.device)

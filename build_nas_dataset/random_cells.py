@@ -1,4 +1,10 @@
-"""Random genotypes: the pool that the supernet is trained on and scores (NAG paper, section 3.3)."""
+"""Random genotypes: the pool that the supernet is trained on and scores (NAG paper, section 3.3).
+
+They are drawn in two ways with the same distribution: random_cell, random_genotype and random_pool draw one after the
+other, as specs; random_cells and random_batch draw many at once, as tensors, for the training of the generator.
+A cell has V vertices with the chances of size_weights. A density b ~ U(0, 1) is drawn for it, every edge that may
+exist does so with probability b, and the ops are uniform.
+"""
 
 import numpy as np
 import torch
@@ -9,18 +15,17 @@ from models.graph import CellBatch
 
 
 def size_weights(space: SearchSpace, max_vertices: int | None = None) -> np.ndarray:
-    """Shares of the cells by number of vertices, from the smallest: 1, 8, 16, 32, ... (doubling), of their sum."""
+    """The chance of each number of vertices, from the smallest to max_vertices (None: the space's), as (sizes,).
+
+    They are in the proportion 1 : 8 : 16 : 32 : ..., doubling from the second on.
+    """
     sizes = (max_vertices or space.max_vertices) + 1 - space.min_vertices
     weights = np.array([1.0] + [2.0 ** (i + 3) for i in range(sizes - 1)])
     return weights / weights.sum()
 
 
 def random_cell(rng: np.random.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None) -> CellSpec:
-    """One cell as drawn, not pruned and perhaps not valid.
-
-    The number of vertices is drawn by size_weights; a density b ~ U(0, 1) is drawn for the cell, every allowed edge
-    exists with probability b, and ops are uniform.
-    """
+    """One cell as drawn, not pruned and perhaps not valid. max_vertices: of the largest; None: the space's."""
     weights = size_weights(space, max_vertices)
     size = space.min_vertices + int(rng.choice(len(weights), p=weights))
     matrix = np.triu(rng.random((size, size)) < rng.random(), k=1)
@@ -29,10 +34,32 @@ def random_cell(rng: np.random.Generator, space: SearchSpace = NAG_SPACE, max_ve
     return CellSpec(matrix.astype(int).tolist(), [*space.inputs, *map(str, ops), space.output], space)
 
 
+def random_cells(
+    n: int, source: torch.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None
+) -> CellBatch:
+    """n cells with the distribution of random_cell, not pruned and perhaps not valid, as tensors on source's device.
+
+    Vertices beyond a cell's own number are there with neither op nor edges.
+    """
+    device, limit = source.device, max_vertices or space.max_vertices
+    weights = torch.tensor(size_weights(space, max_vertices), device=device)
+    size = space.min_vertices + torch.multinomial(weights, n, replacement=True, generator=source)[:, None]  # (n, 1)
+    vertices = torch.arange(limit, device=device)
+    tokens = torch.randint(len(space.ops), (n, limit), generator=source, device=device) + 1 + space.num_inputs
+    tokens = torch.where(vertices < space.num_inputs, vertices + 1, tokens)
+    tokens = torch.where(vertices == size - 1, space.token_id[space.output], tokens)  # (n, V)
+    ops = F.one_hot(tokens, len(space.tokens)) * (vertices < size)[..., None]
+    density = torch.rand(n, 1, 1, generator=source, device=device)
+    adj = (torch.rand(n, limit, limit, generator=source, device=device) < density).triu(1)
+    adj &= (vertices >= space.num_inputs) & (vertices < size)[:, None]  # by target; sources are below it
+    dtype = torch.get_default_dtype()
+    return CellBatch(adj.to(dtype), ops.to(dtype), size.squeeze(1))
+
+
 def random_genotype(
     rng: np.random.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None
 ) -> Genotype:
-    """A valid genotype, pruned. Cells are drawn independently; when one is invalid, all are drawn again."""
+    """A valid genotype, pruned. Its cells are drawn independently; when one is invalid, all are drawn again."""
     while True:
         genotype = Genotype(*(random_cell(rng, space, max_vertices) for _ in space.cells), space=space).prune()
         if genotype is not None:
@@ -40,7 +67,7 @@ def random_genotype(
 
 
 def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None) -> list[Genotype]:
-    """n valid pruned genotypes, no two of them isomorphic, fixed by the seed.
+    """n genotypes of random_genotype, no two of them isomorphic; the same ones for the same seed.
 
     Raises ValueError when the space does not seem to hold that many.
     """
@@ -62,11 +89,13 @@ def random_pool(n: int, seed: int, space: SearchSpace = NAG_SPACE, max_vertices:
 def random_batch(
     n: int, source: torch.Generator, space: SearchSpace = NAG_SPACE, max_vertices: int | None = None
 ) -> tuple[CellBatch, ...]:
-    """The valid ones of n random genotypes as random_genotype draws them, pruned, all at once on source's device.
+    """The valid ones of n genotypes with the distribution of random_genotype, pruned: one CellBatch for each cell.
 
-    No two have the same tensors. Relabelled, one may be there twice; small cells, which repeat most, have one form.
+    No two have the same tensors. With its vertices in another order, a genotype may be there twice; small cells, which
+    are repeated most, have one order only.
+    source: gives the random numbers and the device.
     """
-    drawn, valid = zip(*(_random_cells(n, source, space, max_vertices).prune(space) for _ in space.cells), strict=True)
+    drawn, valid = zip(*(random_cells(n, source, space, max_vertices).prune(space) for _ in space.cells), strict=True)
     keep = torch.stack(valid).all(0)
     cells = [batch[keep].close_up() for batch in drawn]
     rows = torch.cat([part.flatten(1) for batch in cells for part in (batch.adj, batch.ops)], dim=1).to(torch.uint8)
@@ -76,30 +105,16 @@ def random_batch(
     return tuple(batch[first] for batch in cells)
 
 
-def _random_cells(n: int, source: torch.Generator, space: SearchSpace, max_vertices: int | None) -> CellBatch:
-    """random_cell, n times."""
-    device, limit = source.device, max_vertices or space.max_vertices
-    weights = torch.tensor(size_weights(space, max_vertices), device=device)
-    size = space.min_vertices + torch.multinomial(weights, n, replacement=True, generator=source)[:, None]  # (n, 1)
-    vertices = torch.arange(limit, device=device)
-    tokens = torch.randint(len(space.ops), (n, limit), generator=source, device=device) + 1 + space.num_inputs
-    tokens = torch.where(vertices < space.num_inputs, vertices + 1, tokens)
-    tokens = torch.where(vertices == size - 1, space.token_id[space.output], tokens)
-    ops = F.one_hot(tokens, len(space.tokens)) * (vertices < size)[..., None]
-    density = torch.rand(n, 1, 1, generator=source, device=device)
-    adj = (torch.rand(n, limit, limit, generator=source, device=device) < density).triu(1)
-    adj &= (vertices >= space.num_inputs) & (vertices < size)[:, None]  # by target; sources are below it
-    dtype = torch.get_default_dtype()
-    return CellBatch(adj.to(dtype), ops.to(dtype), size.squeeze(1))
-
-
 class RandomCells:
-    """Random cells behind the interface of a generator: the baseline for everything that is said of generated ones."""
+    """Random genotypes behind the interface of a generator: the baseline for all that is said of generated ones.
+
+    max_vertices: vertices of the largest cells; None: those of the space.
+    """
 
     def __init__(self, max_vertices: int | None = None):
         self.max_vertices = max_vertices
 
     def sample(self, labels: tuple[int, ...], n: int, seed: int, temperature: float | None = None) -> list[Genotype]:
-        """n valid pruned genotypes, whatever labels and temperature."""
+        """n genotypes of random_genotype, whatever the labels and the temperature."""
         rng = np.random.default_rng(seed)
         return [random_genotype(rng, max_vertices=self.max_vertices) for _ in range(n)]

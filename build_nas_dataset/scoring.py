@@ -1,73 +1,51 @@
-"""Score genotypes with a supernet: the accuracies of the NAS dataset, and of cells that were generated later."""
+"""The supernet in use: build it or read it, score genotypes with it (NAG paper, section 3.3).
+
+The scores are the accuracies of the NAS dataset, and those of cells that were generated later. What makes a supernet
+fast on a GPU (models/fast/replay.py) is reached through this module only.
+"""
 
 import argparse
+import time
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from build_nas_dataset.objectives import class_boundaries, which_class
 from build_nas_dataset.records import Record
 from genotypes import Genotype
-from models.supernet import Supernet
+from models.fast.cuda_graphs import can_record
+from models.fast.replay import parameters_to_clip, record_parts
+from models.supernet import Supernet, SupernetConfig
 from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from utils import autocast, load_checkpoint, of_this_version, progress_bar
 
+SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
-@torch.inference_mode()
-def score(supernet: Supernet, genotype: Genotype, batches: list[tuple], amp: str = "off") -> torch.Tensor:
-    """Accuracy of one genotype on the batches, a scalar tensor on their device. The supernet is left as it was.
+# ------------------------------------------------------------------------------------------------- the supernet
 
-    Batch norm uses the statistics of each batch, so a score belongs to these images in these batches.
+
+def build_supernet(config: SupernetConfig, device: torch.device, cuda_graphs: bool) -> Supernet:
+    """A fresh supernet on a device, its weights from torch's default generator on the CPU.
+
+    cuda_graphs: replay what it does as CUDA graphs, where the device has these; see record_parts for what that asks.
     """
-    correct = torch.zeros((), device=batches[0][1].device)
-    for x, labels in batches:
-        with autocast(amp, x.device):
-            logits, _ = supernet(x, genotype)
-        correct += (logits.argmax(1) == labels).sum()
-    return correct / sum(len(labels) for _, labels in batches)
+    supernet = Supernet(**asdict(config)).to(device, memory_format=torch.channels_last)
+    if cuda_graphs and can_record(device):
+        record_parts(supernet)
+    return supernet
 
 
-def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: int = 0) -> list[tuple]:
-    """Class-balanced batches of held-out images, normalised, on the device: the same for every genotype.
+def clip_gradients(supernet: nn.Module, parameters: list[torch.Tensor], largest_norm: float) -> None:
+    """Scale the gradients of a training step so that their norm, taken together, is at most `largest_norm`.
 
-    settings: the flags of the supernet's run.
-    scoring: 0, 1, 2, ... take disjoint images, and begin anew when the held-out images are used up.
-    Raises ValueError when there are too few held-out images for one scoring.
+    parameters: all of the supernet.
     """
-    disjoint = max(1, num_scorings(held_out, settings))
-    images = balanced_batch(held_out, settings.score_images, settings.seed, scoring % disjoint)
-    x = normalize(images.images, images.mean, images.std)
-    size = settings.score_batch_size
-    return list(zip(x.split(size), images.labels.split(size), strict=True))
-
-
-def num_scorings(held_out: ImageSet, settings: argparse.Namespace) -> int:
-    """How many scorings there are disjoint images for."""
-    return num_balanced(held_out) // settings.score_images
-
-
-def label_checksum(images: ImageSet) -> int:
-    """Of the labels in their order: tells most other datasets, but not those of as many images in the same folders."""
-    return zlib.crc32(images.labels.to("cpu", torch.int64).numpy().tobytes())
-
-
-def split_of(train: ImageSet, held_out: ImageSet) -> dict:
-    """What a checkpoint holds of its images, for check_split."""
-    return {
-        "classes": train.classes,
-        "training_images": len(train),
-        "held_out_checksum": label_checksum(held_out),
-    }
-
-
-def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Path) -> None:
-    """Raise ValueError when the images are not those of a checkpoint, or others of them are held out."""
-    found = split_of(train, held_out)
-    saved = {name: state.get(name, value) for name, value in found.items()}  # older checkpoints do not tell all
-    if saved != found:
-        raise ValueError(f"the images are not those of {path}, or in another order")
+    nn.utils.clip_grad_norm_(parameters_to_clip(supernet, parameters), largest_norm)
 
 
 def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, argparse.Namespace]:
@@ -79,36 +57,146 @@ def load_supernet(path: str | Path, device: torch.device) -> tuple[Supernet, arg
     return supernet.to(device, memory_format=torch.channels_last).eval(), argparse.Namespace(**state["settings"])
 
 
-class SupernetScorer:
-    """Accuracies by a supernet, on held-out images that it was not asked about for the NAS dataset.
+# --------------------------------------------------------------------------------------------- scores and images
 
-    Where it was asked about all of them, it says so, and takes those of the last scoring again.
+
+@torch.inference_mode()
+def score(supernet: Supernet, genotype: Genotype, batches: list[tuple], amp: str = "off") -> torch.Tensor:
+    """The accuracy of one genotype, a fraction 0 to 1: a scalar tensor on the device. The supernet is left unchanged.
+
+    batches: pairs of images x (B, 3, S, S), normalised, and labels (B,). Batch norm uses the statistics of each batch,
+    so a score belongs to these images in these batches.
+    amp: mixed precision, "off", "bf16" or "auto".
+    """
+    correct = torch.zeros((), device=batches[0][1].device)
+    for x, labels in batches:
+        with autocast(amp, x.device):
+            logits, _ = supernet(x, genotype)
+        correct += (logits.argmax(1) == labels).sum()
+    return correct / sum(len(labels) for _, labels in batches)
+
+
+def score_pool(
+    supernet: Supernet,
+    pool: list[Genotype],
+    batches: list[tuple],
+    scores: torch.Tensor,
+    amp: str,
+    seconds: dict[str, float],
+    save: Callable[[], None],
+) -> None:
+    """Score the genotypes of the pool whose entry in `scores` (P,) is NaN, and fill these in.
+
+    batches, amp: as in `score`. The time that it takes is added to seconds["scoring"].
+    save(): called every minute, so that a stop loses no more, but not at the end.
+    """
+    supernet.eval()
+    todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
+    for i in progress_bar(todo, desc="scoring"):
+        results[i] = score(supernet, pool[i], batches, amp)
+        if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
+            scores[list(results)] = torch.stack(list(results.values())).cpu()
+            seconds["scoring"] += time.monotonic() - saved
+            saved, results = time.monotonic(), {}
+            if i != todo[-1]:
+                save()
+
+
+def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: int = 0) -> list[tuple]:
+    """The class-balanced batches of held-out images, (x, labels) each, that every genotype is scored on.
+
+    settings: the flags of the supernet's run, of which score_images, score_batch_size and seed are read.
+    scoring: its number. Scorings 0, 1, 2, ... take disjoint images, and begin anew when all are used up.
+    Raises ValueError when there are too few held-out images for one scoring.
+    """
+    disjoint = max(1, num_scorings(held_out, settings))
+    images = balanced_batch(held_out, settings.score_images, settings.seed, scoring % disjoint)
+    x = normalize(images.images, images.mean, images.std)
+    size = settings.score_batch_size
+    return list(zip(x.split(size), images.labels.split(size), strict=True))
+
+
+def num_scorings(held_out: ImageSet, settings: argparse.Namespace) -> int:
+    """The number of scorings that there are disjoint held-out images for."""
+    return num_balanced(held_out) // settings.score_images
+
+
+def label_checksum(images: ImageSet) -> int:
+    """A checksum of the labels in their order, which tells most other sets of images from these.
+
+    It does not tell a folder from another that has as many images in each class.
+    """
+    return zlib.crc32(images.labels.to("cpu", torch.int64).numpy().tobytes())
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """The flags that a score depends on, which travel with the files that are passed on."""
+    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs")
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def split_of(train: ImageSet, held_out: ImageSet) -> dict:
+    """What a checkpoint remembers of the images of its run, for check_split."""
+    return {
+        "classes": train.classes,
+        "training_images": len(train),
+        "held_out_checksum": label_checksum(held_out),
+    }
+
+
+def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Path) -> None:
+    """Raise ValueError when the images, or their split, are not those of a checkpoint. path: where `state` is from."""
+    found = split_of(train, held_out)
+    if {name: state[name] for name in found} != found:
+        raise ValueError(f"the images are not those of {path}, or in another order")
+
+
+# --------------------------------------------------------------------------------------------- generated cells
+
+
+class SupernetScorer:
+    """Accuracies of generated cells by the supernet that labelled the NAS dataset, on held-out images of its own.
+
+    The generator learned from accuracies on the images of the supernet's scorings, so cells are judged on as many
+    scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
+    scoring are used again.
 
     supernet, settings: from load_supernet. data, cache_dir: the images that it was trained on, as in load_images.
     Raises ValueError or OSError when these are not there or are others.
+
+        scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
+        scorer.cut_classes(records, boundaries, seed=0)
+        classes = scorer.classes(scorer(genotypes))
     """
 
-    NUM_REAL = 900  # real cells that classes are cut by
+    NUM_REAL = 900  # cells of the NAS dataset that classes are cut by
 
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
         images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
-        if len(images) <= settings.holdout:
-            raise ValueError(f"{data} has {len(images)} images; those of the supernet's training are expected")
-        _, held_out = split(images, settings.holdout, settings.seed)
-        if label_checksum(held_out) != settings.held_out_checksum:  # else training images would count as held out
-            raise ValueError(f"the images of {data} are not those of the supernet's training, or in another order")
+        held_out = self._held_out(images, settings, data)
+        scorings: Sequence[int]
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))
         if not scorings:
             print("supernet: the NAS dataset took all held-out images, so those of its last scoring are used again")
             scorings = [settings.scorings - 1]
         self.batches = [batch for i in scorings for batch in scoring_batches(held_out, settings, i)]
-        # Real cells are scored anew by cut_classes, so bf16 need not be emulated, slowly, where the CPU lacks it.
+        # cut_classes scores real cells anew, so bf16 need not be emulated, slowly, where the CPU lacks it.
         self.amp = "auto" if settings.score_amp == "bf16" else settings.score_amp
         self.scored: dict[Genotype, torch.Tensor] = {}  # a genotype's accuracy is always the same
 
+    @staticmethod
+    def _held_out(images: ImageSet, settings: argparse.Namespace, data: str) -> ImageSet:
+        """The images that the supernet was not trained on. Raises ValueError when `images` are not those of its run."""
+        if len(images) <= settings.holdout:
+            raise ValueError(f"{data} has {len(images)} images; those of the supernet's training are expected")
+        _, held_out = split(images, settings.holdout, settings.seed)
+        if label_checksum(held_out) != settings.held_out_checksum:  # else training images would count as held out
+            raise ValueError(f"the images of {data} are not those of the supernet's training, or in another order")
+        return held_out
+
     def __call__(self, genotypes: list[Genotype]) -> np.ndarray:
-        """Accuracies (n,)."""
+        """The accuracies of pruned genotypes, (n,) fractions 0 to 1."""
         new = [genotype for genotype in dict.fromkeys(genotypes) if genotype not in self.scored]
         for genotype in progress_bar(new, desc="supernet"):
             self.scored[genotype] = score(self.supernet, genotype, self.batches, self.amp)
@@ -123,10 +211,12 @@ class SupernetScorer:
             )
 
     def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
-        """Classes at the quantiles of real cells, scored on the same images.
+        """Cut accuracies on these images into classes, at the quantiles of real cells scored on the same images.
 
-        ceiling: how often a real cell is in the class, by these images, that the NAS dataset has it in; a generator
-        that obeys perfectly cannot do much better.
+        records: the NAS dataset, of which NUM_REAL are drawn by the seed. boundaries: those of its own classes.
+        Sets boundaries; percentile80, the accuracy that 20 % of the real cells exceed; and ceiling, the share of real
+        cells whose class by these images is the one that the NAS dataset has them in. A generator whose cells are
+        always in the class asked for would be measured to hit it about as often.
         """
         chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
         real = self([records[i].genotype for i in chosen])
@@ -136,4 +226,5 @@ class SupernetScorer:
         self.percentile80 = float(np.quantile(real, 0.8))
 
     def classes(self, accuracies: np.ndarray) -> np.ndarray:
+        """The class of each accuracy (n,), see which_class."""
         return which_class(accuracies, self.boundaries)

@@ -18,7 +18,7 @@ from generation.adversarial import discriminator_loss, generate, generator_loss,
 from generation.likelihood import ExamplePool, choose_for_labels, likelihood_pass, policy_gradient_loss, reward
 from genotypes import NAG_SPACE
 from models.discriminator import Discriminator
-from models.fast.cuda_graphs import Recorded, recordable, side_by_side
+from models.fast.cuda_graphs import Recorded, can_record, side_by_side
 from models.generator import Generator, Request
 from models.graph import CellBatch, LabelledCells, MessagePassing
 from models.predictor import Predictor
@@ -111,7 +111,7 @@ class Trainer:
 
     def __init__(self, networks: Networks, data: TrainingData, args: argparse.Namespace):
         self.networks, self.data, self.args = networks, data, args
-        fast = args.cuda_graphs and recordable(data.labels)
+        fast = args.cuda_graphs and can_record(data.labels.device)
         self.discriminator_step = Recorded(self._discriminator_step) if fast else self._discriminator_step
         # The warm-up and the epochs after it compute different things, so each has a recording of its own.
         self.warmup_step, self.step = (Recorded(self._step) if fast else self._step for _ in range(2))

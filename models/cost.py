@@ -1,4 +1,8 @@
-"""#params and MACs of the CIFAR network in closed form, for one genotype or for a batch of them."""
+"""#params and MACs of the CIFAR network in closed form, for one genotype or for a batch of them.
+
+A cell's cost depends on few numbers, its CellCounts; OPS in models/ops.py says what each op adds to them. They are
+counted in one genotype by CellCounts.of, in a batch by CellCounts.of_batch; all that follows is the same for both.
+"""
 
 from typing import NamedTuple
 
@@ -7,52 +11,41 @@ from torch import Tensor
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.graph import CellBatch
-from models.network import halved_inputs, is_reduction, vertex_stride
+from models.network import CifarConfig, halved_inputs, is_reduction, vertex_stride
+from models.ops import OPS
 
 
 def genotype_cost(
-    genotype: Genotype, num_classes: int = 10, layers: int = 6, channels: int = 36, image_size: int = 32
+    genotype: Genotype,
+    num_classes: int = CifarConfig.num_classes,
+    layers: int = CifarConfig.layers,
+    channels: int = CifarConfig.channels,
+    image_size: int = 32,
 ) -> tuple[int, int]:
-    """(#params, MACs) of CifarNetwork, in closed form.
+    """(#params, MACs) of CifarNetwork for one genotype, its auxiliary head left out. image_size: in pixels.
 
-    Equal to count_parameters and count_macs, and thousands of times faster: for scoring pools and hard limits.
+    The numbers are those of count_parameters and count_macs, thousands of times sooner: for pools and hard limits.
     Raises ValueError when the genotype is not valid.
     """
     pruned = genotype.prune()
     if pruned is None:
         raise ValueError("the genotype is not valid: a cell has no path from an input to the output")
-    counts = CellCounts.of(pruned.normal, reduction=False), CellCounts.of(pruned.reduction, reduction=True)
-    return stack_cost(*counts, num_classes, layers, channels, image_size)
+    normal, reduction = CellCounts.of(pruned.normal, False), CellCounts.of(pruned.reduction, True)
+    return stack_cost(normal, reduction, CifarConfig(num_classes, layers, channels), image_size)
 
 
 def batch_cost(normal: CellBatch, reduction: CellBatch) -> "Cost":
-    """genotype_cost of B valid genotypes, from their pruned hard cells (CellBatch.prune): (B,) long each."""
-    return stack_cost(CellCounts.of_batch(normal, reduction=False), CellCounts.of_batch(reduction, reduction=True))
+    """genotype_cost of B valid genotypes at once: (B,) long tensors of #params and of MACs, at the default sizes.
 
-
-def stack_cost(
-    normal: "CellCounts",
-    reduced: "CellCounts",
-    num_classes: int = 10,
-    layers: int = 6,
-    channels: int = 36,
-    image_size: int = 32,
-) -> "Cost":
-    """Cost of CifarNetwork, from what counts of its cells."""
-    width, size = 3 * channels, image_size
-    cost = Cost(27 * width + 2 * width, 27 * width * size**2)
-    c_prev_prev, c_prev, halve_first = width, width, False
-    for layer in range(3 * layers + 2):
-        reduction = is_reduction(layer, layers)
-        channels = channels * 2 if reduction else channels
-        cell = reduced if reduction else normal
-        cost += cell.cost(c_prev_prev, c_prev, channels, reduction, halve_first, size)
-        size = (size + 1) // 2 if reduction else size
-        c_prev_prev, c_prev, halve_first = c_prev, channels * cell.outputs, reduction
-    return cost + Cost((c_prev + 1) * num_classes, c_prev * num_classes)
+    normal, reduction: their cells, hard and pruned (see CellBatch.prune).
+    """
+    counts = CellCounts.of_batch(normal, False), CellCounts.of_batch(reduction, True)
+    return stack_cost(*counts, CifarConfig(), image_size=32)
 
 
 class Cost(NamedTuple):
+    """#params and MACs: numbers, or (B,) tensors for a batch."""
+
     params: int | Tensor
     macs: int | Tensor
 
@@ -60,50 +53,65 @@ class Cost(NamedTuple):
         return Cost(self.params + other.params, self.macs + other.macs)
 
 
-class CellCounts(NamedTuple):
-    """What of a cell decides its cost: numbers, or (B,) tensors for a batch of cells.
+def stack_cost(normal: "CellCounts", reduced: "CellCounts", config: CifarConfig, image_size: int) -> Cost:
+    """The cost of a CifarNetwork from the counts of its normal and its reduction cell."""
+    width, size, channels = 3 * config.channels, image_size, config.channels
+    cost = Cost(27 * width + 2 * width, 27 * width * size**2)  # of the stem
+    c_prev_prev, c_prev, halve_first = width, width, False
+    for layer in range(3 * config.layers + 2):
+        reduction = is_reduction(layer, config.layers)
+        channels = channels * 2 if reduction else channels
+        cell = reduced if reduction else normal
+        cost += cell.cost(c_prev_prev, c_prev, channels, reduction, halve_first, size)
+        size = (size + 1) // 2 if reduction else size
+        c_prev_prev, c_prev, halve_first = c_prev, channels * cell.outputs, reduction
+    return cost + Cost((c_prev + 1) * config.num_classes, c_prev * config.num_classes)  # of the classifier
 
-    reads: of each cell input, whether anything does. reduces: FactorizedReduce modules, those of strided identities
-    included. convs3, convs5: separable convolutions. outputs: states that the output concatenates.
+
+class CellCounts(NamedTuple):
+    """The numbers that decide what a cell costs, or (B,) tensors of them for a batch of cells.
+
+    reads: whether anything reads cell input 0, and cell input 1.
+    depthwise: weights of the ops' depthwise convolutions for each channel.
+    pointwise: 1x1 convolutions C -> C with a batch norm, those in ops and FactorizedReduce modules.
+    outputs: states that the output concatenates.
     """
 
     reads: tuple[bool, ...] | tuple[Tensor, ...]
-    reduces: int | Tensor
-    convs3: int | Tensor
-    convs5: int | Tensor
+    depthwise: int | Tensor
+    pointwise: int | Tensor
     outputs: int | Tensor
 
     @staticmethod
     def of(spec: CellSpec, reduction: bool) -> "CellCounts":
-        """Of a pruned cell."""
-        inputs = spec.space.num_inputs
-        strided = [op == "identity" and vertex_stride(spec, v, reduction) == 2 for v, op in enumerate(spec.ops)]
-        halved = [len(halved_inputs(spec, v, reduction)) for v in range(inputs, spec.num_vertices)]
+        """The counts of one pruned cell. reduction: whether it is a reduction cell."""
+        inputs, output = spec.space.num_inputs, spec.num_vertices - 1
+        ops = [(OPS[spec.ops[v]], vertex_stride(spec, v, reduction)) for v in range(inputs, output)]
+        reduces = sum(len(halved_inputs(spec, v, reduction)) for v in range(inputs, output + 1))
         return CellCounts(
-            tuple(any(row) for row in spec.matrix[:inputs]),
-            sum(strided) + sum(halved),
-            spec.ops.count("seqconv3x3"),
-            spec.ops.count("seqconv5x5"),
-            len(spec.predecessors(spec.num_vertices - 1)),
+            reads=tuple(any(row) for row in spec.matrix[:inputs]),
+            depthwise=sum(op.depthwise for op, _ in ops),
+            pointwise=sum(op.pointwise_at(stride) for op, stride in ops) + reduces,
+            outputs=len(spec.predecessors(output)),
         )
 
     @staticmethod
     def of_batch(cells: CellBatch, reduction: bool, space: SearchSpace = NAG_SPACE) -> "CellCounts":
-        """The same of pruned hard cells, see CellBatch.prune."""
+        """The counts of B reduction or B normal cells, hard and pruned (see CellBatch.prune): (B,) tensors."""
         inputs, adj = space.num_inputs, cells.adj.long()
-        ops = {name: cells.ops[..., i].long() for name, i in space.token_id.items()}  # (B, V) of 0/1 each
-        reduces = torch.zeros_like(cells.num_nodes)
+        chosen = {name: cells.ops[..., i].long() for name, i in space.token_id.items()}  # (B, V) of 0 and 1 each
+        strided = reduces = torch.zeros_like(adj[:, 0])  # (B, V)
         if reduction:
-            from_inputs, from_interior = adj[:, :inputs].sum(1), adj[:, inputs:].sum(1)  # (B, V)
-            interior = sum(ops[name] for name in space.ops)
-            strided = interior * (from_interior == 0)
-            reduces = (strided * ops["identity"] + (1 - strided) * from_inputs).sum(1)
+            from_inputs, from_interior = adj[:, :inputs].sum(1), adj[:, inputs:].sum(1)
+            strided = sum(chosen[name] for name in space.ops) * (from_interior == 0)
+            reduces = (1 - strided) * from_inputs
+        depthwise = sum(OPS[name].depthwise * chosen[name] for name in space.ops)
+        at_strides = [sum(OPS[name].pointwise_at(stride) * chosen[name] for name in space.ops) for stride in (1, 2)]
         return CellCounts(
-            tuple((adj[:, i] > 0).any(-1) for i in range(inputs)),
-            reduces,
-            ops["seqconv3x3"].sum(1),
-            ops["seqconv5x5"].sum(1),
-            (adj * ops[space.output][:, None]).sum((1, 2)),
+            reads=tuple((adj[:, i] > 0).any(-1) for i in range(inputs)),
+            depthwise=depthwise.sum(1),
+            pointwise=torch.where(strided > 0, at_strides[1], at_strides[0]).sum(1) + reduces.sum(1),
+            outputs=(adj * chosen[space.output][:, None]).sum((1, 2)),
         )
 
     def cost(
@@ -115,12 +123,10 @@ class CellCounts(NamedTuple):
         halve_first: bool,
         size: int,
     ) -> Cost:
-        """Of one Cell whose second input has size x size pixels."""
+        """The cost of one `Cell`, see there for the arguments. size: of its second input, size x size pixels."""
         pixels = ((size + 1) // 2 if reduction else size) ** 2
-        depthwise = 2 * channels * (9 * self.convs3 + 25 * self.convs5)
-        pointwise = 2 * (self.convs3 + self.convs5) + self.reduces  # each with a batch norm
-        params = depthwise + pointwise * (channels**2 + 2 * channels)
-        macs = (depthwise + pointwise * channels**2) * pixels
+        params = self.depthwise * channels + self.pointwise * (channels**2 + 2 * channels)
+        macs = (self.depthwise * channels + self.pointwise * channels**2) * pixels
         for c_in, read, halve in zip((c_prev_prev, c_prev), self.reads, (halve_first, False), strict=True):
             brought = read & ((c_in != channels) | halve)  # to C channels, by a pointwise convolution
             params = params + brought * (c_in * channels + 2 * channels)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
-from models.fast.cuda_graphs import needs_fixed_shapes, side_by_side
+from models.fast.cuda_graphs import can_record, side_by_side
 from models.fast.sampling import decide_as_in_float64
 from models.graph import CellBatch, GraphState, LabelEmbedding, MessagePassing, neighbours
 from utils import load_checkpoint, of_this_version
@@ -322,7 +322,7 @@ class Generator(nn.Module):
             before it (straight through). For a likelihood they must not: these decisions are given.
         """
         condition = torch.cat([z, self.labels(labels)], dim=-1)  # (B, C)
-        fixed_shape = needs_fixed_shapes(z) if self.fixed_shape is None else self.fixed_shape
+        fixed_shape = can_record(z.device) if self.fixed_shape is None else self.fixed_shape
         noise = noise or (None,) * len(self.cells)
         results = []
         if self.summaries and forced is None:  # a cell waits for the cells before it

@@ -1,9 +1,12 @@
 """Stand-alone networks: one genotype stacked into a classifier (NAG paper, section 3.1).
 
-The stack, with N = `layers`:
+With N = `layers`, a network is
 
     stem -> N normal -> reduction -> N normal -> reduction -> N normal -> pool, dropout, linear
                                                      |-> auxiliary head (training only)
+
+Read `CellBase.run` for what a cell computes, `Stack.run` for what is done with the cells, and `Network` for how the
+parts are put together. models/ops.py has the operations, models/supernet.py the network with shared weights.
 """
 
 import copy
@@ -22,8 +25,11 @@ from models.ops import FactorizedReduce, ReLUConvNorm, drop_path, make_op
 
 
 class CellBase(nn.Module):
-    """Runs a cell's DAG on modules that subclasses build: a Cell those of one spec, a SupernetCell those of all.
+    """What a cell computes (NAG paper, section 3.1), by modules that its subclasses build.
 
+    A `Cell` has the modules of one spec, a `SupernetCell` those of every cell of the space.
+
+    reduction: whether the cell halves the resolution.
     calibration["0"]: brings cell input 0 to C channels, and to the resolution of the other input.
     ops["3_seqconv3x3"]: the op of interior vertex 3.
     reduces["0_3"], reduces["0_output"]: halve cell input 0 for a vertex that works at half resolution.
@@ -35,35 +41,38 @@ class CellBase(nn.Module):
         self.calibration, self.ops, self.reduces = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
 
     def run(self, spec: CellSpec, inputs: tuple[Tensor, ...], keep_prob: float | Tensor | None) -> list[Tensor]:
-        """States of the output vertex's predecessors, in ascending vertex order: each (B, C, H', W').
+        """The states that the output vertex reads, in ascending order of vertices: each (B, C, H', W').
 
-        inputs: the outputs of the cells before, one for each input vertex.
-        keep_prob: drop-path keep probability in this cell, None = no drop path.
+        spec: a pruned cell. inputs: the outputs of the cells before, one for each input vertex.
+        keep_prob: the keep probability of drop path in this cell; None: no drop path.
         """
-        states = [
-            self.call(self.calibration[str(v)], [inputs[v]]) if any(spec.matrix[v]) else None  # else it is not read
-            for v in range(spec.space.num_inputs)
-        ]
-        for v in range(spec.space.num_inputs, spec.num_vertices - 1):
-            op, stride = self.ops[f"{v}_{spec.ops[v]}"], vertex_stride(spec, v, self.reduction)
-            keep = None if spec.ops[v] == "identity" else keep_prob
-            states.append(self.call(op, self._predecessor_states(spec, states, v), stride, keep_prob=keep))
-        return self._predecessor_states(spec, states, spec.num_vertices - 1)
+        output = spec.num_vertices - 1
+        states = [self.calibrate(v, x) if any(spec.matrix[v]) else None for v, x in enumerate(inputs)]  # None: unread
+        for v in range(len(inputs), output):
+            states.append(self.state(spec, v, self.read(spec, v, states), keep_prob))
+        return self.read(spec, output, states)
 
-    def call(
-        self, module: nn.Module, inputs: list[Tensor], *stride: int, keep_prob: float | Tensor | None = None
-    ) -> Tensor:
-        """One of the modules on the sum of the inputs, and drop path if there is a keep probability."""
-        x = module(reduce(add, inputs), *stride)  # sum() would add to 0 first
-        return x if keep_prob is None else drop_path(x, keep_prob)
+    def calibrate(self, source: int, x: Tensor) -> Tensor:
+        """Cell input `source` (B, c_in, H, W) with the cell's C channels."""
+        return self.calibration[str(source)](x)
 
-    def _predecessor_states(self, spec: CellSpec, states: list[Tensor], vertex: int) -> list[Tensor]:
-        """What `vertex` reads, cell inputs halved where it works at half resolution."""
+    def halve(self, name: str, x: Tensor) -> Tensor:
+        """A calibrated cell input at half the resolution. name: of the module in `reduces`, see reduce_name."""
+        return self.reduces[name](x)
+
+    def read(self, spec: CellSpec, vertex: int, states: list[Tensor]) -> list[Tensor]:
+        """The states of a vertex's predecessors, cell inputs halved where the vertex works at half resolution."""
         halved = halved_inputs(spec, vertex, self.reduction)
         return [
-            self.call(self.reduces[reduce_name(spec, p, vertex)], [states[p]]) if p in halved else states[p]
+            self.halve(reduce_name(spec, p, vertex), states[p]) if p in halved else states[p]
             for p in spec.predecessors(vertex)
         ]
+
+    def state(self, spec: CellSpec, vertex: int, inputs: list[Tensor], keep_prob: float | Tensor | None) -> Tensor:
+        """The state of an interior vertex: its op on the sum of its inputs, then drop path, which spares identities."""
+        op, stride = self.ops[f"{vertex}_{spec.ops[vertex]}"], vertex_stride(spec, vertex, self.reduction)
+        x = op(reduce(add, inputs), stride)  # sum() would add to 0 first
+        return x if keep_prob is None or spec.ops[vertex] == "identity" else drop_path(x, keep_prob)
 
 
 def vertex_stride(spec: CellSpec, vertex: int, reduction: bool) -> int:
@@ -72,9 +81,9 @@ def vertex_stride(spec: CellSpec, vertex: int, reduction: bool) -> int:
 
 
 def halved_inputs(spec: CellSpec, vertex: int, reduction: bool) -> list[int]:
-    """The cell inputs that pass a FactorizedReduce on their way to `vertex`.
+    """The cell inputs that pass a FactorizedReduce on their way to `vertex` of a cell.
 
-    All that a vertex of a reduction cell reads, if it reads interior vertices too or is the output.
+    These are all that a vertex of a reduction cell reads, where it reads interior vertices too or is the output.
     """
     if not reduction or (vertex < spec.num_vertices - 1 and vertex_stride(spec, vertex, reduction) == 2):
         return []
@@ -82,15 +91,19 @@ def halved_inputs(spec: CellSpec, vertex: int, reduction: bool) -> list[int]:
 
 
 def reduce_name(spec: CellSpec, source: int, vertex: int) -> str:
-    """Key of the FactorizedReduce between a cell input and a vertex; the output's does not depend on its index."""
+    """The key in `CellBase.reduces` of the module between a cell input and a vertex.
+
+    Where the vertex is the output, the key is the same in cells of all sizes, so that a supernet shares its weights.
+    """
     return f"{source}_{vertex if vertex < spec.num_vertices - 1 else spec.space.output}"
 
 
 class Cell(CellBase):
-    """The cell of one spec: (B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C * predecessors of output, H', W').
+    """The cell of one genotype (NAG paper, section 3.1), whose output concatenates what its output vertex reads.
 
-    channels: C, also of a reduction cell (already doubled).
-    halve_first: input0 has twice the resolution of input1.
+    spec: pruned. c_prev_prev, c_prev: channels of input0 and input1, the outputs of the two cells before.
+    channels: C of the cell's own states; of a reduction cell too, where it is doubled already.
+    halve_first: whether input0 has twice the resolution of input1, which the calibration then halves.
     """
 
     def __init__(
@@ -102,7 +115,7 @@ class Cell(CellBase):
         self.out_channels = channels * len(spec.predecessors(output))
         for v, (c_in, halve) in enumerate(((c_prev_prev, halve_first), (c_prev, False))):
             if any(spec.matrix[v]):
-                self.calibration[str(v)] = calibrate(c_in, channels, halve)
+                self.calibration[str(v)] = make_calibration(c_in, channels, halve)
         for v in range(spec.space.num_inputs, output + 1):
             if v < output:
                 strided = vertex_stride(spec, v, reduction) == 2
@@ -111,18 +124,22 @@ class Cell(CellBase):
                 self.reduces[reduce_name(spec, p, v)] = FactorizedReduce(channels, channels)
 
     def forward(self, s0: Tensor, s1: Tensor, keep_prob: float | Tensor | None = None) -> Tensor:
+        """(B, c_prev_prev, H, W), (B, c_prev, H, W) -> (B, C * states that the output reads, H', W')."""
         return torch.cat(self.run(self.spec, (s0, s1), keep_prob), dim=1)
 
 
-def calibrate(c_in: int, c_out: int, halve: bool, norm: type[nn.Module] = BatchNorm2d) -> nn.Module:
-    """Bring a cell input to the cell's channel count, and to half the resolution with `halve`."""
+def make_calibration(c_in: int, c_out: int, halve: bool, norm: type[nn.Module] = BatchNorm2d) -> nn.Module:
+    """The module that brings a cell input to the cell's number of channels, and with `halve` to half the resolution."""
     if halve:
         return nn.Sequential(nn.ReLU(), FactorizedReduce(c_in, c_out, norm))
     return ReLUConvNorm(c_in, c_out, norm) if c_in != c_out else nn.Identity()
 
 
 class AuxiliaryHead(nn.Sequential):
-    """Second classifier on the map after the last reduction cell; takes maps that pool to 2x2 only."""
+    """A second classifier in training, on the map (B, C, H, W) after the last reduction cell -> logits (B, classes).
+
+    It takes maps that pool to 2x2 only: see `auxiliary_sizes` of the networks.
+    """
 
     def __init__(self, channels: int, num_classes: int, pool_stride: int, norm: type[nn.Module] = BatchNorm2d):
         super().__init__(
@@ -140,7 +157,7 @@ class AuxiliaryHead(nn.Sequential):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Kaiming normal for every weight with two or more dimensions, zero biases of linear layers."""
+    """Draw the weights of convolutions and linear layers from Kaiming's normal; set biases of linear layers to zero."""
     for child in module.modules():
         if isinstance(child, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(child.weight)
@@ -149,7 +166,10 @@ def init_weights(module: nn.Module) -> None:
 
 
 def drop_path_keep(keep_prob: float, layer: int, num_layers: int, progress: float | Tensor) -> float | Tensor | None:
-    """Keep probability in cell `layer` of `num_layers`: drop path grows with depth and with training progress."""
+    """The keep probability of drop path in cell `layer` of `num_layers`, from 0; None: no drop path.
+
+    Drop path grows linearly with the depth of the cell and with the progress of the training, 0 to 1.
+    """
     return None if keep_prob == 1 else 1 - (1 - keep_prob) * (layer + 1) / num_layers * progress
 
 
@@ -159,14 +179,19 @@ def is_reduction(layer: int, layers: int) -> bool:
 
 
 class Stack(nn.Module):
-    """Cells, an auxiliary head and a classifier, which subclasses build."""
+    """The way from a stem to logits through a stack of cells (NAG paper, section 3.1), which its subclasses build.
+
+    They set cells, auxiliary (or None), auxiliary_layer (the cell that it reads), dropout, classifier and
+    drop_path_keep_prob.
+    """
 
     def run(
         self, cells: Sequence[Callable[..., Tensor]], s0: Tensor, s1: Tensor, progress: float | Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """From what the stem gives to logits (B, classes) and, in train mode, the auxiliary head's.
+        """From s0 and s1, which the stem gives, to logits (B, classes) and, in train mode, the auxiliary head's.
 
-        cells: called with the outputs of the two before and the drop-path keep probability.
+        cells: each is called with the outputs of the two before it and the keep probability of drop path.
+        progress: the part of the training that is done, 0 to 1.
         """
         auxiliary = None
         keep_probs = self.keep_probs(progress) if self.training else [None] * len(cells)
@@ -177,7 +202,7 @@ class Stack(nn.Module):
         return self.classifier(self.dropout(s1.mean((2, 3)))), auxiliary
 
     def keep_probs(self, progress: float | Tensor) -> list[float | Tensor | None]:
-        """Of drop path in each cell, see drop_path_keep."""
+        """The keep probability of drop path in each cell, see drop_path_keep."""
         cells = len(self.cells)
         return [drop_path_keep(self.drop_path_keep_prob, layer, cells, progress) for layer in range(cells)]
 
@@ -186,9 +211,10 @@ class Stack(nn.Module):
 class NetworkConfig:
     """The settings of a stand-alone network, which go into its checkpoints as they are.
 
-    num_classes: of the images. layers: normal cells per stack, N. channels: C of the first stack; doubled by each
-    reduction cell. keep_prob: of the classifier's dropout. drop_path_keep_prob: of drop path in the last cell at the
-    end of training. auxiliary: whether there is an auxiliary head.
+    num_classes: classes of the images. layers: N, the normal cells per stack. channels: C of the first stack, which
+    each reduction cell doubles. keep_prob: the keep probability of the dropout before the classifier.
+    drop_path_keep_prob: that of drop path in the last cell at the end of the training. auxiliary: whether there is an
+    auxiliary head.
     """
 
     num_classes: int
@@ -202,8 +228,9 @@ class NetworkConfig:
 class Network(Stack):
     """The stack of one genotype's cells over a stem, which subclasses build: `stem(images) -> (s0, s1)`.
 
-    stem_channels: of s0 and s1. halve_first: whether s0 has twice the resolution of s1. pool_stride: of the auxiliary
-    head's pooling.
+    stem_channels: channels of s0 and s1. halve_first: whether s0 has twice the resolution of s1. pool_stride: stride
+    of the pooling in the auxiliary head.
+    Raises ValueError when the genotype is not valid.
     """
 
     def __init__(
@@ -238,17 +265,18 @@ class Network(Stack):
     def forward(self, images: Tensor, progress: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, S, S) -> logits (B, classes) and, in train mode, the auxiliary head's.
 
-        progress: (step + 1) / steps of the run, in (0, 1]: strength of drop path. A tensor avoids recompilation.
+        progress: the strength of drop path, (step + 1) / steps of the run, in (0, 1]. A tensor, in the place of a
+            float, does not compile the cells anew when it changes.
         """
         as_they_are = self.compiled and not self.training
         cells = [cell.forward for cell in self.cells] if as_they_are else self.cells
         return self.run(cells, *self.stem(images), progress)
 
     def compile_cells(self, **options) -> None:
-        """torch.compile the cells, which are nearly all of the work, for training. options: of torch.compile.
+        """From now on, train with cells compiled by torch.compile, whose options are given.
 
-        One by one, which takes a fraction of the time that the whole network does: cells of one spec, stage and kind
-        of inputs share what is compiled.
+        The cells are nearly all of the work. They are compiled one by one, which takes a fraction of the time that the
+        whole network does: cells of one spec, stage and kind of inputs share what is compiled.
         """
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.cells))  # of one function: Cell.forward
@@ -269,9 +297,12 @@ class CifarConfig(NetworkConfig):
 
 
 class CifarNetwork(Network):
-    """For small images (32x32). The keywords are the fields of CifarConfig."""
+    """The network for small images, as the 32x32 of CIFAR. The keywords are the fields of CifarConfig.
 
-    auxiliary_sizes = 29, 40  # pixels: the images whose maps pool to 2x2 in the auxiliary head
+    auxiliary_sizes: the smallest and the largest images, in pixels, whose maps pool to 2x2 in the auxiliary head.
+    """
+
+    auxiliary_sizes = 29, 40
 
     def __init__(self, genotype: Genotype, *args, **kwargs):
         config = CifarConfig(*args, **kwargs)
@@ -297,7 +328,10 @@ class ImageNetConfig(NetworkConfig):
 
 
 class ImageNetNetwork(Network):
-    """For 224x224 images. The keywords are the fields of ImageNetConfig."""
+    """The network for images of 224x224. The keywords are the fields of ImageNetConfig.
+
+    auxiliary_sizes: as in CifarNetwork.
+    """
 
     auxiliary_sizes = 193, 256
 
@@ -323,14 +357,14 @@ class ImageNetNetwork(Network):
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of parameters, auxiliary head left out."""
+    """The number of parameters of a network, its auxiliary head left out."""
     return sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary."))
 
 
 def count_macs(network: nn.Module, image_size: int) -> int:
-    """Multiply-accumulates of one image through a network in eval mode, convolutions and linear layers.
+    """Multiply-accumulates of one image through a network in eval mode: convolutions and linear layers.
 
-    Of a copy on torch.device("meta"), where nothing is computed and every op is torch's own (see models/cpu.py).
+    They are counted by torch in a copy on torch.device("meta"), where nothing is computed.
     """
     dtype = next(network.parameters()).dtype
     images = torch.empty(1, 3, image_size, image_size, device="meta", dtype=dtype)

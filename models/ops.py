@@ -1,14 +1,20 @@
-"""The operations of a cell. Every op is a module called as `op(x, stride)`, channels C -> C.
+"""The operations of a cell (NAG paper, section 3.1): OPS says of each how it is built and what it costs.
 
-Stride is an argument of the call, not of the module, so that a supernet can use the same weights at both strides.
+A new op is one entry in OPS and one name in a search space of genotypes.py. Every op is a module that is called as
+`op(x, stride)`, (B, C, H, W) -> (B, C, H / stride, W / stride) rounded up. The stride is an argument of the call, not
+of the module, so that a supernet can use the same weights at both strides.
+
 `norm` is the batch normalisation to build: networks keep running statistics, the supernet does not.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.fast.cpu import BatchNorm2d, average_pool, depthwise_conv, max_pool
+from models.fast.cpu import BatchNorm2d, average_pool, depthwise_conv, even_and_odd_pixels, max_pool
 
 
 class FactorizedReduce(nn.Module):
@@ -26,32 +32,9 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Convolutions of stride 2 crash on CPUs in the backward pass at fewer than 8 channels (oneDNN, torch 2.14).
-        even, odd = EverySecondPixel.apply(x)
+        even, odd = even_and_odd_pixels(x)
         odd = F.pad(odd, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         return self.norm(torch.cat([self.conv0(even), self.conv1(odd)], dim=1))
-
-
-class EverySecondPixel(torch.autograd.Function):
-    """(B, C, H, W) -> the pixels of even rows and columns, those of odd ones: (B, C, ceil(H/2), ceil(W/2)), floor.
-
-    Slices, but for the gradient: torch would make one of each, in contiguous layout, and add them up.
-    """
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., ::2, ::2].clone(), x[..., 1::2, 1::2].clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        (x,) = inputs
-        ctx.shape, ctx.channels_last = x.shape, x.is_contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx, even: Tensor, odd: Tensor) -> Tensor:
-        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        grad = torch.empty(ctx.shape, dtype=even.dtype, device=even.device, memory_format=layout).zero_()
-        grad[..., ::2, ::2], grad[..., 1::2, 1::2] = even, odd
-        return grad
 
 
 class SeparableConv(nn.Module):
@@ -76,14 +59,14 @@ class SeparableConv(nn.Module):
 
 
 class AvgPool(nn.Module):
-    """3x3 average; the padding does not count."""
+    """The average of 3x3 pixels; the padding does not count."""
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
         return average_pool(x, stride)
 
 
 class MaxPool(nn.Module):
-    """3x3 maximum."""
+    """The maximum of 3x3 pixels."""
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
         return max_pool(x, stride)
@@ -100,20 +83,43 @@ class Identity(nn.Module):
         return x if stride == 1 else self.reduce(x)
 
 
+@dataclass(frozen=True)
+class Op:
+    """How an op is built, and what it costs.
+
+    build: (channels, strided, norm) -> its module. strided: whether that may be called with stride 2.
+    depthwise: weights of its depthwise convolutions for each channel.
+    pointwise: how many 1x1 convolutions C -> C it has, each with a batch norm. strided_pointwise: how many it uses
+    when it is called with stride 2, where that is another number.
+
+    At C channels it has depthwise * C + pointwise * (C * C + 2 * C) parameters, and takes
+    depthwise * C + pointwise * C * C multiply-accumulates for each pixel of its output (see models/cost.py).
+    """
+
+    build: Callable[[int, bool, type[nn.Module]], nn.Module]
+    depthwise: int = 0
+    pointwise: int = 0
+    strided_pointwise: int | None = None
+
+    def pointwise_at(self, stride: int) -> int:
+        """How many pointwise convolutions it uses when it is called with this stride, 1 or 2."""
+        return self.pointwise if stride == 1 or self.strided_pointwise is None else self.strided_pointwise
+
+
+OPS = {
+    "seqconv3x3": Op(lambda channels, _, norm: SeparableConv(channels, 3, norm), depthwise=2 * 9, pointwise=2),
+    "seqconv5x5": Op(lambda channels, _, norm: SeparableConv(channels, 5, norm), depthwise=2 * 25, pointwise=2),
+    "avgpool3x3": Op(lambda *_: AvgPool()),
+    "maxpool3x3": Op(lambda *_: MaxPool()),
+    "identity": Op(Identity, strided_pointwise=1),
+}
+
+
 def make_op(name: str, channels: int, strided: bool, norm: type[nn.Module] = BatchNorm2d) -> nn.Module:
-    """The module for an op of NAG_SPACE. strided: whether it may be called with stride 2."""
-    match name:
-        case "seqconv3x3":
-            return SeparableConv(channels, 3, norm)
-        case "seqconv5x5":
-            return SeparableConv(channels, 5, norm)
-        case "avgpool3x3":
-            return AvgPool()
-        case "maxpool3x3":
-            return MaxPool()
-        case "identity":
-            return Identity(channels, strided, norm)
-    raise ValueError(f"no module for op {name!r}")
+    """The module of an op. strided: whether it may be called with stride 2. Raises ValueError for unknown names."""
+    if name not in OPS:
+        raise ValueError(f"no module for op {name!r}")
+    return OPS[name].build(channels, strided, norm)
 
 
 class ReLUConvNorm(nn.Sequential):

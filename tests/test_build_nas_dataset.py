@@ -1,20 +1,68 @@
-"""build_nas_dataset.py within this process: what reaches the training of the supernet, a stop, the file it writes."""
+"""build_nas_dataset.py: its flags, what reaches the training of the supernet, a stop, the file that it writes."""
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_training import augmented_by, make_images, white_images
+from small_training import ROOT, augmented_by, make_images, white_images
 
 from build_nas_dataset import build_nas_dataset
+from build_nas_dataset.build_nas_dataset import parse_args, supernet_config
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import read_records
 from models.cost import genotype_cost
+from models.supernet import SupernetConfig
 from utils import load_checkpoint
 
 CPU = torch.device("cpu")
+
+
+def test_by_default_the_supernet_is_the_published_one():
+    args = parse_args([])
+    assert supernet_config(args, num_classes=10) == SupernetConfig()
+    assert (args.pool_size, args.epochs, args.scorings) == (4000, 150, 10)
+
+
+@pytest.mark.parametrize(
+    ("reference", "ours"),
+    [
+        ("--num_sampled_arch 70", "--pool_size 70"),
+        ("--max_num_vertices=7", "--max_step 7"),
+        ("--eval-batch-size 60", "--score_images 60 --score_batch_size 60"),
+        ("--use_aux_head --image_size 16", "--auxiliary_weight 0 --image_size 16"),
+    ],
+)
+def test_flags_of_the_reference_mean_what_they_mean_there(reference, ours):
+    assert parse_args(reference.split()) == parse_args(ours.split()) != parse_args([])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--lr 0.1", "--arch_pool FILE", "--label_smooth 0.1", "--zip_file", "--num_labels 10"]
+)
+def test_flags_that_the_reference_never_reads_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flag.split())
+    assert f"argument {flag.split()[0]}: the reference has this flag but never reads it" in capsys.readouterr().err
+
+
+def test_there_are_at_most_as_many_scorings_as_epochs(capsys):
+    assert [parse_args(["--epochs", epochs]).scorings for epochs in ("1", "9", "11")] == [1, 9, 10]
+    with pytest.raises(SystemExit):
+        parse_args("--epochs 3 --scorings 4".split())
+    assert "argument --scorings: expected at most --epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["-m build_nas_dataset", "build_nas_dataset/build_nas_dataset.py"])
+def test_the_script_starts_as_a_module_and_as_a_file(start):
+    command = [sys.executable, *start.split(), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert text.startswith("usage: python -m build_nas_dataset ")
+    assert all(f"\n{group}:\n" in text for group in "data pool supernet training scoring run".split())
+    assert "num_sampled_arch" not in text and "(default: 10, or --epochs if that is less)" in " ".join(text.split())
 
 
 class Watched(torch.nn.Module):
@@ -28,16 +76,10 @@ class Watched(torch.nn.Module):
         self.seen.append((x, genotype, progress, self.optimizer.param_groups[0]["lr"], self.training))
         return self.logits.expand(len(x), -1), None
 
-    def recorded_parameters(self):
-        return []
-
-    def other_parameters(self):
-        return list(self.parameters())
-
 
 def test_epochs_go_on_with_the_schedules_and_take_other_genotypes_and_images():
     """By the published recipe but for 4 epochs, of 2 steps each; a genotype is a number here."""
-    args = build_nas_dataset.parse_args(["--epochs", "4", "--scorings", "1", "--device", "cpu"])
+    args = build_nas_dataset.parse_args("--epochs 4 --scorings 1 --device cpu".split())
     supernet = Watched(300)
     supernet.optimizer = torch.optim.SGD(supernet.parameters(), 1.0)
     for epoch in (0, 1):
@@ -65,7 +107,7 @@ def test_a_supernet_stopped_between_epochs_equals_one_never_stopped(images, tmp_
     flags += " --epochs 2 --scorings 2 --score_images 4 --score_batch_size 4 --score_amp off --lr_max 0.1"
 
     def build(*flags) -> None:
-        build_nas_dataset.main(build_nas_dataset.parse_args(list(map(str, flags))))
+        build_nas_dataset.main(parse_args(list(map(str, flags))))
 
     train_epoch = build_nas_dataset.train_epoch
 
@@ -111,10 +153,9 @@ def test_a_lack_of_gpu_memory_is_one_line(images, tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(build_nas_dataset, "train_epoch", out_of_memory)
     flags = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --holdout 8 --pool_size 3 --epochs 1"
     flags += " --scorings 1 --score_images 4 --score_batch_size 4"
+    flags += f" --data {images} --output_dir {tmp_path / 'run'}"
     with pytest.raises(SystemExit) as end:
-        build_nas_dataset.main(
-            build_nas_dataset.parse_args([*flags.split(), "--data", str(images), "--output_dir", str(tmp_path / "run")])
-        )
+        build_nas_dataset.main(parse_args(flags.split()))
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of GPU memory: " in line and "--no-cuda_graphs" in line

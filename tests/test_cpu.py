@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.supernet
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
 from models.fast import cpu
 from models.fast.cpu import BatchNorm2d, Dropout, average_pool, depthwise_conv, fast_here, max_pool
@@ -271,13 +270,12 @@ def test_macs_do_not_depend_on_the_layout():
     assert network.training and next(network.parameters()).device.type == "cpu"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_supernet_gives_the_outputs_and_gradients_of_torchs_kernels(seed, monkeypatch, two_threads):
     """In channels_last against contiguous, where torch's own kernels are used. In float64, where hardly any ReLU or
     maximum is decided otherwise by rounding.
     """
-    for module in (cpu, models.supernet):
-        monkeypatch.setattr(module, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
+    monkeypatch.setattr(cpu, "fast_here", lambda x: x.is_contiguous(memory_format=torch.channels_last))
     assert max(supernet_errors(seed, "cpu")) < 1e-4
 
 

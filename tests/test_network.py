@@ -72,12 +72,12 @@ def test_parameter_counts_equal_the_reference():
     assert len(COUNTS) == 200
     assert [genotype_cost(genotype)[0] for genotype in genotypes] == expected
     with torch.device("meta"):
-        assert [count_parameters(CifarNetwork(genotype)) for genotype in genotypes[:20]] == expected[:20]
+        assert [count_parameters(CifarNetwork(genotype)) for genotype in genotypes[:8]] == expected[:8]
 
 
-@pytest.mark.parametrize(("classes", "layers", "channels", "size"), [(10, 6, 36, 32), (7, 1, 5, 30)])
-def test_closed_form_cost_equals_counted_cost(classes, layers, channels, size):
-    for genotype in random_pool(8, seed=3):
+@pytest.mark.parametrize(("genotypes", "classes", "layers", "channels", "size"), [(2, 10, 6, 36, 32), (6, 7, 1, 5, 30)])
+def test_closed_form_cost_equals_counted_cost(genotypes, classes, layers, channels, size):
+    for genotype in random_pool(genotypes, seed=3):
         with torch.device("meta"):
             network = CifarNetwork(genotype, classes, layers, channels, auxiliary=False)
         counted = count_parameters(network), count_macs(network, size)

@@ -369,86 +369,88 @@ def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
     assert "torchrun: this script works in one process" in run(*script, ok=False)
 
 
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ("gan.py --nasbench_data missing.jsonl", "no such NAS dataset"),
-        ("gan.py --nasbench_data NASDATA --batch_size 64", "at least 64"),
-        ("gan.py --n_epochs 0", "from 1"),
-        ("gan.py --resume NASDATA", "not a readable checkpoint"),
-        ("gan.py --device cuda:99", "not available"),
-        ("gan.py --device cuda:", "expected auto, cpu, cuda or cuda:N"),
-        ("generate_archs.py --checkpoint missing.pt", "no such checkpoint"),
-        ("generate_archs.py --checkpoint GAN --perf_label 3", "0 (lowest accuracy) to 2"),
-        ("generate_archs.py --checkpoint GAN --params_label 0", "trained on accuracy only"),
-        ("generate_archs.py --checkpoint GAN --min_params 3M --max_params 2M", "at most --max_params"),
-        ("generate_archs.py --checkpoint GAN --max_params 100", "no cell is that small"),
-        ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
-        ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
-        ("generate_archs.py --checkpoint GAN --supernet GAN", "expected kind supernet weights"),
-        ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --random", "cells of up to 5 vertices"),
-        ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --evaluate", "cells of up to 5 vertices"),
-        ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
-        ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
-        ("gan.py --n_epochs 18 --warmup_epochs 18", "more than the 18 --warmup_epochs"),
-        ("gan.py --pool_size 999", "0 or from 1000"),
-        ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool_size: expected 0 without --likelihood_weight"),
-        ("gan.py --nasbench_data FLAT --batch_size 8", "too few different values of accuracy for 3 classes"),
-        ("gan.py --recipe paper --inverse_temperature 3", "--inverse_temperature: expected 0 without --pool_size"),
-        (
-            "gan.py --recipe paper --policy_gradient_cells 7",
-            "--policy_gradient_cells: expected 0 without --pool_size or --policy_gradient_weight",
-        ),
-        ("gan.py --n_critic 2", "--n_critic: expected 1 without --adversarial_weight"),
-        ("gan.py --nasbench_data NASDATA --batch_size 8 --recipe paper --n_epochs 2 --n_critic 7", "the 6 steps"),
-        ("gan.py --resume GAN --n_epochs 1", "has done 2 epochs already, more than --n_epochs"),
-        ("gan.py --temperature 1e38", "--temperature: expected a number from 0 to 1000"),
-        ("generate_archs.py --checkpoint OLD", "is of another version of these networks"),
-        ("generate_archs.py --checkpoint PARAMS --top 2", "--top: expected with --supernet"),
-        (
-            "generate_archs.py --checkpoint GAN --evaluate --nasbench_data data/nasdata.jsonl",
-            "not the NAS dataset",
-        ),
-        ("generate_archs.py --checkpoint GAN --max_params 3M --max_draws 9", "--max_draws: expected at least the 100"),
-        ("generate_archs.py --checkpoint GAN --supernet SUPERNET --data missing", "--data: missing is not a folder"),
-        ("visualize.py --arch DEEP", "is not a JSON file"),
-        ("visualize.py --arch LONG", "long.json is not a JSON file"),
-        ("gan.py --resume RUN", "run.pt is of another version of these networks"),
-        ("-m build_nas_dataset --resume LACKING", "lacking.pt is of another version of these networks"),
-        ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
-        ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
-        (
-            "generate_archs_multiobj.py --checkpoint ROBUST --params_label 0 --min_params 6M",
-            "--params_label: class 0,0",
-        ),
-        (
-            "generate_archs.py --checkpoint GAN --num_archs 9 --max_draws 9 --max_params 300K --min_macs 900M",
-            "nothing was written",
-        ),
-        ("generate_archs.py --checkpoint GAN --supernet EMPTY", "--supernet: expected a value"),
-        ("generate_archs.py --checkpoint GAN --num_archs 1000000000000", "--num_archs: expected a whole number from 1"),
-        ("gan.py --resume EMPTY", "--resume: expected a value"),
-        ("gan.py --policy_gradient_cells 1", "--policy_gradient_cells: expected 0 or from 2"),
-        ("gan.py --inverse_temperature 1e39", "--inverse_temperature: expected a number from 0 to 1000"),
-        ("gan.py --objectives speed", "accuracy, params, macs"),
-        ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
-        ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),
-        ("train_cifar.py --resume GAN", "expected kind cifar"),
-        ("train_cifar.py --keep_prob 1.5", "above 0 to 1"),
-        ("-m build_nas_dataset --dataset folder --data IMAGES --holdout 80", "cannot hold out 80"),
-    ],
-)
-def test_bad_input_gets_one_line_and_nothing_is_written(
-    command, reason, nasdata, images, gan, robust, supernet, odd, tmp_path
-):
-    words = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan, "ROBUST": robust, "SUPERNET": supernet / "supernet.pt"}
-    words |= odd
-    output = tmp_path / "out"
-    arguments = []
+BAD_INPUT = [
+    ("gan.py --nasbench_data missing.jsonl", "no such NAS dataset"),
+    ("gan.py --nasbench_data NASDATA --batch_size 64", "at least 64"),
+    ("gan.py --n_epochs 0", "from 1"),
+    ("gan.py --resume NASDATA", "not a readable checkpoint"),
+    ("gan.py --device cuda:99", "not available"),
+    ("gan.py --device cuda:", "expected auto, cpu, cuda or cuda:N"),
+    ("generate_archs.py --checkpoint missing.pt", "no such checkpoint"),
+    ("generate_archs.py --checkpoint GAN --perf_label 3", "0 (lowest accuracy) to 2"),
+    ("generate_archs.py --checkpoint GAN --params_label 0", "trained on accuracy only"),
+    ("generate_archs.py --checkpoint GAN --min_params 3M --max_params 2M", "at most --max_params"),
+    ("generate_archs.py --checkpoint GAN --max_params 100", "no cell is that small"),
+    ("generate_archs.py --checkpoint GAN --min_macs 9G", "no cell is that large"),
+    ("generate_archs.py --checkpoint GAN --max_params lots", "expected a number from 1"),
+    ("generate_archs.py --checkpoint GAN --supernet GAN", "expected kind supernet weights"),
+    ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --random", "cells of up to 5 vertices"),
+    ("generate_archs.py --checkpoint GAN --supernet SMALLER --data IMAGES --evaluate", "cells of up to 5 vertices"),
+    ("generate_archs.py --checkpoint GAN --evaluate --max_params 3M", "without limits"),
+    ("gan.py --resume GAN/generator.pt", "it lacks reference, discriminator, optimizers"),
+    ("gan.py --n_epochs 18 --warmup_epochs 18", "more than the 18 --warmup_epochs"),
+    ("gan.py --pool_size 999", "0 or from 1000"),
+    ("gan.py --likelihood_weight 0 --warmup_epochs 0", "--pool_size: expected 0 without --likelihood_weight"),
+    ("gan.py --nasbench_data FLAT --batch_size 8", "too few different values of accuracy for 3 classes"),
+    ("gan.py --recipe paper --inverse_temperature 3", "--inverse_temperature: expected 0 without --pool_size"),
+    (
+        "gan.py --recipe paper --policy_gradient_cells 7",
+        "--policy_gradient_cells: expected 0 without --pool_size or --policy_gradient_weight",
+    ),
+    ("gan.py --n_critic 2", "--n_critic: expected 1 without --adversarial_weight"),
+    ("gan.py --nasbench_data NASDATA --batch_size 8 --recipe paper --n_epochs 2 --n_critic 7", "the 6 steps"),
+    ("gan.py --resume GAN --n_epochs 1", "has done 2 epochs already, more than --n_epochs"),
+    ("gan.py --temperature 1e38", "--temperature: expected a number from 0 to 1000"),
+    ("generate_archs.py --checkpoint OLD", "is of another version of these networks"),
+    ("generate_archs.py --checkpoint PARAMS --top 2", "--top: expected with --supernet"),
+    (
+        "generate_archs.py --checkpoint GAN --evaluate --nasbench_data data/nasdata.jsonl",
+        "not the NAS dataset",
+    ),
+    ("generate_archs.py --checkpoint GAN --max_params 3M --max_draws 9", "--max_draws: expected at least the 100"),
+    ("generate_archs.py --checkpoint GAN --supernet SUPERNET --data missing", "--data: missing is not a folder"),
+    ("visualize.py --arch DEEP", "is not a JSON file"),
+    ("visualize.py --arch LONG", "long.json is not a JSON file"),
+    ("gan.py --resume RUN", "run.pt is of another version of these networks"),
+    ("-m build_nas_dataset --resume LACKING", "lacking.pt is of another version of these networks"),
+    ("generate_archs.py --checkpoint ROBUST", "generate_archs_multiobj.py"),
+    ("generate_archs_multiobj.py --checkpoint GAN", "give it to generate_archs.py"),
+    (
+        "generate_archs_multiobj.py --checkpoint ROBUST --params_label 0 --min_params 6M",
+        "--params_label: class 0,0",
+    ),
+    (
+        "generate_archs.py --checkpoint GAN --num_archs 9 --max_draws 9 --max_params 300K --min_macs 900M",
+        "nothing was written",
+    ),
+    ("generate_archs.py --checkpoint GAN --supernet EMPTY", "--supernet: expected a value"),
+    ("generate_archs.py --checkpoint GAN --num_archs 1000000000000", "--num_archs: expected a whole number from 1"),
+    ("gan.py --resume EMPTY", "--resume: expected a value"),
+    ("gan.py --policy_gradient_cells 1", "--policy_gradient_cells: expected 0 or from 2"),
+    ("gan.py --inverse_temperature 1e39", "--inverse_temperature: expected a number from 0 to 1000"),
+    ("gan.py --objectives speed", "accuracy, params, macs"),
+    ("train_cifar.py --arch NAG_BEST --dataset folder --data IMAGES", "NAG_HIGH_ACC"),
+    ("train_cifar.py --dataset folder --data missing", "missing is not a folder"),
+    ("train_cifar.py --resume GAN", "expected kind cifar"),
+    ("train_cifar.py --keep_prob 1.5", "above 0 to 1"),
+    ("-m build_nas_dataset --dataset folder --data IMAGES --holdout 80", "cannot hold out 80"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(nasdata, images, gan, robust, supernet, odd):
+    """What the words in capitals of BAD_INPUT stand for."""
+    named = {"NASDATA": nasdata, "IMAGES": images, "GAN": gan, "ROBUST": robust}
+    return named | odd | {"SUPERNET": supernet / "supernet.pt"}
+
+
+@pytest.mark.parametrize(("command", "reason"), BAD_INPUT)
+def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, files, tmp_path):
+    output, arguments = tmp_path / "out", []
     for word in command.split():
         word = word.replace("EMPTY", "")
         head, *rest = word.split("/")
-        arguments.append(Path(words[head], *rest) if head in words else word)
+        arguments.append(Path(files[head], *rest) if head in files else word)
     resumed = [] if "--resume" in arguments else ["--output_dir", output]
     assert reason in run(*arguments, *resumed, ok=False)
     assert not output.exists()

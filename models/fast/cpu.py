@@ -1,24 +1,30 @@
-"""Batch norm, depthwise convolution and pooling that are fast on CPUs too, in channels_last layout; and dropout.
+"""Layers that compute what torch's compute, up to rounding, in less time on a CPU with tensors in channels_last layout.
 
-torch's own kernels compute the same and are used everywhere else (other devices, layouts and precisions). On a CPU
-some are many times slower than their work: batch norm by several threads; the weight gradient of a depthwise
-convolution with a kernel wider than 3, and in bf16 both gradients of one with stride 2; max pooling; average pooling
-of channel counts that do not fill the vector registers. benchmarks/NOTES.md has the times.
+Why they exist: on a CPU some of torch's kernels take many times as long as their work needs. These are batch norm by
+several threads; the weight gradient of a depthwise convolution with a kernel wider than 3, and in bf16 both gradients
+of one with stride 2; max pooling; average pooling of channel counts that do not fill the vector registers; and the
+gradients of slices and of concatenations, which come in a layout that the next layer is slow on.
+benchmarks/NOTES.md has the times. Where these forms do not apply (`fast_here`), torch's own kernels are used; a reader
+of the networks can take each of these layers for torch's of the same name.
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CACHE_LINE = 16  # float32 numbers
+CACHE_LINE = 16  # float32 numbers that a line of a CPU's cache holds
 
 
 def fast_here(x: Tensor) -> bool:
-    """Whether to compute on x by what is fast on this CPU. Exported networks, which run elsewhere, keep torch's ops.
+    """Whether layers compute on x in the forms that are fast on a CPU.
 
-    Not float32 under autocast, which would turn pooling, written as a convolution, into bf16.
+    They do on tensors in channels_last layout, in bf16 and in float32. They do not on float32 under autocast, which
+    would turn pooling, written as a convolution, into bf16; nor in exported networks, which run elsewhere.
     """
     return (
         x.device.type == "cpu"
@@ -29,7 +35,7 @@ def fast_here(x: Tensor) -> bool:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU from uniform numbers, in a quarter of the time. Other elements are dropped then."""
+    """nn.Dropout. On a CPU it draws uniform numbers, in a quarter of the time, and drops other elements than torch."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
@@ -39,10 +45,11 @@ class Dropout(nn.Dropout):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, on a CPU for rows of several pixels' channels where that is faster.
+    """nn.BatchNorm2d, on a CPU by rows of several pixels' channels where that is faster.
 
-    torch's threads each add up their pixels in a row of a common buffer. Where a row is no multiple of a cache line
-    long, two threads write to the line between theirs: at 20 channels two threads are slower than one.
+    torch's threads each add up their pixels in a row of a common buffer, one number for each channel. Where the length
+    of a row is no multiple of a cache line, two threads write to the line between theirs: at 20 channels two threads
+    are slower than one. A row for several pixels is such a multiple.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +76,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class RowBatchNorm(torch.autograd.Function):
-    """(B, C, H, W), weight and bias (C,) -> the same normalised, the mean and the (biased) variance of the batch (C,).
+    """Batch norm of x (B, C, H, W) by torch's kernels, applied to rows of `pixels` times C numbers.
 
-    By torch's kernels for rows of `pixels` times C numbers.
+    x, weight (C,), bias (C,) -> x normalised, and the mean and the biased variance of the batch, (C,) each.
     """
 
     @staticmethod
@@ -113,12 +120,15 @@ class RowBatchNorm(torch.autograd.Function):
 
 
 def as_rows(x: Tensor, pixels: int) -> Tensor:
-    """(B, C, H, W) in channels_last layout -> (B * H * W / pixels, pixels * C), the same memory."""
+    """A view of x (B, C, H, W), in channels_last layout, as (B * H * W / pixels, pixels * C)."""
     return x.permute(0, 2, 3, 1).view(-1, pixels * x.shape[1])
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, pixels: int) -> Tensor:
-    """scale * x + shift for every channel, in float32 also for bf16: a batch norm of mean 0 and variance 1."""
+    """scale * x + shift, of x (B, C, H, W) and vectors (C,), computed in float32 for bf16 too.
+
+    It is computed as a batch norm of mean 0 and variance 1.
+    """
     y = torch.empty_like(x)
     scale, shift, none = scale.repeat(pixels), shift.repeat(pixels), scale.new_empty(0)
     running = torch.zeros_like(scale), torch.ones_like(scale)
@@ -128,7 +138,7 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, pixels: int) -> Ten
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """F.conv2d of x (B, C, H, W) with a k x k kernel a channel (C, 1, k, k), padded by k // 2."""
+    """F.conv2d of x (B, C, H, W) with one k x k kernel for each channel, weight (C, 1, k, k), padded by k // 2."""
     kernel = weight.shape[-1]
     if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64:  # as F.conv2d would
         dtype = torch.get_autocast_dtype("cpu")
@@ -139,10 +149,11 @@ def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """The weight gradient column by column of the kernel: the middle three in one call, the others one by one.
+    """A depthwise convolution whose gradients are computed in parts that torch's kernels are fast on.
 
-    The input gradient by a convolution, except in float32 at larger strides, where torch's is fast.
-    Both can be differentiated again: backward is made of functions that can.
+    The weight gradient is computed column by column of the kernel: the middle three in one call, the others one by
+    one. The input gradient is a convolution, except in float32 at larger strides, where torch's own is fast.
+    Both can be differentiated again, as backward is made of functions that can.
     """
 
     @staticmethod
@@ -183,11 +194,13 @@ class DepthwiseConv(torch.autograd.Function):
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+    """The gradient of the weight of a depthwise convolution of x, from that of its output."""
     grad, x = (part.contiguous(memory_format=torch.channels_last) for part in (grad, x))
     return convolution_backward(grad, x, weight, stride, padding, [False, True, False])[1]
 
 
 def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], mask):
+    """torch's gradients of a depthwise convolution: of x, weight and bias, those that `mask` asks for."""
     groups = len(weight)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, [stride, stride], padding, [1, 1], False, [0, 0], groups, mask
@@ -195,10 +208,11 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, p
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
-    """3x3, the padding does not count.
+    """F.avg_pool2d over 3x3 pixels, padded by 1 pixel that does not count, of x (B, C, H, W).
 
-    On CUDA as a convolution too: in channels_last layout, torch's kernel takes four times as long, and in torch 2.11
-    gives wrong gradients (https://github.com/pytorch/pytorch/issues/188344). Compiled code has a kernel of its own.
+    On CUDA it is computed as a convolution too: in channels_last layout, torch's kernel takes four times as long, and
+    in torch 2.11 gives wrong gradients (https://github.com/pytorch/pytorch/issues/188344). Compiled code has a kernel
+    of its own.
     """
     on_cuda = x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
     if not on_cuda and not fast_here(x):
@@ -210,7 +224,7 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
 
 
 def max_pool(x: Tensor, stride: int) -> Tensor:
-    """3x3."""
+    """F.max_pool2d over 3x3 pixels, padded by 1, of x (B, C, H, W)."""
     if not fast_here(x):
         return F.max_pool2d(x, 3, stride, padding=1)
     if stride == 1 and not (torch.is_grad_enabled() and x.requires_grad):  # rows, then columns
@@ -222,3 +236,41 @@ def max_pool(x: Tensor, stride: int) -> Tensor:
                 x = torch.cat([pairs.narrow(dim, 0, 1), inner, pairs.narrow(dim, size - 2, 1)], dim)
         return x
     return F.max_pool2d(x.float(), 3, stride, padding=1).to(x.dtype)  # in bf16, twice as slow as with both casts
+
+
+def even_and_odd_pixels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x[..., ::2, ::2] and x[..., 1::2, 1::2] of x (B, C, H, W): (B, C, ceil(H/2), ceil(W/2)) and the same, floor."""
+    return EverySecondPixel.apply(x)
+
+
+class EverySecondPixel(torch.autograd.Function):
+    """The two slices of even_and_odd_pixels, whose gradients are written into one tensor in the layout of x.
+
+    torch would make a tensor of zeros for each slice, in contiguous layout, and add them up.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., ::2, ::2].clone(), x[..., 1::2, 1::2].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        (x,) = inputs
+        ctx.shape, ctx.channels_last = x.shape, x.is_contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, even: Tensor, odd: Tensor) -> Tensor:
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        grad = torch.empty(ctx.shape, dtype=even.dtype, device=even.device, memory_format=layout).zero_()
+        grad[..., ::2, ::2], grad[..., 1::2, 1::2] = even, odd
+        return grad
+
+
+def relu_conv_of_concatenation(states: Sequence[Tensor], slices: Sequence[Tensor]) -> Tensor:
+    """A 1x1 convolution of the ReLU of concatenated states (B, C, H, W), whose kernel is concatenated of slices.
+
+    slices: one for each state, (c_out, C, 1, 1) each. -> (B, c_out, H, W).
+    """
+    if fast_here(states[0]):  # slice by slice, without the strided gradients of cat: in bf16 twice as fast
+        return reduce(add, (F.conv2d(F.relu(x), weight) for x, weight in zip(states, slices, strict=True)))
+    return F.conv2d(F.relu(torch.cat(states, dim=1), inplace=True), torch.cat(slices, dim=1))  # cat copies

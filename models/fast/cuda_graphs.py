@@ -1,4 +1,9 @@
-"""CUDA graphs: a training step, or a part of one, as one launch in the place of the many that its kernels need."""
+"""CUDA graphs: a training step, or a part of one, as one launch in the place of the many that its kernels need.
+
+Why it exists: the networks here are small, and a GPU is done with a kernel sooner than the host can launch the next.
+`Recorded` replays a whole step with one launch. Steps that differ, as those of a supernet, are replayed in parts: see
+models/fast/replay.py. `Branch` lets two parts of a recording run beside each other.
+"""
 
 import gc
 from collections.abc import Callable, Hashable
@@ -10,6 +15,11 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before the recording, in which libraries and optimizers allocate what they keep
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether steps on a device can be recorded as CUDA graphs."""
+    return device.type == "cuda"
 
 
 class Recorded:
@@ -51,8 +61,14 @@ class Recorded:
 class Branch:
     """Within a recording, work on a stream of its own, beside all that follows until it is joined.
 
-    It starts after what has been recorded up to now. Where nothing is recorded, it is done in its turn.
-    name: of no other branch of the same stream that is open. example: any tensor on the device.
+    The work starts after what has been recorded up to now. Where nothing is recorded, it is done in its turn.
+    name: one that no other open branch of the same stream has. example: any tensor on the device.
+
+        branch = Branch("critic", x)
+        with branch.work(x):
+            y = critic(x)
+        z = other(x)
+        branch.join(y)
     """
 
     def __init__(self, name: Hashable, example: Tensor):
@@ -63,7 +79,7 @@ class Branch:
             self.stream.wait_stream(self.main)
 
     def work(self, *inputs):
-        """The context of the work. inputs: made outside of it, see map_tensors."""
+        """The context that the work is done in. inputs: what it reads that was made outside, as in map_tensors."""
         if self.stream is None:
             return nullcontext()
         for tensor in tensors_of(inputs):
@@ -71,7 +87,7 @@ class Branch:
         return torch.cuda.stream(self.stream)
 
     def join(self, *outputs) -> None:
-        """outputs: of the work, see map_tensors."""
+        """Wait for the work. outputs: what it made that is read from now on, as in map_tensors."""
         if self.stream is not None:
             self.main.wait_stream(self.stream)
             for tensor in tensors_of(outputs):
@@ -80,7 +96,7 @@ class Branch:
 
 @cache
 def side_stream(parent: int, name: Hashable) -> torch.cuda.Stream:
-    """One for each stream and name: memory that is freed on a stream is taken again there only."""
+    """The stream for a branch, one for each stream and name: memory freed on a stream is taken again there only."""
     return torch.cuda.Stream()
 
 
@@ -101,24 +117,17 @@ def side_by_side(*calls: tuple) -> list:
     return results
 
 
-def recordable(x: Tensor) -> bool:
-    """Whether work on x can be recorded."""
-    return x.is_cuda
-
-
-def needs_fixed_shapes(x: Tensor) -> bool:
-    """Whether work on x should have shapes that depend on no value: on CUDA, where reading one waits for the device."""
-    return x.is_cuda
-
-
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
-    """The context in which a graph is recorded."""
+    """The context in which a graph is recorded on a stream, with memory of a pool that graphs may share."""
     # thread_local: another thread may pin memory meanwhile
     return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value):
-    """value with every tensor in it replaced by function(tensor)."""
+    """A value with every tensor in it replaced by function(tensor).
+
+    value: a tensor, None, or tuples, dicts and dataclasses of these. Raises TypeError for others.
+    """
     match value:
         case None:
             return None
@@ -136,7 +145,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value):
 
 
 def tensors_of(value) -> list[Tensor]:
-    """The tensors in value, in order."""
+    """The tensors in a value (see map_tensors), in their order."""
     found: list[Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, value)
     return found
