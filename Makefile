@@ -1,11 +1,12 @@
 # make demo      set up, train a small generator, draw cells with it
-# make test      the tests that take seconds      make test-all   all of them
+# make test      the tests, 5 minutes on 2 quiet cores      make test-all   with those that take minutes each
 # make lint      ruff, as in CI                   make clean      remove the environment and caches; runs/ stays
 #
-# PYTHON=python3.12 chooses the interpreter, VENV=FOLDER the virtual environment.
+# PYTHON=python3.12 chooses the interpreter, VENV=FOLDER the virtual environment, WORKERS=8 the processes of the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
@@ -13,7 +14,7 @@ INSTALLED = $(VENV)/.installed
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 9 --warmup_epochs 6 --eval_every 3
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 9 --eval_every 3
 	$(RUN) generate_archs.py --checkpoint runs/demo/generator.pt --num_archs 20 --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
 	@echo
@@ -22,10 +23,10 @@ demo: $(INSTALLED)
 	@echo "    $(RUN) train_cifar.py --arch runs/demo/archs/genotypes.json:0"
 
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --durations=10
 
 test-all: $(INSTALLED)
-	$(RUN) -m pytest -m ""
+	$(RUN) -m pytest -n $(WORKERS) --durations=10 -m ""
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check

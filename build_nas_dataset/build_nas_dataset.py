@@ -169,7 +169,7 @@ def settle_training_amp(amp: str, device: torch.device) -> str:
     """The mixed precision of the training, "off" or "bf16", that --amp asks for on a device.
 
     auto: as in utils.settle_amp, but float32 on GPUs. There a step waits for the host, and bf16, whose casts are
-    further kernels, is no faster (benchmarks/NOTES.md).
+    further kernels, is no faster (docs/speed_notes.md).
     """
     return "off" if amp == "auto" and device.type != "cpu" else settle_amp(amp, device)
 

@@ -4,7 +4,7 @@ Why they exist: on a CPU some of torch's kernels take many times as long as thei
 several threads; the weight gradient of a depthwise convolution with a kernel wider than 3, and in bf16 both gradients
 of one with stride 2; max pooling; average pooling of channel counts that do not fill the vector registers; and the
 gradients of slices and of concatenations, which come in a layout that the next layer is slow on.
-benchmarks/NOTES.md has the times. Where these forms do not apply (`fast_here`), torch's own kernels are used; a reader
+docs/speed_notes.md has the times. Where these forms do not apply (`fast_here`), torch's own kernels are used; a reader
 of the networks can take each of these layers for torch's of the same name.
 """
 
