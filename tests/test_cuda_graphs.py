@@ -13,11 +13,13 @@ from torch import nn
 import gan
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
+from generation.training import Trainer, TrainingData
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from models.fast.cuda_graphs import Branch, Recorded, map_tensors, side_stream, tensors_of
 from models.graph import CellBatch
 from models.network import CifarNetwork
+from models.predictor import train_predictor
 from training import steps as training
 from utils import load_optimizer, set_lr, set_seed
 
@@ -25,8 +27,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 GAN_FLAGS = {
     "paper": "--recipe paper --temperature 1",
-    "robust": "--objectives accuracy,params --warmup_epochs 1 --pool 1000",
-    "all": "--warmup_epochs 1 --adversarial_weight 1 --g_dropout 0.3 --n_critic 2 --pool 0",
+    "robust": "--objectives accuracy,params --warmup_epochs 1 --pool_size 1000",
+    "all": "--warmup_epochs 1 --adversarial_weight 1 --g_dropout 0.3 --n_critic 2 --pool_size 0",
 }
 
 
@@ -71,21 +73,19 @@ def test_an_optimizer_takes_its_place_on_another_device_with_a_loaded_state():
     assert all(state["step"].is_meta for state in own.state.values())
 
 
-def trainer(name: str, **changes) -> gan.Trainer:
-    flags = GAN_FLAGS[name] + " --batch_size 8 --g_emb_size 16 --d_emb_size 16 --n_epochs 3"
+def trainer(name: str, **changes) -> Trainer:
+    flags = f"{GAN_FLAGS[name]} --batch_size 8 --g_emb_size 16 --d_emb_size 16 --n_epochs 3"
     args = gan.parse_args(flags.split())
     vars(args).update(changes)
-    pool = random_pool(60, seed=3)
+    pool, device = random_pool(60, seed=3), torch.device("cuda")
     records = [Record(i, g, 0.1 + i / 100, *genotype_cost(g)) for i, g in enumerate(pool)]
-    data = gan.TrainingData(records, dict.fromkeys(args.objectives, 3), 10, torch.device("cuda"))
+    data = TrainingData(records, dict.fromkeys(args.objectives, 3), 10, device)
     set_seed(0)
-    generator, discriminator = (network.to("cuda") for network in gan.build_networks(args, data.num_classes))
-    reference, _ = (network.to("cuda") for network in gan.build_networks(args, data.num_classes))
-    predictor, _ = gan.train_predictor(data, 8, 0)
-    networks = {"generator": generator, "discriminator": discriminator}
-    optimizers = {name: gan.build_optimizer(network, args) for name, network in networks.items()}
-    reference = reference.requires_grad_(False).eval() if args.kl_weight else None
-    return gan.Trainer(generator, reference, discriminator, predictor, optimizers, data, args)
+    networks = gan.build_networks(args, device)
+    networks.predictor, _ = train_predictor(data.cells, data.quantiles, 8, 0)
+    if networks.reference is not None:  # another policy than the generator's
+        networks.reference.load_state_dict(gan.build_networks(args, device).generator.state_dict())
+    return Trainer(networks, data, args)
 
 
 @needs_cuda
@@ -95,9 +95,9 @@ def test_a_recorded_gan_step_gives_the_numbers_of_the_step_itself(name):
     for epoch in range(3):
         ours, theirs = recorded.train_epoch(epoch), plain.train_epoch(epoch)
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-    assert any(isinstance(step, Recorded) and step.graph is not None for step in recorded.step)
-    for network in ("generator", "discriminator"):
-        a, b = getattr(recorded, network), getattr(plain, network)
+    assert isinstance(recorded.step, Recorded) and recorded.step.graph is not None
+    for network in recorded.networks.optimizers:
+        a, b = getattr(recorded.networks, network), getattr(plain.networks, network)
         for (key, value), other in zip(a.named_parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=key)
 
@@ -122,7 +122,7 @@ def no_waiting(allowed: int = 0):
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("name", ["paper", "robust"])
 def test_the_steps_of_an_epoch_of_the_gan_wait_for_the_device_at_its_end_only(name, cuda_graphs):
-    run = trainer(name, cuda_graphs=cuda_graphs, pool=0)  # which is drawn before the steps
+    run = trainer(name, cuda_graphs=cuda_graphs, pool_size=0)  # which is drawn before the steps
     for epoch in range(2):  # the first steps that are recorded allocate
         values = run.train_epoch(epoch)
     with no_waiting(allowed=len(values)):  # for the means

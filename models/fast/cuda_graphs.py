@@ -103,18 +103,24 @@ def side_stream(parent: int, name: Hashable) -> torch.cuda.Stream:
 def side_by_side(*calls: tuple) -> list:
     """The results of calls (function, *inputs) that do not wait for each other, in their order.
 
-    Within a recording they work beside each other, each on a stream of its own; elsewhere they are done in turn.
-    Inputs and results are tensors, None, and tuples, dicts and dataclasses of these.
+    Within a recording they work beside each other, all but the first on streams of their own; elsewhere they are done
+    in turn. Inputs and results are tensors, None, and tuples, dicts and dataclasses of these.
     """
-    tensors = tensors_of(tuple(tuple(inputs) for _, *inputs in calls))
-    branches = [Branch((len(calls), i), tensors[0]) for i in range(len(calls))]
-    results = []
-    for branch, (function, *inputs) in zip(branches, calls, strict=True):
+    global open_calls
+    example, open_calls = tensors_of(calls[0][1:])[0], open_calls + 1
+    branches = [Branch((open_calls, i), example) for i in range(1, len(calls))]
+    (function, *inputs), *others = calls
+    results = [function(*inputs)]
+    for branch, (function, *inputs) in zip(branches, others, strict=True):
         with branch.work(*inputs):
             results.append(function(*inputs))
-    for branch, result in zip(branches, results, strict=True):
+    for branch, result in zip(branches, results[1:], strict=True):
         branch.join(result)
+    open_calls -= 1
     return results
+
+
+open_calls = 0  # calls of side_by_side that are within one another: each level has streams of its own
 
 
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int] | None = None):
