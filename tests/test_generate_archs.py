@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_objectives import objective
 
 import generate_archs
 from build_nas_dataset.random_cells import RandomCells, random_pool
@@ -19,7 +20,7 @@ from models.network import CifarNetwork, count_macs, count_parameters
 from utils import derive_seed
 
 SHIPPED = Path(__file__).parent.parent / "data" / "generator.pt"
-OBJECTIVES = [{"name": "accuracy", "boundaries": [0.4, 0.6], "minimum": 0.1, "maximum": 0.9}]
+OBJECTIVES = [objective("accuracy", 0.4, 0.6, minimum=0.1, maximum=0.9)]
 
 
 def parse(*flags):
@@ -64,7 +65,7 @@ def test_limits_are_on_the_network_of_the_flags():
 
 
 def test_classes_of_the_nas_dataset_are_left_out_only_where_limits_are_on_its_network():
-    objectives, flags = [{"name": "params", "boundaries": [500_000]}], ["--max_params", 300_000]
+    objectives, flags = [objective("params", 500_000)], ["--max_params", 300_000]
     assert [Limits(parse(*flags), 10).allow((c,), objectives) for c in (0, 1)] == [True, False]
     for other in (["--channels", 30], ["--layers", 5], ["--num_classes", 11]):
         assert all(Limits(parse(*flags, *other), 10).allow((c,), objectives) for c in (0, 1))
@@ -137,8 +138,8 @@ def test_evaluation_of_cells_that_are_the_real_ones_but_for_three():
     records = [Record(i, genotype, 0.2, *costs[genotype]) for i, genotype in enumerate(low)]
     records += [Record(i, genotype, 0.8, *costs[genotype]) for i, genotype in enumerate(high, 4)]
     objectives = [
-        {"name": "accuracy", "boundaries": [0.5], "minimum": 0.2, "maximum": 0.8},
-        {"name": "params", "boundaries": [costs[pool[6]][0]], "minimum": costs[low[0]][0], "maximum": 10**7},
+        objective("accuracy", 0.5, minimum=0.2, maximum=0.8),
+        objective("params", costs[pool[6]][0], minimum=costs[low[0]][0], maximum=10**7),
     ]
     predictor = predictor_of(dict.fromkeys(low, 0.1) | dict.fromkeys(high, 0.9) | {high[0]: 0.2})
     drawn = {(0, 0): low, (1, 1): high, (0, 1): [low[0], None]}

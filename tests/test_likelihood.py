@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 import torch
+from small_objectives import objective
 
-from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
 from generation.likelihood import class_probabilities, likelihood_pass, policy_gradient_loss, reward
 from genotypes import NAG_SPACE, CellSpec, SearchSpace
@@ -57,19 +57,14 @@ def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(auto
     assert ((found - share).abs() < 5 * (share / n).sqrt() + 1 / n).all()
 
 
-def objectives(**boundaries):
-    """Objectives with these boundaries, in classes of equally many records."""
-    return [
-        Objective(name, tuple(bounds), tuple(k / (len(bounds) + 1) for k in range(1, len(bounds) + 1)), 0, 1)
-        for name, bounds in boundaries.items()
-    ]
-
-
 def test_the_reward_counts_the_labels_that_a_genotype_has():
     pool = random_pool(30, seed=5)
     params = sorted(genotype_cost(genotype)[0] for genotype in pool)
     macs = sorted(genotype_cost(genotype)[1] for genotype in pool)
-    asked_for = objectives(params=[params[10], params[20]], macs=[macs[15]])  # values on a boundary among them
+    asked_for = [
+        objective("params", params[10], params[20]),
+        objective("macs", macs[15]),
+    ]  # values on a boundary among them
     cells = [CellBatch.encode([genotype[name] for genotype in pool]) for name in ("normal", "reduction")]
     truth = torch.tensor([[(p >= params[10]) + (p >= params[20]), m >= macs[15]] for p, m in map(genotype_cost, pool)])
     predictor = Predictor(2, vertex_size=8)
@@ -88,7 +83,7 @@ def test_the_reward_for_an_accuracy_label_is_its_probability_given_the_predictor
     torch.manual_seed(0)
     predictor = Predictor(1, vertex_size=8)
     predictor.error.fill_(0.2)
-    asked_for = objectives(accuracy=[0.3, 0.4])
+    asked_for = [objective("accuracy", 0.3, 0.4)]
     every = [torch.full((len(pool), 1), label) for label in range(3)]
     low, middle, high = (reward(cells, labels, asked_for, predictor) for labels in every)
     torch.testing.assert_close(low + middle + high, torch.ones(len(pool)))
@@ -105,7 +100,7 @@ def test_the_place_of_an_objective_makes_no_difference_to_its_classes():
     predictor = Predictor(2, vertex_size=8)
     predictor.error.copy_(torch.tensor([0.1, 0.3]))
     params = sorted(genotype_cost(genotype)[0] for genotype in pool)[10]
-    asked_for = objectives(params=[params], accuracy=[0.3, 0.4])
+    asked_for = [objective("params", params), objective("accuracy", 0.3, 0.4)]
     (of_params, of_accuracy), valid = class_probabilities(cells, asked_for, predictor)
     assert valid.all() and of_params.tolist() == [
         [float(genotype_cost(g)[0] < params), float(genotype_cost(g)[0] >= params)] for g in pool

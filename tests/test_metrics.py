@@ -5,8 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from small_objectives import objective
 
-from build_nas_dataset.objectives import class_of
+from build_nas_dataset.objectives import which_class
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.statistics import bootstrap_interval, tau
 from generation.metrics import (
@@ -34,17 +35,17 @@ def test_validity_uniqueness_novelty_are_shares_up_to_isomorphism():
 def test_classes_are_those_of_the_boundaries():
     params, macs = (sorted(column) for column in zip(*map(genotype_cost, POOL), strict=True))
     objectives = [
-        {"name": "params", "boundaries": [params[20], params[40]]},  # values on a boundary among them
-        {"name": "macs", "boundaries": [macs[30]]},
-        {"name": "accuracy", "boundaries": [0.3, 0.4, 0.5]},
+        objective("params", params[20], params[40]),  # values on a boundary among them
+        objective("macs", macs[30]),
+        objective("accuracy", 0.3, 0.4, 0.5),
     ]
     torch.manual_seed(0)
     predictor = Predictor(3, vertex_size=8)
     obtained = obtained_classes(POOL, objectives, predictor)
     for genotype, row, quantiles in zip(POOL, obtained, predictor.quantiles(POOL), strict=True):
         counts = genotype_cost(genotype)
-        assert row[0] == class_of(counts[0], objectives[0]["boundaries"])
-        assert row[1] == class_of(counts[1], objectives[1]["boundaries"])
+        assert row[0] == which_class(counts[0], objectives[0].boundaries)
+        assert row[1] == which_class(counts[1], objectives[1].boundaries)
         assert row[2] == min(max(int(np.floor(quantiles[2] * 4)), 0), 3)
 
 

@@ -232,7 +232,7 @@ def test_weights_are_kaiming_normal_at_the_start(build):
 
 def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():
     """The range that is named when a limit cannot be kept."""
-    from generate_archs import extreme_genotypes
+    from generation.targets import extreme_genotypes
 
     extremes = [genotype_cost(genotype) for genotype in extreme_genotypes(NAG_SPACE.max_vertices)]
     small = random_pool(300, seed=0, max_vertices=5)  # the smallest are among small cells
