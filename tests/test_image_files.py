@@ -245,6 +245,60 @@ def test_differing_classes_are_named(data, cache):
     assert_refused(data, cache, "wolf", "dog", "same classes")
 
 
+def test_a_link_to_a_parent_or_to_another_class_is_refused_by_both_names(data, cache):
+    link = data / "train" / "cat" / "more"
+    for target, names in ((".", "cat and cat/more"), ("..", ". and cat/more"), ("../dog", "cat/more and dog")):
+        link.symlink_to(target)
+        assert_refused(data, cache, "train", f"{names} are the same folder, by a link")
+        link.unlink()
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_file_that_is_there_twice_is_refused_by_both_names(data, cache, kind):
+    def link(source: Path, target: Path):
+        (target.symlink_to if kind == "symbolic" else target.hardlink_to)(source)
+
+    train, test = data / "train", data / "test"
+    link(train / "dog" / "0.png", train / "cat" / "x.png")
+    assert_refused(data, cache, "train: cat/x.png and dog/0.png are the same file, by a link")
+    (train / "cat" / "x.png").unlink()
+    link(train / "dog" / "0.png", test / "dog" / "x.png")
+    assert_refused(data, cache, f"{data}: train/dog/0.png and test/dog/x.png are the same file, by a link")
+    (test / "dog" / "x.png").unlink()
+    assert len(load_images("folder", data, 8, cache)[0]) == 12
+
+
+def test_a_test_part_that_is_a_link_to_the_training_part_is_refused(data, cache):
+    for zipped in (False, True):
+        (data / "test").rename(data / "other")
+        name = "train.zip" if zipped else "train"
+        if zipped:
+            make_zip(data / "train")
+            (data / "train").rename(data / "old")
+        (data / name.replace("train", "test")).symlink_to(name)
+        assert_refused(data, cache, f"{name}{'' if zipped else '/bird/0.png'} and test", "are the same file")
+        (data / "test").unlink(missing_ok=True)
+        (data / "other").rename(data / "test")
+
+
+def test_links_that_repeat_nothing_are_followed(data, tmp_path, cache):
+    (data / "train" / "cat").rename(tmp_path / "elsewhere")
+    (data / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    (data / "train" / ".all").symlink_to(".")  # hidden, so not entered
+    (data / "train" / "dog" / "0.png").rename(tmp_path / "0.png")
+    (data / "train" / "dog" / "0.png").symlink_to(tmp_path / "0.png")
+    assert load_images("folder", data, 8, cache)[0].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_is_twice_in_a_zip_is_refused(data, cache):
+    path = make_zip(data / "train")
+    (data / "train").rename(data / "old")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("cat/1.png", b"another")
+    assert_refused(data, cache, "train.zip", "cat/1.png is there twice")
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_broken_image_is_named(data, cache, content, zipped):

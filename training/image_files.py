@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import threading
 import zipfile
 import zlib
@@ -59,10 +60,23 @@ class Part:
 
 
 def list_parts(data: Path) -> tuple[Part, Part]:
-    """The training and the test part in the folder `data`. Raises ValueError when their classes differ."""
+    """The training and the test part in the folder `data`.
+
+    Raises ValueError when their classes differ, or when a file is in both, by a link: it would be tested on what it
+    was trained on.
+    """
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder: expected one that holds train and test, folders or .zip files")
-    train, test = (list_part(_find_part(data, names)) for names in (TRAIN_NAMES, TEST_NAMES))
+    of_train, of_test = {}, {}
+    train = list_part(_find_part(data, TRAIN_NAMES), of_train)
+    test = list_part(_find_part(data, TEST_NAMES), of_test)
+    if both := of_train.keys() & of_test.keys():
+        first, second = min((of_train[file], of_test[file]) for file in both)
+        raise ValueError(
+            f"{data}: {train.path.name}/{first}".rstrip("/")
+            + f" and {test.path.name}/{second}".rstrip("/")
+            + " are the same file, by a link: expected other images to test on than to train"
+        )
     if train.classes != test.classes:
         only = [(a.path, sorted(set(a.classes) - set(b.classes))) for a, b in ((train, test), (test, train))]
         differing = "; ".join(f"only in {path}: {first_of(names)}" for path, names in only if names)
@@ -79,9 +93,13 @@ def _find_part(data: Path, names: tuple[str, ...]) -> Path:
     raise ValueError(f"{data} holds no {' or '.join(names)}: expected a folder of class folders, or a .zip of them")
 
 
-def list_part(path: Path) -> Part:
-    """List the images of a folder or .zip of class folders. Raises ValueError when it is built in another way."""
-    files, folders = _walk(path) if path.is_dir() else _list_zip(path)
+def list_part(path: Path, seen: dict[tuple[int, int], str] | None = None) -> Part:
+    """List the images of a folder or .zip of class folders. Raises ValueError when it is built in another way.
+
+    seen: filled with (device, inode) of each file that holds images -> its name in the folder; "" for a .zip.
+    """
+    seen = {} if seen is None else seen
+    files, folders = _walk(path, seen) if path.is_dir() else _list_zip(path, seen)
     files = {name: files[name] for name in sorted(files) if _is_image(name)}
     prefix = "" if path.is_dir() else _common_top(files)
     files = {name.removeprefix(prefix): stamp for name, stamp in files.items()}
@@ -100,25 +118,46 @@ def list_part(path: Path) -> Part:
     return Part(path, sorted(filled), files, prefix)
 
 
-def _walk(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """All images below a folder, as in Part.members, and all folders; names are relative to it, with slashes."""
+def _walk(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """All images below a folder, as in Part.members, and all folders; names are relative to it, with slashes.
+
+    Links are followed. Raises ValueError for a folder or a file that is there twice, by a link: a link to another
+    class, or from a folder to one that holds it, would give images a second time and under wrong labels.
+    seen: see list_part.
+    """
 
     def refuse(error: OSError):  # os.walk passes over what it cannot list
         raise error
 
-    files, folders = {}, set()
-    for folder, _, names in os.walk(path, onerror=refuse, followlinks=True):
+    files, folders, seen_folders = {}, set(), {}
+    for folder, below, names in os.walk(path, onerror=refuse, followlinks=True):
         relative = Path(folder).relative_to(path).as_posix()
         base = "" if relative == "." else f"{relative}/"
+        _note_once(path, relative, os.stat(folder), seen_folders)
         folders.add(base)
+        below[:] = [name for name in below if not _hidden(f"{base}{name}/")]
         for name in filter(_is_image, names):
             status = os.stat(os.path.join(folder, name))
+            _note_once(path, base + name, status, seen)
             files[base + name] = (status.st_size, status.st_mtime_ns)
     return files, folders
 
 
-def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """All files of a zip, as in Part.members, and all folders. Nothing of a zip is ever written to the disk."""
+def _note_once(path: Path, name: str, status: os.stat_result, seen: dict[tuple[int, int], str]) -> None:
+    """Note a file or folder below `path` in `seen`. Raises ValueError when it is there under another name."""
+    identity = (status.st_dev, status.st_ino)
+    if status.st_ino and seen.setdefault(identity, name) != name:  # some file systems number no files
+        first, second = sorted((seen[identity], name))
+        what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        raise ValueError(f"{path}: {first} and {second} are the same {what}, by a link: expected each image once")
+
+
+def _list_zip(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """All files of a zip, as in Part.members, and all folders. Nothing of a zip is ever written to the disk.
+
+    seen: see list_part.
+    """
+    _note_once(path, "", os.stat(path), seen)
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -129,7 +168,12 @@ def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
             raise ValueError(f"{path}: member {info.filename} leaves the archive, expected CLASS/IMAGE")
         if info.flag_bits & 1:
             raise ValueError(f"{path}: member {info.filename} is encrypted")
-    files = {info.filename: (info.file_size, info.CRC) for info in infos if not info.is_dir()}
+    files = {}
+    for info in infos:
+        if info.filename in files:
+            raise ValueError(f"{path}: member {info.filename} is there twice, expected each image once")
+        if not info.is_dir():
+            files[info.filename] = (info.file_size, info.CRC)
     return files, {info.filename for info in infos if info.is_dir()}
 
 
