@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from small_training import same_images
 
-from training import image_files, image_stream
+from training import image_files
+from training.image_decoding import decode_image, decode_rgb
 from training.images import load_images
 
 CLASSES = ("bird", "cat", "dog")
@@ -354,7 +355,7 @@ def test_a_zip_of_another_structure_is_refused(data, cache, name):
     assert sorted(data.parent.rglob("*")) == before  # nothing was written, inside or outside
 
 
-@pytest.mark.parametrize("decode", [image_stream.decode, lambda data: image_files.decode_image(data, image_size=8)])
+@pytest.mark.parametrize("decode", [decode_rgb, lambda data: decode_image(data, image_size=8)])
 def test_pixels_of_16_bits_are_refused_not_clipped(decode):
     file = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(file, "PNG")

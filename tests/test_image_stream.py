@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from training import image_stream
-from training.image_stream import EvalStream, TrainStream, augment, color_jitter, decode, find_jpeg_decoder, open_images
+from training.image_decoding import decode_rgb, find_jpeg_decoder
+from training.image_stream import EvalStream, TrainStream, augment, color_jitter, open_images
 from training.images import balanced_batch, normalize, split
 
 CPU = torch.device("cpu")
@@ -231,7 +232,7 @@ def test_torchcodec_equals_pil_within_rounding(mode):
     crop, outputs = v2.RandomResizedCrop(64), []
     for decoder in (None, decoders.decode_jpeg):
         torch.manual_seed(0)
-        image = crop(decode(file.getvalue(), decoder))
+        image = crop(decode_rgb(file.getvalue(), decoder))
         outputs.append((image if decoder else transforms.pil_to_tensor(image)).int())
     assert (outputs[0] - outputs[1]).abs().max() <= 1
 
@@ -246,10 +247,10 @@ def test_without_torchcodec_pil_decodes_unless_it_was_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("decoder", ["pil", "auto"])
 def test_png_and_broken_jpeg_are_pils_matter(decoder, data):
-    image = decode((data / "train" / "cat" / "0.png").read_bytes(), find_jpeg_decoder(decoder))
+    image = decode_rgb((data / "train" / "cat" / "0.png").read_bytes(), find_jpeg_decoder(decoder))
     assert image.size == (30, 24)
     with pytest.raises(OSError):
-        decode((data / "train" / "cat" / "1.jpg").read_bytes()[:200], find_jpeg_decoder(decoder))
+        decode_rgb((data / "train" / "cat" / "1.jpg").read_bytes()[:200], find_jpeg_decoder(decoder))
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
