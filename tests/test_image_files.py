@@ -1,6 +1,7 @@
 """Image files: what is read is what is there, caches are never outdated, and bad files are named."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from small_training import same_images
 
 from training import image_files
 from training.image_decoding import decode_image, decode_rgb
+from training.image_stream import Decoded, EvalStream, open_images
 from training.images import load_images
 
 CLASSES = ("bird", "cat", "dog")
@@ -298,6 +300,66 @@ def test_a_member_that_is_twice_in_a_zip_is_refused(data, cache):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("cat/1.png", b"another")
     assert_refused(data, cache, "train.zip", "cat/1.png is there twice")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_names_that_are_not_utf_8_are_read_by_both_readers(data, cache, capsys, skip_bad):
+    for part in ("train", "test"):
+        (data / part / "dog").rename(data / part / os.fsdecode(b"caf\xe9"))
+    file = data / "train" / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.png")
+    (data / "train" / os.fsdecode(b"caf\xe9") / "3.png").rename(file)
+    train, _ = load_images("folder", data, 8, cache)
+    assert same_images(train, load_images("folder", data, 8, cache)[0]) and len(train) == 12
+    files, _ = open_images(data)
+    batch = next(EvalStream(files, 8, 12).read(0))
+    assert files.classes == train.classes == ["bird", os.fsdecode(b"caf\xe9"), "cat"]
+    assert torch.equal(batch.images, Decoded(files, 8, False, 0, None).__getitems__((0, np.arange(12))).images)
+    file.write_bytes(b"no image")
+    stream = EvalStream(open_images(data)[0], 8, 12, skip_bad=skip_bad)
+    if skip_bad:
+        assert len(load_images("folder", data, 8, cache, skip_bad=True)[0]) == len(next(stream.read(0)).labels) == 11
+        assert capsys.readouterr().out.count(r"caf\udce9/\udcff.png") == 2
+    else:
+        assert_refused(data, cache, r"cannot read image caf\udce9/\udcff.png")
+        with pytest.raises(ValueError, match=r"cannot read image caf\\udce9/\\udcff.png"):
+            next(stream.read(0))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_dots_before_names_in_a_zip_say_nothing(data, cache):
+    expected = load_images("folder", data, 8, cache)[0]
+    make_zip(data / "train", "./")
+    (data / "train").rename(data / "old")
+    assert same_images(load_images("folder", data, 8, cache)[0], expected)
+    with zipfile.ZipFile(data / "train.zip", "a") as archive:  # some with dots, some without
+        archive.write(data / "old" / "cat" / "0.png", "cat/./x.png")
+        archive.write(data / "old" / "cat" / "0.png", "cat/y.png")
+        archive.writestr("./cat/.hidden.png", b"not an image")
+    train, _ = load_images("folder", data, 8, cache)
+    assert len(train) == 14 and torch.equal(train.images[8], train.images[4]) and torch.equal(*train.images[8:10])
+    with zipfile.ZipFile(data / "train.zip", "a") as archive:
+        archive.writestr("cat/x.png", b"again")
+    assert_refused(data, cache, "train.zip", "cat/x.png is there twice")
+
+
+def test_a_zip_with_names_of_another_encoding_is_refused_by_its_path(data, cache):
+    path = make_zip(data / "train", "caf\N{LATIN SMALL LETTER E WITH ACUTE}/")  # so that its names are marked as UTF-8
+    path.write_bytes(path.read_bytes().replace(b"caf\xc3\xa9", b"caf\xe9\xe9"))
+    (data / "train").rename(data / "old")
+    assert_refused(data, cache, f"{path} is not a readable zip")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_regular_files_are_opened(data, cache):
+    (data / "train" / "cat" / "2.png").unlink()
+    os.mkfifo(data / "train" / "cat" / "2.png")
+    assert_refused(data, cache, "cannot read image cat/2.png (not a regular file)")
+    assert len(load_images("folder", data, 8, cache, skip_bad=True)[0]) == 11
+    with pytest.raises(ValueError, match=r"cat/2.png \(not a regular file\)"):
+        next(EvalStream(open_images(data)[0], 8, 12).read(0))
+    (data / "train" / "cat" / "2.png").unlink()
+    (data / "train" / "cat" / "2.png").symlink_to("/dev/zero")
+    assert_refused(data, cache, "cannot read image cat/2.png (not a regular file)")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])

@@ -175,7 +175,7 @@ def _list_zip(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, t
         raise ValueError(f"{path}: expected at most {MAX_MEMBERS} members, got {len(infos)}")
     files = {}
     for info in infos:
-        name, shown = info.filename, shown_text(info.filename)
+        name, shown = without_dots(info.filename), shown_text(info.filename)
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"{path}: member {shown} leaves the archive, expected CLASS/IMAGE")
         if info.flag_bits & 1:
@@ -184,7 +184,12 @@ def _list_zip(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, t
             raise ValueError(f"{path}: member {shown} is there twice, expected each image once")
         if not info.is_dir():
             files[name] = (info.file_size, info.CRC)
-    return files, {info.filename for info in infos if info.is_dir()}
+    return files, {without_dots(info.filename) for info in infos if info.is_dir()}
+
+
+def without_dots(name: str) -> str:
+    """The name of a member of a .zip without parts that say nothing: "cat/0.png" for "./cat/0.png"."""
+    return "/".join(part for part in name.split("/") if part != ".") if "./" in name else name
 
 
 def _is_image(name: str) -> bool:
@@ -316,14 +321,25 @@ def reader(part: Part):
         yield lambda name: read_file(part.path / name)
     else:
         with zipfile.ZipFile(part.path) as archive:
-            yield lambda name: read_member(archive, archive.getinfo(part.prefix + name))
+            dotted = {without_dots(info.filename): info for info in archive.infolist() if "./" in info.filename}
+            yield lambda name: read_member(
+                archive, dotted.get(part.prefix + name) or archive.getinfo(part.prefix + name)
+            )
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises ValueError when it is larger than allowed."""
-    with open(path, "rb") as file:
-        _check_bytes(os.fstat(file.fileno()).st_size)
+    """The bytes of an image file. Raises ValueError when it is larger than allowed, or no regular file."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        _check_bytes(status.st_size)
         return file.read(MAX_FILE_BYTES)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a named pipe would wait for a program that writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
