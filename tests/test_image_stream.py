@@ -150,15 +150,31 @@ def test_an_epoch_takes_images_once_and_drops_the_rest(data):
     assert not torch.equal(orders[0], torch.cat(TrainStream(files, SIZE, 4, seed=1).batches(0)))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 21, 50])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_evaluation_takes_every_image_exactly_once(data, world, batch_size):
     files, _ = open_images(data)
     streams = [EvalStream(files, SIZE, batch_size, rank=rank, world=world) for rank in range(world)]
-    seen = torch.cat([torch.cat(stream.batches(0)) for stream in streams])
+    seen = torch.cat([batch for stream in streams for batch in stream.batches(0)])
     assert sorted(seen.tolist()) == list(range(21))
     labels = torch.cat([y for stream in streams for _, y in stream.epoch(0, CPU)])
     assert torch.equal(labels.bincount(), files.labels.bincount())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_without_images_evaluates_none(data, workers):
+    files, _ = open_images(data)
+    for rank in (21, 22, 49):
+        stream = EvalStream(files, SIZE, 4, rank=rank, world=50, workers=workers)
+        assert epoch(stream) == [] and epoch(stream) == []
+
+
+def test_training_batches_that_cannot_be_had_or_shared_out_are_refused_beforehand(data):
+    files, _ = open_images(data)
+    with pytest.raises(ValueError, match="batches of at most the 21 images, got 22"):
+        TrainStream(files, SIZE, 22)
+    with pytest.raises(ValueError, match="batches of a multiple of 4 images, got 6"):
+        TrainStream(files, SIZE, 6, world=4)
 
 
 def test_a_part_can_be_held_out_and_a_balanced_part_taken(data):

@@ -219,9 +219,17 @@ class TrainStream(Stream):
     """The training images, shuffled by (seed, epoch) and augmented.
 
     batch_size counts the images of all processes together. Those left over after the last whole batch are dropped.
+    Raises ValueError when there is no whole batch, or when it cannot be shared out evenly.
     """
 
     random_crop: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size > len(self.files):
+            raise ValueError(f"expected batches of at most the {len(self.files)} images, got {self.batch_size}")
+        if self.batch_size % self.world:
+            raise ValueError(f"expected batches of a multiple of {self.world} images, got {self.batch_size}")
 
     def __len__(self) -> int:
         return len(self.files) // self.batch_size
@@ -248,11 +256,12 @@ class TrainStream(Stream):
 
 
 class EvalStream(Stream):
-    """All images once, in order; batch_size counts the images of one process."""
+    """All images once, in order; batch_size counts the images of one process. Some of many processes may have none."""
 
     def batches(self, epoch: int) -> list[Tensor]:
         """The indices of the images in each of this process's batches, the same in every epoch."""
-        return list(torch.arange(self.rank, len(self.files), self.world).split(self.batch_size))
+        index = torch.arange(len(self.files))[self.rank :: self.world]
+        return list(index.split(self.batch_size)) if len(index) else []
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised batches of x (B, 3, S, S) float in channels_last layout and labels (B,), without broken images."""
