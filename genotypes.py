@@ -354,7 +354,7 @@ def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tup
     Raises ValueError naming the file and what is wrong with it, OSError when it cannot be read.
     """
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     entries = data if isinstance(data, list) else [data]

@@ -52,7 +52,7 @@ def write_records(path: str | Path, records: Iterable[Record], header: dict) -> 
 
 def read_header(path: str | Path) -> dict:
     """The header of a NAS dataset of JSON lines. Raises ValueError when it is none."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         header = _parse_line(path, 1, file.readline())
     if header.get("format") != FORMAT:
         raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
@@ -72,7 +72,7 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
     if zipfile.is_zipfile(path):
         return _read_reference(path)
     read_header(path)
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = enumerate(file, 1)
         next(lines)
         records = [_parse_record(path, number, line, space) for number, line in lines if line.strip()]

@@ -1,6 +1,7 @@
 """Image files: what is read is what is there, caches are never outdated, and bad files are named."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from small_training import same_images
 
-from training import image_files, image_stream
+from training import image_files
+from training.image_decoding import decode_image, decode_rgb
+from training.image_stream import Decoded, EvalStream, open_images
 from training.images import load_images
 
 CLASSES = ("bird", "cat", "dog")
@@ -245,6 +248,120 @@ def test_differing_classes_are_named(data, cache):
     assert_refused(data, cache, "wolf", "dog", "same classes")
 
 
+def test_a_link_to_a_parent_or_to_another_class_is_refused_by_both_names(data, cache):
+    link = data / "train" / "cat" / "more"
+    for target, names in ((".", "cat and cat/more"), ("..", ". and cat/more"), ("../dog", "cat/more and dog")):
+        link.symlink_to(target)
+        assert_refused(data, cache, "train", f"{names} are the same folder, by a link")
+        link.unlink()
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_file_that_is_there_twice_is_refused_by_both_names(data, cache, kind):
+    def link(source: Path, target: Path):
+        (target.symlink_to if kind == "symbolic" else target.hardlink_to)(source)
+
+    train, test = data / "train", data / "test"
+    link(train / "dog" / "0.png", train / "cat" / "x.png")
+    assert_refused(data, cache, "train: cat/x.png and dog/0.png are the same file, by a link")
+    (train / "cat" / "x.png").unlink()
+    link(train / "dog" / "0.png", test / "dog" / "x.png")
+    assert_refused(data, cache, f"{data}: train/dog/0.png and test/dog/x.png are the same file, by a link")
+    (test / "dog" / "x.png").unlink()
+    assert len(load_images("folder", data, 8, cache)[0]) == 12
+
+
+def test_a_test_part_that_is_a_link_to_the_training_part_is_refused(data, cache):
+    for zipped in (False, True):
+        (data / "test").rename(data / "other")
+        name = "train.zip" if zipped else "train"
+        if zipped:
+            make_zip(data / "train")
+            (data / "train").rename(data / "old")
+        (data / name.replace("train", "test")).symlink_to(name)
+        assert_refused(data, cache, f"{name}{'' if zipped else '/bird/0.png'} and test", "are the same file")
+        (data / "test").unlink(missing_ok=True)
+        (data / "other").rename(data / "test")
+
+
+def test_links_that_repeat_nothing_are_followed(data, tmp_path, cache):
+    (data / "train" / "cat").rename(tmp_path / "elsewhere")
+    (data / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    (data / "train" / ".all").symlink_to(".")  # hidden, so not entered
+    (data / "train" / "dog" / "0.png").rename(tmp_path / "0.png")
+    (data / "train" / "dog" / "0.png").symlink_to(tmp_path / "0.png")
+    assert load_images("folder", data, 8, cache)[0].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_is_twice_in_a_zip_is_refused(data, cache):
+    path = make_zip(data / "train")
+    (data / "train").rename(data / "old")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("cat/1.png", b"another")
+    assert_refused(data, cache, "train.zip", "cat/1.png is there twice")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_names_that_are_not_utf_8_are_read_by_both_readers(data, cache, capsys, skip_bad):
+    for part in ("train", "test"):
+        (data / part / "dog").rename(data / part / os.fsdecode(b"caf\xe9"))
+    file = data / "train" / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.png")
+    (data / "train" / os.fsdecode(b"caf\xe9") / "3.png").rename(file)
+    train, _ = load_images("folder", data, 8, cache)
+    assert same_images(train, load_images("folder", data, 8, cache)[0]) and len(train) == 12
+    files, _ = open_images(data)
+    batch = next(EvalStream(files, 8, 12).read(0))
+    assert files.classes == train.classes == ["bird", os.fsdecode(b"caf\xe9"), "cat"]
+    assert torch.equal(batch.images, Decoded(files, 8, False, 0, None).__getitems__((0, np.arange(12))).images)
+    file.write_bytes(b"no image")
+    stream = EvalStream(open_images(data)[0], 8, 12, skip_bad=skip_bad)
+    if skip_bad:
+        assert len(load_images("folder", data, 8, cache, skip_bad=True)[0]) == len(next(stream.read(0)).labels) == 11
+        assert capsys.readouterr().out.count(r"caf\udce9/\udcff.png") == 2
+    else:
+        assert_refused(data, cache, r"cannot read image caf\udce9/\udcff.png")
+        with pytest.raises(ValueError, match=r"cannot read image caf\\udce9/\\udcff.png"):
+            next(stream.read(0))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_dots_before_names_in_a_zip_say_nothing(data, cache):
+    expected = load_images("folder", data, 8, cache)[0]
+    make_zip(data / "train", "./")
+    (data / "train").rename(data / "old")
+    assert same_images(load_images("folder", data, 8, cache)[0], expected)
+    with zipfile.ZipFile(data / "train.zip", "a") as archive:  # some with dots, some without
+        archive.write(data / "old" / "cat" / "0.png", "cat/./x.png")
+        archive.write(data / "old" / "cat" / "0.png", "cat/y.png")
+        archive.writestr("./cat/.hidden.png", b"not an image")
+    train, _ = load_images("folder", data, 8, cache)
+    assert len(train) == 14 and torch.equal(train.images[8], train.images[4]) and torch.equal(*train.images[8:10])
+    with zipfile.ZipFile(data / "train.zip", "a") as archive:
+        archive.writestr("cat/x.png", b"again")
+    assert_refused(data, cache, "train.zip", "cat/x.png is there twice")
+
+
+def test_a_zip_with_names_of_another_encoding_is_refused_by_its_path(data, cache):
+    path = make_zip(data / "train", "caf\N{LATIN SMALL LETTER E WITH ACUTE}/")  # so that its names are marked as UTF-8
+    path.write_bytes(path.read_bytes().replace(b"caf\xc3\xa9", b"caf\xe9\xe9"))
+    (data / "train").rename(data / "old")
+    assert_refused(data, cache, f"{path} is not a readable zip")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_regular_files_are_opened(data, cache):
+    (data / "train" / "cat" / "2.png").unlink()
+    os.mkfifo(data / "train" / "cat" / "2.png")
+    assert_refused(data, cache, "cannot read image cat/2.png (not a regular file)")
+    assert len(load_images("folder", data, 8, cache, skip_bad=True)[0]) == 11
+    with pytest.raises(ValueError, match=r"cat/2.png \(not a regular file\)"):
+        next(EvalStream(open_images(data)[0], 8, 12).read(0))
+    (data / "train" / "cat" / "2.png").unlink()
+    (data / "train" / "cat" / "2.png").symlink_to("/dev/zero")
+    assert_refused(data, cache, "cannot read image cat/2.png (not a regular file)")
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_broken_image_is_named(data, cache, content, zipped):
@@ -300,7 +417,7 @@ def test_a_zip_of_another_structure_is_refused(data, cache, name):
     assert sorted(data.parent.rglob("*")) == before  # nothing was written, inside or outside
 
 
-@pytest.mark.parametrize("decode", [image_stream.decode, lambda data: image_files.decode_image(data, image_size=8)])
+@pytest.mark.parametrize("decode", [decode_rgb, lambda data: decode_image(data, image_size=8)])
 def test_pixels_of_16_bits_are_refused_not_clipped(decode):
     file = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(file, "PNG")

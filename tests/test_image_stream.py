@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from training import image_stream
-from training.image_stream import EvalStream, TrainStream, augment, color_jitter, decode, find_jpeg_decoder, open_images
+from training.image_decoding import decode_rgb, find_jpeg_decoder
+from training.image_stream import EvalStream, TrainStream, augment, color_jitter, open_images
 from training.images import balanced_batch, normalize, split
 
 CPU = torch.device("cpu")
@@ -149,15 +150,31 @@ def test_an_epoch_takes_images_once_and_drops_the_rest(data):
     assert not torch.equal(orders[0], torch.cat(TrainStream(files, SIZE, 4, seed=1).batches(0)))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4, 21, 50])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_evaluation_takes_every_image_exactly_once(data, world, batch_size):
     files, _ = open_images(data)
     streams = [EvalStream(files, SIZE, batch_size, rank=rank, world=world) for rank in range(world)]
-    seen = torch.cat([torch.cat(stream.batches(0)) for stream in streams])
+    seen = torch.cat([batch for stream in streams for batch in stream.batches(0)])
     assert sorted(seen.tolist()) == list(range(21))
     labels = torch.cat([y for stream in streams for _, y in stream.epoch(0, CPU)])
     assert torch.equal(labels.bincount(), files.labels.bincount())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_without_images_evaluates_none(data, workers):
+    files, _ = open_images(data)
+    for rank in (21, 22, 49):
+        stream = EvalStream(files, SIZE, 4, rank=rank, world=50, workers=workers)
+        assert epoch(stream) == [] and epoch(stream) == []
+
+
+def test_training_batches_that_cannot_be_had_or_shared_out_are_refused_beforehand(data):
+    files, _ = open_images(data)
+    with pytest.raises(ValueError, match="batches of at most the 21 images, got 22"):
+        TrainStream(files, SIZE, 22)
+    with pytest.raises(ValueError, match="batches of a multiple of 4 images, got 6"):
+        TrainStream(files, SIZE, 6, world=4)
 
 
 def test_a_part_can_be_held_out_and_a_balanced_part_taken(data):
@@ -231,7 +248,7 @@ def test_torchcodec_equals_pil_within_rounding(mode):
     crop, outputs = v2.RandomResizedCrop(64), []
     for decoder in (None, decoders.decode_jpeg):
         torch.manual_seed(0)
-        image = crop(decode(file.getvalue(), decoder))
+        image = crop(decode_rgb(file.getvalue(), decoder))
         outputs.append((image if decoder else transforms.pil_to_tensor(image)).int())
     assert (outputs[0] - outputs[1]).abs().max() <= 1
 
@@ -246,10 +263,10 @@ def test_without_torchcodec_pil_decodes_unless_it_was_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("decoder", ["pil", "auto"])
 def test_png_and_broken_jpeg_are_pils_matter(decoder, data):
-    image = decode((data / "train" / "cat" / "0.png").read_bytes(), find_jpeg_decoder(decoder))
+    image = decode_rgb((data / "train" / "cat" / "0.png").read_bytes(), find_jpeg_decoder(decoder))
     assert image.size == (30, 24)
     with pytest.raises(OSError):
-        decode((data / "train" / "cat" / "1.jpg").read_bytes()[:200], find_jpeg_decoder(decoder))
+        decode_rgb((data / "train" / "cat" / "1.jpg").read_bytes()[:200], find_jpeg_decoder(decoder))
 
 
 # ----------------------------------------------------------------------------------------------------- bad input

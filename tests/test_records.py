@@ -9,6 +9,7 @@ import torch
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_header, read_records, write_records
+from genotypes import read_genotypes
 from models.cost import genotype_cost
 
 
@@ -102,3 +103,12 @@ def test_shipped_dataset_is_whole_and_its_costs_are_exact():
     (accuracy,) = objectives_of(records, {"accuracy": 3})
     sizes = np.bincount([accuracy.class_of(record.accuracy) for record in records])
     assert np.abs(sizes / len(records) - 1 / 3).max() < 0.03  # accuracies are multiples of 1/1000: ties
+
+
+def test_a_byte_order_mark_before_json_says_nothing(tmp_path, records):
+    path = tmp_path / "nasdata.jsonl"
+    write_records(path, records, {})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_records(path) == records
+    (tmp_path / "x.json").write_text("\ufeff" + json.dumps(records[0].to_dict()), encoding="utf-8")
+    assert read_genotypes(tmp_path / "x.json")[0][0] == records[0].genotype

@@ -8,9 +8,9 @@ Whatever is wrong with a file or a folder is a ValueError or OSError of one line
 
 import contextlib
 import hashlib
-import io
 import json
 import os
+import stat
 import threading
 import zipfile
 import zlib
@@ -21,16 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from training.image_decoding import channels_first, decode_image, short_reason, shown_text, without_pil_warnings
 from utils import atomic_file, progress_bar
 
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that is there is taken
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # other files are ignored
 RESIZE_RULE = "shortest side to image_size by antialiased bicubic, centre crop"
-CACHE_VERSION = 2
-DECODE_CHUNK = 256  # images a thread decodes at a time
+CACHE_VERSION = 3  # raised when the pixels of an image change
+DECODE_CHUNK, CHUNK_BYTES = 256, 2**26  # what a thread reads at a time: images, and bytes unless one image has more
+MAX_FILE_BYTES = 2**29  # of one image file, unpacked if it is in a .zip
+MAX_RATIO, RATIO_FROM = 100, 2**24  # unpacked / packed bytes of a member of a .zip, for those of more than RATIO_FROM
+MAX_MEMBERS = 5_000_000  # of a .zip; its list takes half a kilobyte of memory for each
+MAX_NAME = 1000  # bytes of an image's name below its part
 MAX_THREADS = 8
 
 
@@ -59,10 +63,23 @@ class Part:
 
 
 def list_parts(data: Path) -> tuple[Part, Part]:
-    """The training and the test part in the folder `data`. Raises ValueError when their classes differ."""
+    """The training and the test part in the folder `data`.
+
+    Raises ValueError when their classes differ, or when a file is in both, by a link: it would be tested on what it
+    was trained on.
+    """
     if not data.is_dir():
         raise ValueError(f"{data} is not a folder: expected one that holds train and test, folders or .zip files")
-    train, test = (list_part(_find_part(data, names)) for names in (TRAIN_NAMES, TEST_NAMES))
+    of_train, of_test = {}, {}
+    train = list_part(_find_part(data, TRAIN_NAMES), of_train)
+    test = list_part(_find_part(data, TEST_NAMES), of_test)
+    if both := of_train.keys() & of_test.keys():
+        first, second = min((of_train[file], of_test[file]) for file in both)
+        raise ValueError(
+            f"{data}: {train.path.name}/{shown_text(first)}".rstrip("/")
+            + f" and {test.path.name}/{shown_text(second)}".rstrip("/")
+            + " are the same file, by a link: expected other images to test on than to train"
+        )
     if train.classes != test.classes:
         only = [(a.path, sorted(set(a.classes) - set(b.classes))) for a, b in ((train, test), (test, train))]
         differing = "; ".join(f"only in {path}: {first_of(names)}" for path, names in only if names)
@@ -79,17 +96,23 @@ def _find_part(data: Path, names: tuple[str, ...]) -> Path:
     raise ValueError(f"{data} holds no {' or '.join(names)}: expected a folder of class folders, or a .zip of them")
 
 
-def list_part(path: Path) -> Part:
-    """List the images of a folder or .zip of class folders. Raises ValueError when it is built in another way."""
-    files, folders = _walk(path) if path.is_dir() else _list_zip(path)
+def list_part(path: Path, seen: dict[tuple[int, int], str] | None = None) -> Part:
+    """List the images of a folder or .zip of class folders. Raises ValueError when it is built in another way.
+
+    seen: filled with (device, inode) of each file that holds images -> its name in the folder; "" for a .zip.
+    """
+    seen = {} if seen is None else seen
+    files, folders = _walk(path, seen) if path.is_dir() else _list_zip(path, seen)
     files = {name: files[name] for name in sorted(files) if _is_image(name)}
     prefix = "" if path.is_dir() else _common_top(files)
     files = {name.removeprefix(prefix): stamp for name, stamp in files.items()}
     folders = {name.removeprefix(prefix) for name in folders if name.startswith(prefix) and not _hidden(name)}
 
+    if too_long := next((name for name in files if len(as_bytes(name)) > MAX_NAME), None):
+        raise ValueError(f"{path}: expected names of at most {MAX_NAME} bytes, got {shown_text(too_long)}")
     stray = next((name for name in files if "/" not in name), None)
     if stray:
-        raise ValueError(f"{path}: image {stray} is in no class folder, expected CLASS/{stray}")
+        raise ValueError(f"{path}: image {shown_text(stray)} is in no class folder, expected CLASS/IMAGE")
     filled = {name.split("/")[0] for name in files}
     empty = sorted({name.split("/")[0] for name in folders if name} - filled)
     if empty:
@@ -100,37 +123,73 @@ def list_part(path: Path) -> Part:
     return Part(path, sorted(filled), files, prefix)
 
 
-def _walk(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """All images below a folder, as in Part.members, and all folders; names are relative to it, with slashes."""
+def _walk(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """All images below a folder, as in Part.members, and all folders; names are relative to it, with slashes.
+
+    Links are followed. Raises ValueError for a folder or a file that is there twice, by a link: a link to another
+    class, or from a folder to one that holds it, would give images a second time and under wrong labels.
+    seen: see list_part.
+    """
 
     def refuse(error: OSError):  # os.walk passes over what it cannot list
         raise error
 
-    files, folders = {}, set()
-    for folder, _, names in os.walk(path, onerror=refuse, followlinks=True):
+    files, folders, seen_folders = {}, set(), {}
+    for folder, below, names in os.walk(path, onerror=refuse, followlinks=True):
         relative = Path(folder).relative_to(path).as_posix()
         base = "" if relative == "." else f"{relative}/"
+        _note_once(path, relative, os.stat(folder), seen_folders)
         folders.add(base)
+        below[:] = [name for name in below if not _hidden(f"{base}{name}/")]
         for name in filter(_is_image, names):
             status = os.stat(os.path.join(folder, name))
+            _note_once(path, base + name, status, seen)
             files[base + name] = (status.st_size, status.st_mtime_ns)
     return files, folders
 
 
-def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """All files of a zip, as in Part.members, and all folders. Nothing of a zip is ever written to the disk."""
+def _note_once(path: Path, name: str, status: os.stat_result, seen: dict[tuple[int, int], str]) -> None:
+    """Note a file or folder below `path` in `seen`. Raises ValueError when it is there under another name."""
+    identity = (status.st_dev, status.st_ino)
+    if status.st_ino and seen.setdefault(identity, name) != name:  # some file systems number no files
+        first, second = sorted((seen[identity], name))
+        what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        names = f"{shown_text(first)} and {shown_text(second)}"
+        raise ValueError(f"{path}: {names} are the same {what}, by a link: expected each image once")
+
+
+def _list_zip(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """All files of a zip, as in Part.members, and all folders. Nothing of a zip is ever written to the disk.
+
+    seen: see list_part.
+    """
+    _note_once(path, "", os.stat(path), seen)
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except Exception as error:  # zipfile raises all sorts about damaged bytes
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise ValueError(f"{path} is not a readable zip ({short_reason(error)})") from None
+    if len(infos) > MAX_MEMBERS:
+        raise ValueError(f"{path}: expected at most {MAX_MEMBERS} members, got {len(infos)}")
+    files = {}
     for info in infos:
-        if info.filename.startswith("/") or ".." in info.filename.split("/"):
-            raise ValueError(f"{path}: member {info.filename} leaves the archive, expected CLASS/IMAGE")
+        name, shown = without_dots(info.filename), shown_text(info.filename)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{path}: member {shown} leaves the archive, expected CLASS/IMAGE")
         if info.flag_bits & 1:
-            raise ValueError(f"{path}: member {info.filename} is encrypted")
-    files = {info.filename: (info.file_size, info.CRC) for info in infos if not info.is_dir()}
-    return files, {info.filename for info in infos if info.is_dir()}
+            raise ValueError(f"{path}: member {shown} is encrypted")
+        if name in files:
+            raise ValueError(f"{path}: member {shown} is there twice, expected each image once")
+        if not info.is_dir():
+            files[name] = (info.file_size, info.CRC)
+    return files, {without_dots(info.filename) for info in infos if info.is_dir()}
+
+
+def without_dots(name: str) -> str:
+    """The name of a member of a .zip without parts that say nothing: "cat/0.png" for "./cat/0.png"."""
+    return "/".join(part for part in name.split("/") if part != ".") if "./" in name else name
 
 
 def _is_image(name: str) -> bool:
@@ -150,14 +209,13 @@ def _common_top(names: dict[str, tuple[int, int]]) -> str:
 
 def first_of(names: list[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are, for messages."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return shown_text(", ".join(map(shown_text, names[:most])), 100) + more
 
 
-def short_reason(error: Exception) -> str:
-    """An exception in one short line."""
-    if isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
-        return "not an image"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def as_bytes(name: str) -> bytes:
+    """A name in UTF-8; the bytes of a file name that is none are kept as they are."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 # ---------------------------------------------------------------------------------------- decoding and the cache
@@ -193,7 +251,7 @@ def refuse_broken(part: Part, broken: dict[str, str]):
     """Raise the ValueError about the first of the images that cannot be read (name -> reason)."""
     name, reason = next(iter(broken.items()))
     raise ValueError(
-        f"{part.path}: cannot read image {part.prefix}{name} ({reason}); --skip_bad leaves such images out"
+        f"{part.path}: cannot read image {shown_text(part.prefix + name)} ({reason}); --skip_bad leaves such images out"
     )
 
 
@@ -208,12 +266,11 @@ def decode(part: Part, image_size: int, skip_bad: bool) -> tuple[np.ndarray, dic
     pixels = np.empty((len(names), image_size, image_size, 3), np.uint8)
     reading = threading.Lock()
 
-    def decode_chunk(start: int) -> dict[str, str]:
-        chunk = names[start : start + DECODE_CHUNK]
+    def decode_chunk(chunk: slice) -> dict[str, str]:
         with reading:
-            contents = [_attempt(read, name) for name in chunk]
+            contents = [_attempt(read, name) for name in names[chunk]]
         broken = {}
-        for i, (name, content) in enumerate(zip(chunk, contents, strict=True), start):
+        for i, (name, content) in enumerate(zip(names[chunk], contents, strict=True), chunk.start):
             image = content if isinstance(content, Exception) else _attempt(decode_image, content, image_size)
             if isinstance(image, Exception):
                 broken[name] = short_reason(image)
@@ -222,9 +279,10 @@ def decode(part: Part, image_size: int, skip_bad: bool) -> tuple[np.ndarray, dic
         return broken
 
     broken = {}
-    starts = range(0, len(names), DECODE_CHUNK)
-    with reader(part) as read, ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
-        for found in progress_bar(pool.map(decode_chunk, starts), total=len(starts), desc=f"decode {part.path.name}"):
+    chunks = chunks_of([size for size, _ in part.members.values()])
+    threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS))
+    with without_pil_warnings(), reader(part) as read, threads as pool:
+        for found in progress_bar(pool.map(decode_chunk, chunks), total=len(chunks), desc=f"decode {part.path.name}"):
             broken.update(found)
             if broken and not skip_bad:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -232,6 +290,17 @@ def decode(part: Part, image_size: int, skip_bad: bool) -> tuple[np.ndarray, dic
     if broken:
         pixels = pixels[[name not in broken for name in names]]
     return pixels, broken
+
+
+def chunks_of(sizes: list[int]) -> list[slice]:
+    """Cut a list of files of these sizes into chunks of DECODE_CHUNK files and CHUNK_BYTES bytes at most each."""
+    chunks, start, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and (i - start == DECODE_CHUNK or held + size > CHUNK_BYTES):
+            chunks.append(slice(start, i))
+            start, held = i, 0
+        held += size
+    return [*chunks, slice(start, len(sizes))]
 
 
 def _attempt(step: Callable, *args):
@@ -244,37 +313,53 @@ def _attempt(step: Callable, *args):
 
 @contextlib.contextmanager
 def reader(part: Part):
-    """The context of a function that returns the bytes of a member by its name."""
+    """The context of a function that returns the bytes of a member by its name.
+
+    It raises ValueError or OSError, of a .zip also others, for a member that cannot be read or is larger than allowed.
+    """
     if part.path.is_dir():
-        yield lambda name: (part.path / name).read_bytes()
+        yield lambda name: read_file(part.path / name)
     else:
         with zipfile.ZipFile(part.path) as archive:
-            yield lambda name: archive.read(part.prefix + name)
+            dotted = {without_dots(info.filename): info for info in archive.infolist() if "./" in info.filename}
+            yield lambda name: read_member(
+                archive, dotted.get(part.prefix + name) or archive.getinfo(part.prefix + name)
+            )
 
 
-def decode_image(data: bytes, image_size: int) -> np.ndarray:
-    """The RGB pixels (S, S, 3) of an image file."""
-    with Image.open(io.BytesIO(data)) as image:
-        return square_pixels(to_rgb(image), image_size)
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ValueError when it is larger than allowed, or no regular file."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        _check_bytes(status.st_size)
+        return file.read(MAX_FILE_BYTES)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB. Raises ValueError for pixels of more than 8 bits, which PIL would clip to white."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"expected pixels of 8 bits, got mode {image.mode}")
-    return image.convert("RGB")
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a named pipe would wait for a program that writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def square_pixels(image: Image.Image, image_size: int) -> np.ndarray:
-    """The pixels (S, S, 3) of an image, resized and cropped at once by RESIZE_RULE where it has another size."""
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """The bytes of a member of a .zip. Raises ValueError when it unpacks to more than allowed.
+
+    No more is unpacked than the archive declares: reading without a number of bytes would unpack gigabytes of a member
+    that declares ten. Of bzip2 and LZMA, zipfile unpacks whole blocks of any size.
+    """
+    _check_bytes(info.file_size)
+    if info.file_size > RATIO_FROM and info.file_size > MAX_RATIO * info.compress_size:
+        raise ValueError(f"{info.compress_size} bytes unpack to {info.file_size}, expected {MAX_RATIO} times at most")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("expected a member that is stored or deflated")
+    with archive.open(info) as file:
+        return file.read(info.file_size)
 
 
-def channels_first(pixels: np.ndarray) -> torch.Tensor:
-    """Pixels (N, S, S, 3) as a tensor (N, 3, S, S)."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+def _check_bytes(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {MAX_FILE_BYTES}")
 
 
 def cache_key(part: Part, image_size: int) -> str:

@@ -11,7 +11,6 @@ any number of workers and of training processes.
 """
 
 import contextlib
-import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,14 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from training.image_files import Part, list_parts, reader, refuse_broken, short_reason, to_rgb
+from training.image_decoding import MAX_PIXELS, decode_rgb, short_reason, shown_text, without_pil_warnings
+from training.image_files import Part, as_bytes, list_parts, reader, refuse_broken
 from training.images import normalize
 from utils import derive_seed
 
@@ -63,7 +62,7 @@ class ImageFiles:
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
 
     def name(self, index: int) -> str:
-        return self.names[index].decode()
+        return self.names[index].decode("utf-8", "surrogateescape")
 
 
 def open_images(data: str | Path) -> tuple[ImageFiles, ImageFiles]:
@@ -73,7 +72,7 @@ def open_images(data: str | Path) -> tuple[ImageFiles, ImageFiles]:
     """
     files = []
     for part in list_parts(Path(data)):
-        names = np.array([name.encode() for name in part.members])
+        names = np.array([as_bytes(name) for name in part.members])
         files.append(ImageFiles(replace(part, members={}), names, part.labels()))
     return files[0], files[1]
 
@@ -97,11 +96,12 @@ class Decoded(Dataset):
     """Decodes and crops the images of a batch, in a worker.
 
     random_crop: whether a random part of an image is resized, as in training; else its centre.
-    decode_jpeg: a decoder from find_jpeg_decoder.
+    decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
     """
 
     def __init__(self, files: ImageFiles, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None):
         self.files, self.image_size, self.seed, self.decode_jpeg = files, image_size, seed, decode_jpeg
+        self.random_crop = random_crop
         resize = v2.Resize(round(image_size * TEST_MARGIN))
         crop = [v2.RandomResizedCrop(image_size)] if random_crop else [resize, v2.CenterCrop(image_size)]
         self.transform = v2.Compose([*crop, v2.PILToTensor()])
@@ -111,6 +111,7 @@ class Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    @without_pil_warnings()
     def __getitems__(self, key: tuple[int, np.ndarray]) -> Batch:
         """The batch of the images at the indices (B,) in an epoch. key: (epoch, indices)."""
         epoch, indices = key
@@ -133,40 +134,17 @@ class Decoded(Dataset):
 
     def image(self, index: int) -> Tensor:
         """One image, decoded and cropped: (3, S, S) uint8."""
-        return self.transform(decode(self.read(self.files.name(index)), self.decode_jpeg))
+        image = decode_rgb(self.read(self.files.name(index)), self.decode_jpeg)
+        height, width = transforms.get_size(image)
+        if not self.random_crop and self.image_size**2 * max(height, width) > MAX_PIXELS * min(height, width):
+            raise ValueError(f"{width} x {height} pixels, expected less unequal sides")  # it would be resized whole
+        return self.transform(image)
 
     def read(self, name: str) -> bytes:
         """The content of a file. Each process opens a zip when it first reads, as they must not share a handle."""
         if self._read is None:
             self._read = self._opened.enter_context(reader(self.files.part))
         return self._read(name)
-
-
-def decode(data: bytes, decode_jpeg: Callable | None = None) -> Image.Image | Tensor:
-    """The RGB pixels of an image file: an image of PIL or, where decode_jpeg decoded it, a tensor (3, H, W) uint8."""
-    if decode_jpeg is not None and data[:2] == b"\xff\xd8":
-        with contextlib.suppress(RuntimeError):  # what it refuses, PIL may still read, or say what is wrong
-            return decode_jpeg(data)
-    with Image.open(io.BytesIO(data)) as image:
-        return to_rgb(image)
-
-
-def find_jpeg_decoder(name: str) -> Callable | None:
-    """A function that decodes JPEG files, bytes -> (3, H, W) uint8; None where PIL is to decode them.
-
-    name: "pil", "torchcodec", or "auto" for torchcodec where it is installed. It gives the same pixels as PIL, and took
-    1 / 1.4 of the time (images of 500 x 375 pixels, decoded and cropped).
-    Raises ValueError when torchcodec is asked for and cannot be used.
-    """
-    if name == "pil":
-        return None
-    try:
-        from torchcodec.decoders import decode_jpeg  # imported late: it is not among the requirements
-    except (ImportError, RuntimeError, OSError) as error:  # the last two: a build for another torch
-        if name == "auto":
-            return None
-        raise ValueError(f"torchcodec >= 0.16 cannot be used ({short_reason(error)}): pip install torchcodec") from None
-    return decode_jpeg
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -185,7 +163,8 @@ class Stream:
     workers: the number of processes that decode; 0: the calling one does.
     rank, world: this process reads part `rank` of the `world` parts of every batch.
     skip_bad: whether images that cannot be read are left out; else the first of them raises a ValueError.
-    decode_jpeg: a decoder from find_jpeg_decoder. pin_memory: whether batches are put where a GPU copies them from.
+    decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
+    pin_memory: whether batches are put where a GPU copies them from.
     broken: the images that could not be read so far, name -> reason.
     waited: the seconds for which the caller has waited for batches so far.
     """
@@ -230,7 +209,8 @@ class Stream:
             if batch.broken and not self.skip_bad:
                 refuse_broken(self.files.part, batch.broken)
             for name in batch.broken.keys() - self.broken.keys():
-                tqdm.write(f"skipped {self.files.part.path}: {self.files.part.prefix}{name} ({batch.broken[name]})")
+                shown = shown_text(self.files.part.prefix + name)
+                tqdm.write(f"skipped {self.files.part.path}: {shown} ({batch.broken[name]})")
             self.broken |= batch.broken
             yield batch
 
@@ -239,9 +219,17 @@ class TrainStream(Stream):
     """The training images, shuffled by (seed, epoch) and augmented.
 
     batch_size counts the images of all processes together. Those left over after the last whole batch are dropped.
+    Raises ValueError when there is no whole batch, or when it cannot be shared out evenly.
     """
 
     random_crop: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size > len(self.files):
+            raise ValueError(f"expected batches of at most the {len(self.files)} images, got {self.batch_size}")
+        if self.batch_size % self.world:
+            raise ValueError(f"expected batches of a multiple of {self.world} images, got {self.batch_size}")
 
     def __len__(self) -> int:
         return len(self.files) // self.batch_size
@@ -268,11 +256,12 @@ class TrainStream(Stream):
 
 
 class EvalStream(Stream):
-    """All images once, in order; batch_size counts the images of one process."""
+    """All images once, in order; batch_size counts the images of one process. Some of many processes may have none."""
 
     def batches(self, epoch: int) -> list[Tensor]:
         """The indices of the images in each of this process's batches, the same in every epoch."""
-        return list(torch.arange(self.rank, len(self.files), self.world).split(self.batch_size))
+        index = torch.arange(len(self.files))[self.rank :: self.world]
+        return list(index.split(self.batch_size)) if len(index) else []
 
     def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised batches of x (B, 3, S, S) float in channels_last layout and labels (B,), without broken images."""

@@ -27,7 +27,8 @@ from training.flags import (
     optimizer_defaults,
     shown_defaults,
 )
-from training.image_stream import EvalStream, ImageFiles, TrainStream, find_jpeg_decoder, open_images
+from training.image_decoding import find_jpeg_decoder
+from training.image_stream import EvalStream, ImageFiles, TrainStream, open_images
 from training.images import balanced_batch, check_classes, split
 from training.steps import ADABELIEF_LR, Step, train_steps
 from utils import UNREAD, derive_seed, fail, number, set_seed, user_input
