@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
 import math
@@ -10,16 +11,20 @@ import os
 import pickle
 import platform
 import shlex
+import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 CHECKPOINT_VERSION = 2
+DIGEST = b"sha256:"  # a checkpoint ends with this and the hash of what stands before
 RUNS = "runs"  # where results go without --output_dir
 
 
@@ -345,9 +350,51 @@ def write_json(path: str | Path, data) -> None:
 
 
 def save_checkpoint(path: str | Path, kind: str, state: dict) -> None:
-    """Write a dict of tensors and builtins. kind: what it is a checkpoint of ("gan", "cifar", ...)."""
+    """Write a dict of tensors and builtins and the digest of the file. kind: what it is of ("gan", "cifar", ...)."""
     with atomic_file(path, "wb") as file:
-        torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, file)
+        hashed = HashedFile(file)
+        torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, hashed)
+        comment = DIGEST + hashed.hash.hexdigest().encode()
+        file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment, here 0, and the comment
+        file.write(struct.pack("<H", len(comment)) + comment)
+
+
+class HashedFile:
+    """A file that is written from its start to its end, with the SHA-256 hash of what was written so far."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def check_whole(content: bytes) -> None:
+    """Raise ValueError when the content of a checkpoint file is not what save_checkpoint wrote: a bit may have flipped.
+
+    Files without a digest, of other programs or older versions, are checked by the checksums of their parts. A part
+    that is compressed is refused, because torch compresses nothing and a few bytes could stand for gigabytes.
+    """
+    end = content.rfind(DIGEST, -len(DIGEST) - 64)
+    if end > 2 and content[end - 2 : end] == struct.pack("<H", len(content) - end):
+        found = hashlib.sha256(memoryview(content)[: end - 2])
+        found.update(b"\0\0")
+        if found.hexdigest().encode() != content[end + len(DIGEST) :]:
+            raise ValueError("its content is not what was written: a bit has flipped")
+        return
+    if not zipfile.is_zipfile(io.BytesIO(content)):  # torch says what is wrong
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if packed := [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"its part {packed[0]} is compressed, which torch never does")
+        if sum(part.file_size for part in archive.infolist()) > len(content):
+            raise ValueError("its parts are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of its part {damaged} is wrong: a bit has flipped")
 
 
 def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
@@ -362,7 +409,9 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        check_whole(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a readable checkpoint (it holds more than tensors and plain data)") from None
     except Exception as error:  # truncated or foreign files: torch raises all sorts
