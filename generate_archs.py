@@ -39,12 +39,14 @@ from utils import (
     add_common_flags,
     derive_seed,
     fail,
+    hold_folder,
     load_checkpoint,
     number,
     output_folder,
     prepare,
     progress_bar,
     refuse_used,
+    release_folder,
     shown,
     user_input,
     write_config,
@@ -279,11 +281,14 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     if not results and limits.given:
         fail("none of the cells drawn is valid and within the limits, nothing was written")
     path = folder / "genotypes.json"
+    hold_folder(folder)
+    refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")  # again: another run may have been quicker
     write_config(folder, args, device)
     write_json(path, results)
     if args.evaluate:
         evaluation = evaluate_and_print(args, drawn, records, max_vertices, (predictor, objectives, scorer))
         write_json(path.with_name("evaluation.json"), evaluation)
+    release_folder(folder)
     print(f"\nwrote {len(results)} genotypes to {path}")
     if not results:
         print("warning: none of the cells drawn is valid; longer training may help")

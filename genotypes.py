@@ -347,6 +347,11 @@ GENOTYPES = {
 GENOTYPES["NAG_FEW_PARAMS"] = GENOTYPES["NAG_ENSEMBLE_B"]
 
 
+def _refuse_constant(name: str):
+    """Python would read NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is not JSON; null stands for a number that is not known")
+
+
 def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tuple[Genotype, dict]]:
     """Read a genotype file: one genotype object or a list of them.
 
@@ -354,7 +359,7 @@ def read_genotypes(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[tup
     Raises ValueError naming the file and what is wrong with it, OSError when it cannot be read.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also of numbers of thousands of digits
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     entries = data if isinstance(data, list) else [data]

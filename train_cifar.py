@@ -141,8 +141,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         member = outcome(state, count / len(test), args.image_size)
         members.append(member | {"checkpoint": checkpoint, "epochs": state["epoch"], "images": {"test": len(test)}})
     result = members[0] if len(members) == 1 else joint_outcome(members, correct_votes / len(test), args.voting)
-    with user_input("--output_dir"):
-        write_json(path, result)
+    refuse_used(path.parent, path.name)  # again, as another evaluation may have been quicker
+    write_json(path, result)
     for member in members:
         print(f"{describe(member)} ({len(test)} images, after epoch {member['epochs']}): {member['checkpoint']}")
     if len(members) > 1:

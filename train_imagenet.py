@@ -121,8 +121,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     size = cost(Genotype.from_dict(state["genotype"]), state["network_config"], args.image_size)
     result = {"arch": state["args"]["arch"], "genotype": state["genotype"], **size, "test": measured}
     result |= {"checkpoint": args.evaluate, "epochs": state["epoch"], "skipped": skipped}
-    with user_input("--output_dir"):
-        write_json(path, result)
+    refuse_used(path.parent, path.name)  # again, as another evaluation may have been quicker
+    write_json(path, result)
     print(f"{describe(measured)}, after epoch {state['epoch']}\nwrote {path}")
     if args.export:
         export_trained(network, state, args, "imagenet", MEAN, STD)

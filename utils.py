@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import ctypes
+import errno
+import hashlib
 import io
 import json
 import math
@@ -10,17 +12,28 @@ import os
 import pickle
 import platform
 import shlex
+import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 CHECKPOINT_VERSION = 2
+DIGEST = b"sha256:"  # a checkpoint ends with this and the hash of what stands before
 RUNS = "runs"  # where results go without --output_dir
+# By these files a run is known.
+RESULTS = ("checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl", "genotypes.json")
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -327,6 +340,9 @@ def derive_seed(seed: int, *keys: int) -> int:
 def atomic_file(path: str | Path, mode: str = "w"):
     """Open a file that appears under its name only when complete: temporary file, flush, fsync, rename."""
     path = Path(path)
+    for folder in _held:  # of a run that writes to it
+        if folder in path.resolve().parents and not (folder / "run.lock").exists():
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed while the run was writing to it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -339,15 +355,95 @@ def atomic_file(path: str | Path, mode: str = "w"):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writes(path: str | Path) -> Iterator[None]:
+    """Within it, a file is written. A full disk, a limit or a folder that is gone ends the script with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+            reason = str(error).splitlines()[0]
+            if "PytorchStreamWriter" not in str(error) and "enforce fail" not in str(error):
+                raise
+        else:
+            reason = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
+        fail(f"cannot write {path}: {reason}; what was written before is whole", everywhere=True)
+
+
+def to_json(data, indent: int | None = None) -> str:
+    """Strict JSON, which has no NaN and no infinities: they become null."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _finite(data):
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, (list, tuple)) else data
+
+
+def from_json(text: str | bytes) -> Any:
+    """The content of strict JSON. Raises ValueError for others, also for NaN and Infinity, which Python would read."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is not JSON; null stands for a number that is not known")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def write_json(path: str | Path, data) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(data, indent=2) + "\n")
+    """Write strict JSON, see to_json. Ends the script where that is not possible."""
+    with writes(path), atomic_file(path) as file:
+        file.write(to_json(data, indent=2) + "\n")
 
 
 def save_checkpoint(path: str | Path, kind: str, state: dict) -> None:
-    """Write a dict of tensors and builtins. kind: what it is a checkpoint of ("gan", "cifar", ...)."""
-    with atomic_file(path, "wb") as file:
-        torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, file)
+    """Write a dict of tensors and builtins and the digest of the file. kind: what it is of ("gan", "cifar", ...)."""
+    with writes(path), atomic_file(path, "wb") as file:
+        hashed = HashedFile(file)
+        torch.save({"kind": kind, "version": CHECKPOINT_VERSION, **state}, hashed)
+        comment = DIGEST + hashed.hash.hexdigest().encode()
+        file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment, here 0, and the comment
+        file.write(struct.pack("<H", len(comment)) + comment)
+
+
+class HashedFile:
+    """A file that is written from its start to its end, with the SHA-256 hash of what was written so far."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def check_whole(content: bytes) -> None:
+    """Raise ValueError when the content of a checkpoint file is not what save_checkpoint wrote: a bit may have flipped.
+
+    Files without a digest, of other programs or older versions, are checked by the checksums of their parts. A part
+    that is compressed is refused, because torch compresses nothing and a few bytes could stand for gigabytes.
+    """
+    end = content.rfind(DIGEST, -len(DIGEST) - 64)
+    if end > 2 and content[end - 2 : end] == struct.pack("<H", len(content) - end):
+        found = hashlib.sha256(memoryview(content)[: end - 2])
+        found.update(b"\0\0")
+        if found.hexdigest().encode() != content[end + len(DIGEST) :]:
+            raise ValueError("its content is not what was written: a bit has flipped")
+        return
+    if not zipfile.is_zipfile(io.BytesIO(content)):  # torch says what is wrong
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if packed := [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"its part {packed[0]} is compressed, which torch never does")
+        if sum(part.file_size for part in archive.infolist()) > len(content):
+            raise ValueError("its parts are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of its part {damaged} is wrong: a bit has flipped")
 
 
 def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
@@ -362,7 +458,9 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     if not path.is_file():
         raise ValueError(f"no such checkpoint: {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        check_whole(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a readable checkpoint (it holds more than tensors and plain data)") from None
     except Exception as error:  # truncated or foreign files: torch raises all sorts
@@ -428,6 +526,72 @@ def refuse_used(folder: Path, *patterns: str) -> None:
             )
 
 
+_held: dict[Path, TextIO] = {}  # the locks of this process: folder -> its open file run.lock
+
+
+def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
+    """Hold the lock of a run folder until release_folder or the end of this process, a kill included.
+
+    The file run.lock says who holds it. Ends the script, naming the flag, when another process does.
+    """
+    if (key := folder.resolve()) in _held:
+        return
+    with user_input(flag):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
+    try:
+        lock_file(file)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        fail(f"{flag}: {folder} is in use: {holder} writes to it")
+    except OSError as error:  # file systems that have no locks
+        print(f"note: {folder} cannot be locked ({error.strerror}); see to it that no other run uses it")
+    file.seek(0)
+    file.truncate()
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
+    _held[key] = file
+
+
+def release_folder(folder: Path) -> None:
+    """Give back the lock of hold_folder, if this process has it."""
+    if file := _held.pop(folder.resolve(), None):
+        file.close()
+
+
+def lock_file(file: TextIO) -> None:
+    """Lock an open file for this process alone. Raises BlockingIOError when another one has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt  # Windows; one byte far behind the text, which so can still be read
+
+    file.seek(2**20)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(errno.EAGAIN, str(error)) from None
+
+
+def _forget_locks() -> None:
+    """In a forked process, which would hold the locks of its parent beyond the parent's end."""
+    for file in _held.values():
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def clear_temporary(folder: Path) -> None:
+    """Delete what killed processes have left of files that they were writing. The folder's lock is held."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -> None:
     """config.json: what is needed to run the same again."""
     config = {
@@ -445,33 +609,53 @@ class RunLog:
 
     step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
     that none is missing, a step is logged before the checkpoint that has it is saved.
-    None: a new run. Ends the script when the folder holds one already.
+    None: a new run. Ends the script when the folder holds one already, or another process writes to it.
+    most: the number of lines that are kept at most, where several lines have the same step.
+    lines: how many lines there are.
     """
 
-    def __init__(self, folder: Path, args: argparse.Namespace, device: torch.device, step: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        args: argparse.Namespace,
+        device: torch.device,
+        step: int | None = None,
+        most: int | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
 
         if step is None:
-            refuse_used(folder, "checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl", "genotypes.json")
+            refuse_used(folder, *RESULTS)
+        hold_folder(folder, "--output_dir" if step is None else "--resume")
+        if step is None:
+            refuse_used(folder, *RESULTS)  # again, as another run may have ended meanwhile
+        clear_temporary(folder)
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [] if step is None else [line for line in whole_lines(self.path) if line["step"] <= step]
-        with atomic_file(self.path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        write_config(folder, args, device)
-        self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+        kept = [] if step is None else [line for line in whole_lines(self.path) if line["step"] <= step][:most]
+        self.lines = len(kept)
+        with writes(self.path):
+            with atomic_file(self.path) as file:
+                file.writelines(to_json(line) + "\n" for line in kept)
+            write_config(folder, args, device)
+            self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
 
     def log(self, step: int, **values) -> None:
         """Record values at a step: numbers go to TensorBoard too."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
+        with writes(self.path):
+            with open(self.path, "r+") as file:  # which must be there: the folder may have been removed
+                file.seek(0, os.SEEK_END)
+                file.write(to_json({"step": step, **values}) + "\n")
+            self.lines += 1
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        """End the record, and let other processes write to the folder."""
+        with writes(self.path):
+            self.writer.close()
+        release_folder(self.folder)
 
 
 def whole_lines(path: Path) -> list[dict]:
@@ -480,7 +664,7 @@ def whole_lines(path: Path) -> list[dict]:
     objects = []
     for line in lines:
         try:
-            objects.append(json.loads(line))
+            objects.append(json.loads(line, parse_constant=lambda name: None))  # older versions wrote NaN
         except json.JSONDecodeError:
             break
     return objects

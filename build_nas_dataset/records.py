@@ -18,7 +18,7 @@ import torch
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.cost import genotype_cost
-from utils import atomic_file
+from utils import atomic_file, from_json, to_json
 
 FORMAT, VERSION = "nas-dataset", 1
 
@@ -45,9 +45,9 @@ class Record:
 def write_records(path: str | Path, records: Iterable[Record], header: dict) -> None:
     """Write a NAS dataset, whole or not at all. header: how the accuracies came about."""
     with atomic_file(path) as file:
-        file.write(json.dumps({"format": FORMAT, "version": VERSION, **header}) + "\n")
+        file.write(to_json({"format": FORMAT, "version": VERSION, **header}) + "\n")
         for record in records:
-            file.write(json.dumps(record.to_dict()) + "\n")
+            file.write(to_json(record.to_dict()) + "\n")
 
 
 def read_header(path: str | Path) -> dict:
@@ -83,11 +83,11 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
 
 def _parse_line(path: Path, number: int, line: str) -> dict:
     try:
-        data = json.loads(line.rstrip())
+        data = from_json(line.rstrip())
     except json.JSONDecodeError as error:
         what = "is empty" if not line.strip() else f"is not JSON ({error.msg} at column {error.colno})"
         raise ValueError(f"{path}, line {number} {what}") from None
-    except (ValueError, RecursionError):  # thousands of digits or brackets
+    except (ValueError, RecursionError):  # NaN, thousands of digits or brackets
         raise ValueError(f"{path}, line {number} holds a number or a nesting that is no genotype's") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object")

@@ -12,7 +12,6 @@ mean and the standard deviation by which images are normalised. The networks tak
 
 import importlib.util
 import io
-import json
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from genotypes import Genotype
 from models.network import CifarNetwork, ImageNetNetwork, Network
-from utils import atomic_file, check_writable, write_json
+from utils import atomic_file, check_writable, from_json, write_json
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}
@@ -85,7 +84,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
         raise ValueError(f"expected a .safetensors file, got {path}")
     beside = described_in(path)
     try:
-        network = rebuild(json.loads(beside.read_text()), load(path.read_bytes()))
+        network = rebuild(from_json(beside.read_text()), load(path.read_bytes()))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -126,7 +125,7 @@ BATCH = {"images": {0: torch.export.Dim("batch")}}  # exported networks take bat
 def to_safetensors(network: Network, images: Tensor) -> bytes:
     from safetensors.torch import save
 
-    return save(without_auxiliary(network.state_dict()))
+    return save(without_auxiliary(network.state_dict()), {"format": "pt"})
 
 
 def run_safetensors(content: bytes, known: dict, images: Tensor) -> Tensor:
