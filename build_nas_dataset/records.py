@@ -9,7 +9,6 @@ A file is JSON lines: a header object, then one object a record. The reference's
 """
 
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from models.cost import genotype_cost
 from utils import atomic_file, from_json, to_json
 
 FORMAT, VERSION = "nas-dataset", 1
+TORCH_MAGIC = b"PK\x03\x04", b"\x80"  # how torch's files begin: a zip archive, or a pickle (torch before 1.6)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Recor
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such NAS dataset: {path}{' is a folder' if path.is_dir() else ''}")
-    if zipfile.is_zipfile(path):
-        return _read_reference(path)
+    with open(path, "rb") as file:
+        if file.read(4).startswith(TORCH_MAGIC):
+            return _read_reference(path)
     read_header(path)
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = enumerate(file, 1)
@@ -119,36 +120,68 @@ def _is_number(value, kinds: type | tuple = (int, float)) -> bool:
 
 
 def _read_reference(path: Path) -> list[Record]:
-    """The reference's format: a list of dicts of tensors.
+    """The reference's format: a list of dicts of tensors, in torch's zip format or in its older pickle format.
 
     Edges have the target in the row; accuracies are percentages; #params are not to be trusted and counted anew.
-    Genotypes with an invalid cell are left out.
+    Records with a cell that is not valid, or whose inputs cannot be told, are left out, and how many is printed.
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign or truncated files raise all sorts
-        raise ValueError(f"{path} is neither JSON lines nor a torch file of tensors ({error})") from None
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} is neither JSON lines nor a torch file of tensors ({reason})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of records, got {type(data).__name__}")
-    records = []
+    records, completed = [], 0
     for i, entry in enumerate(data):
         try:
             cells = [_reference_cell(entry, name) for name in ("conv", "reduc")]
             accuracy = float(entry["perf"]) / 100
             if not 0 <= accuracy <= 1:
                 raise ValueError(f"perf must be a percentage from 0 to 100, got {100 * accuracy}")
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            genotype = None if None in cells else Genotype(*(_completed(*cell) for cell in cells)).prune()
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ValueError) as error:
             raise ValueError(f"{path}, record {i}: {type(error).__name__} {error}") from None
-        genotype = Genotype(*cells).prune()
         if genotype is not None:
             records.append(Record(i, genotype, accuracy, *genotype_cost(genotype)))
+            completed += any(len(_missing_inputs(ops)) > 0 for _, ops in cells)
     if not records:
         raise ValueError(f"{path} holds no valid records")
+    if completed:
+        print(f"{path}: {completed} of {len(data)} records lacked an unused input of a cell, which was put back")
+    if len(data) > len(records):
+        print(f"{path}: {len(data) - len(records)} of {len(data)} records were left out, their cells are not valid")
     return records
 
 
-def _reference_cell(entry: dict, name: str) -> CellSpec:
-    size = int(entry[f"{name}_n"])
+def _reference_cell(entry: dict, name: str) -> tuple[list[list[int]], list[str]] | None:
+    """Matrix and labels of one cell ("conv" or "reduc") as they stand in a record of the reference.
+
+    None when its inputs cannot be put back: it has neither, or it lacks one and has no place left for it.
+    """
+    size, most = int(entry[f"{name}_n"]), NAG_SPACE.max_vertices
+    if not 1 <= size <= most:
+        raise ValueError(f"{name}_n must be from 1 to {most}, got {size}")
     matrix = entry[f"{name}_edge"].T[:size, :size].round().int().tolist()
     ops = [NAG_SPACE.tokens[i] for i in entry[f"{name}_node"][:size].argmax(-1).tolist()]
+    missing = len(_missing_inputs(ops))
+    return None if missing == NAG_SPACE.num_inputs or size + missing > most else (matrix, ops)
+
+
+def _missing_inputs(ops: list[str]) -> list[str]:
+    """The inputs that a cell with these labels lacks."""
+    return [name for name in NAG_SPACE.inputs if name not in ops]
+
+
+def _completed(matrix: list[list[int]], ops: list[str]) -> CellSpec:
+    """A cell of the reference with the input that it lacks.
+
+    The reference's pruning deletes an input that leads nowhere, as if it were an op. The labels tell which one is
+    missing; it gets back its place, without an edge.
+    """
+    for name in _missing_inputs(ops):
+        place = NAG_SPACE.inputs.index(name)
+        rows = [[*row[:place], 0, *row[place:]] for row in matrix]
+        matrix = [*rows[:place], [0] * (len(matrix) + 1), *rows[place:]]
+        ops = [*ops[:place], name, *ops[place:]]
     return CellSpec(matrix, ops)

@@ -9,7 +9,7 @@ import torch
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_header, read_records, write_records
-from genotypes import read_genotypes
+from genotypes import NAG_SPACE, CellSpec, Genotype, read_genotypes
 from models.cost import genotype_cost
 
 
@@ -69,21 +69,113 @@ def test_what_is_no_nas_dataset_is_refused(tmp_path, text, reason):
         read_records(tmp_path)
 
 
-def test_files_of_the_reference_are_read_and_their_params_recounted(tmp_path, records):
-    entries = []
-    for record in records:
-        entry = {"perf": torch.tensor(100 * record.accuracy), "params": torch.tensor(1.0)}
-        for name, cell in zip(("conv", "reduc"), record.genotype.cells, strict=True):
-            v = cell.num_vertices
-            edge, node = torch.zeros(10, 10), torch.zeros(10, 8)
-            edge[:v, :v] = torch.tensor(cell.matrix).T  # the row is the target
-            node[range(v), [cell.space.token_id[op] for op in cell.ops]] = 1
-            entry |= {f"{name}_edge": edge, f"{name}_node": node, f"{name}_n": torch.tensor(v)}
-        entries.append(entry)
+def drawn_as_the_reference_draws(rng):
+    """A random cell that is valid by the reference's rule, and what its pruning leaves: (CellSpec, matrix, labels).
+
+    Its pruning deletes every vertex on no path from an input to the output, inputs included, and takes a cell for
+    valid when three vertices are left.
+    """
+    while True:
+        size = rng.integers(3, 11)
+        matrix = np.triu((rng.random((size, size)) + rng.random()).astype(int), 1)
+        matrix[:2, :2] = 0
+        ops = ["input0", "input1", *rng.choice(NAG_SPACE.ops, size - 3), "output"]
+        paths = np.linalg.matrix_power(matrix + np.eye(size, dtype=int), size) > 0  # [from, to]
+        keep = np.flatnonzero(paths[:2].any(0) & paths[:, -1])
+        if len(keep) >= 3:
+            return CellSpec(matrix.tolist(), ops), matrix[np.ix_(keep, keep)], [ops[v] for v in keep]
+
+
+def reference_entry(cells, perf):
+    """A record of the reference: cells are (matrix, labels), normal cell first."""
+    entry = {"perf": torch.tensor([perf]), "params": torch.tensor([1])}
+    for name, (matrix, ops) in zip(("conv", "reduc"), cells, strict=True):
+        node = torch.zeros(len(ops), 8)
+        node[range(len(ops)), [NAG_SPACE.token_id[op] for op in ops]] = 1
+        edge = torch.tensor(np.array(matrix).T.copy(), dtype=torch.float32)  # the row is the target
+        entry |= {f"{name}_edge": edge, f"{name}_node": node, f"{name}_n": torch.tensor([len(ops)])}
+    return entry
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older pickle"])
+def test_files_of_the_references_sampler_are_read_and_unused_inputs_put_back(tmp_path, zipped, capsys):
+    rng, path = np.random.default_rng(0), tmp_path / "nasdata_150"
+    drawn = [[drawn_as_the_reference_draws(rng) for _ in range(2)] for _ in range(300)]
+    entries = [reference_entry([cell[1:] for cell in pair], 0.25 * i) for i, pair in enumerate(drawn)]
+    torch.save(entries, path, _use_new_zipfile_serialization=zipped)
+    read = read_records(path)
+    assert [r.genotype for r in read] == [Genotype(*(cell[0] for cell in pair)).prune() for pair in drawn]
+    assert [r.accuracy for r in read] == pytest.approx([0.0025 * i for i in range(300)])
+    assert all((r.params, r.macs) == genotype_cost(r.genotype) for r in read[:30])
+    lacking = sum(any(len({"input0", "input1"} & set(ops)) < 2 for _, _, ops in pair) for pair in drawn)
+    assert lacking > 20
+    assert capsys.readouterr().out == (
+        f"{path}: {lacking} of 300 records lacked an unused input of a cell, which was put back\n"
+    )
+
+
+def test_padded_records_of_the_reference_are_read(tmp_path, records):
+    entries = [reference_entry([(c.matrix, c.ops) for c in r.genotype.cells], 100 * r.accuracy) for r in records]
+    for entry in entries:
+        for name in ("conv", "reduc"):
+            missing = 10 - entry[f"{name}_n"].item()
+            entry[f"{name}_edge"] = torch.nn.functional.pad(entry[f"{name}_edge"], (0, missing, 0, missing))
+            entry[f"{name}_node"] = torch.nn.functional.pad(entry[f"{name}_node"], (0, 0, 0, missing))
     torch.save(entries, tmp_path / "nasdata.pt")
     read = read_records(tmp_path / "nasdata.pt")
-    assert [(r.genotype, r.params, r.macs) for r in read] == [(r.genotype, r.params, r.macs) for r in records]
+    assert [r.genotype for r in read] == [r.genotype for r in records]
     assert np.allclose([r.accuracy for r in read], [r.accuracy for r in records])
+
+
+def test_records_of_the_reference_without_a_valid_cell_are_left_out_and_counted(tmp_path, records, capsys):
+    whole = [(c.matrix, c.ops) for c in records[0].genotype.cells]
+    chain = np.eye(10, k=1, dtype=int)  # ten vertices, of which one input is missing
+    bad = {
+        "no inputs": (chain[:3, :3], ["identity", "identity", "output"]),
+        "no place for the input": (chain, ["input1", *["identity"] * 8, "output"]),
+        "no path": (np.zeros((3, 3)), ["input0", "input1", "output"]),
+    }
+    entries = [reference_entry([cell, whole[1]], 50.0) for cell in (whole[0], *bad.values())]
+    torch.save(entries, tmp_path / "nasdata.pt")
+    assert [r.genotype for r in read_records(tmp_path / "nasdata.pt")] == [records[0].genotype]
+    assert "3 of 4 records were left out" in capsys.readouterr().out
+    torch.save(entries[1:], tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="no valid records"):
+        read_records(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("conv_n", torch.tensor([float("inf")]), "OverflowError"),
+        ("conv_n", torch.tensor([10**9]), "conv_n must be from 1 to 10"),
+        ("perf", torch.tensor([float("nan")]), "perf must be a percentage"),
+        ("reduc_edge", torch.ones(1, 1), "a cell has 3 to 10 vertices, got 1"),
+        ("reduc_node", torch.ones(10), "TypeError"),
+    ],
+)
+def test_a_bad_record_of_the_reference_is_named(tmp_path, records, key, value, reason):
+    entries = [reference_entry([(c.matrix, c.ops) for c in r.genotype.cells], 50.0) for r in records]
+    entries[3][key] = value
+    torch.save(entries, tmp_path / "nasdata.pt")
+    with pytest.raises(ValueError, match=rf"nasdata\.pt, record 3: .*({reason})"):
+        read_records(tmp_path / "nasdata.pt")
+
+
+def test_mutated_files_of_the_older_format_are_read_or_refused(tmp_path, records):
+    entries = [reference_entry([(c.matrix, c.ops) for c in r.genotype.cells], 50.0) for r in records[:3]]
+    path, rng = tmp_path / "nasdata", np.random.default_rng(0)
+    torch.save(entries, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(200):
+        mutated = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
+        for place in rng.integers(1, len(mutated), rng.integers(1, 4)) if len(mutated) > 1 else ():
+            mutated[place] = rng.integers(256)
+        path.write_bytes(mutated)
+        try:
+            read_records(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_torch_files_of_code_or_of_other_data_are_refused(tmp_path):
