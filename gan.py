@@ -362,7 +362,6 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
         networks.predictor, predictor_tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
-        state = state_of(networks, data, predictor_tau, start_epoch, args)
     if args.compile:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")

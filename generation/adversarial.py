@@ -27,7 +27,7 @@ def generate(generator: Generator, request: Request, straight_through: bool) -> 
 def discriminator_loss(
     discriminator: Discriminator, real: LabelledCells, fake: LabelledCells
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of the squared distances of real scores to 1 and of generated scores to 0; and values to record.
+    """Half of mean (D(real) - 1)^2 + mean D(generated)^2; and values to record.
 
     Real and generated genotypes go through the discriminator together; a score depends on its own genotype only.
     """
@@ -39,8 +39,8 @@ def discriminator_loss(
 
 
 def generator_loss(discriminator: Discriminator, fake: LabelledCells) -> Tensor:
-    """The mean squared distance of the generated genotypes' scores to 1. The discriminator gets no gradients."""
-    discriminator.requires_grad_(False)
+    """mean (D(generated) - 1)^2."""
+    discriminator.requires_grad_(False)  # saves the gradients of its weights, which nothing reads
     scores = discriminator(*fake)
     discriminator.requires_grad_(True)
     return F.mse_loss(scores, torch.ones_like(scores))

@@ -7,6 +7,13 @@
    likelier. So that the cells stay varied and like real ones, the reward is lowered by their divergence (KL) from the
    reference policy, the generator as the first part of the training left it.
 
+So with weights w, a step minimises
+
+    w_likelihood x mean -log p(example) + w_policy x mean -(r - mean r) log p(drawn),   r = reward - w_kl log(p / p_ref)
+
+where p_ref is the reference policy, and the warm-up has the first term only; its examples are as many more as are drawn
+in a later step.
+
 The reward of a genotype is the expected number of the labels asked for that it has. #params and MACs are counted; of
 accuracy, a predictor that was trained on the NAS dataset gives the probability of the class.
 """
@@ -32,18 +39,19 @@ def class_probabilities(
 ) -> tuple[list[Tensor], Tensor]:
     """For each objective the probability of each class (B, C) of B hard genotypes, and which genotypes are valid (B,).
 
-    #params and MACs are counted: one class is sure. For accuracy, it is the probability that the true quantile is in
-    the class, if the predictor's errors are normal and as large as on records that it was not trained on.
+    #params and MACs are counted: one class is sure. The true quantile of the accuracy is taken to be normal around the
+    predicted one, with the predictor's error on records that it was not trained on; a class has the mass between its
+    cuts.
     """
     pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
     names = [objective.name for objective in objectives]
-    quantiles = predictor(pruned) if "accuracy" in names else None  # (B, K)
+    predicted = predictor(pruned) if "accuracy" in names else None  # quantiles (B, K)
     cost = batch_cost(*pruned) if set(names) - {"accuracy"} else None
     probabilities = []
     for k, objective in enumerate(objectives):
         if objective.name == "accuracy":
-            cuts = cuts_as_tensor(objective.quantiles, quantiles.device, quantiles.dtype)
-            below = torch.special.ndtr((cuts - quantiles[:, k, None]) / predictor.error[k])  # (B, C - 1)
+            cuts = cuts_as_tensor(objective.quantiles, predicted.device, predicted.dtype)
+            below = torch.special.ndtr((cuts - predicted[:, k, None]) / predictor.error[k])  # (B, C - 1)
             probabilities.append(F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=1))
         else:
             found = objective.class_of(getattr(cost, objective.name))
@@ -90,7 +98,7 @@ def choose_for_labels(
     """For each row of labels (n, K) one genotype of a pool, which may be chosen several times.
 
     A genotype is chosen for a combination of labels with a probability in proportion to
-    exp(inverse_temperature x reward). cells: the genotypes of the pool. source: draws the choices.
+    exp(inverse_temperature x reward). cells: the genotypes of the pool, all valid. source: draws the choices.
     """
     parts = [
         class_probabilities(tuple(batch[part] for batch in cells), objectives, predictor)[0]
@@ -121,9 +129,10 @@ class LikelihoodPass(NamedTuple):
 def likelihood_pass(
     generator: Generator, z: Tensor, examples: LabelledCells, request: Request | None
 ) -> LikelihoodPass:
-    """Growth that is forced to the examples, given z (B, latent_dim), and free for the request, in one pass.
+    """One call of the generator for both: the likelihood of the examples, and genotypes that are drawn.
 
-    request: D genotypes to draw; None: none are drawn.
+    The examples are asked for with noise that forces every decision; the likelihood is that of the logits without the
+    noise. z: noise that the examples are given (B, latent_dim). request: D genotypes to draw; None: none are drawn.
     """
     forced = Request(z, examples.labels, forcing_noise(examples.cells))
     together = forced if request is None else Request.cat(forced, request)

@@ -1,4 +1,4 @@
-"""The two recipes of gan.py, side by side: the values of its flags that the published recipe and the default one have.
+"""The two recipes of gan.py, side by side: flag -> value, in the published recipe and in the default one.
 
 paper   trains the generator against the discriminator alone (NAG paper, sections 3.2 and 4.1). In what was run of it
         here it swung between collapse and varied cells, and its cells ignored their labels.

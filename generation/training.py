@@ -88,18 +88,18 @@ class Networks:
 class StepInputs(NamedTuple):
     """What one training step works on. Parts that the recipe or the warm-up leaves out are None.
 
-    real: records for the discriminator, and imitated: a request for as many cells to tell them from.
-    asked: a request for cells that are to deceive the discriminator.
+    real: records for the discriminator's step. for_discriminator: the generated cells of that step.
+    for_generator: the generated cells that the generator's loss asks the discriminator about.
     examples: genotypes whose likelihood is raised, given the noise examples_z (B, latent_dim).
-    drawn: a request for the cells of the policy gradient.
+    for_policy: the generated cells of the policy gradient.
     """
 
     real: LabelledCells | None = None
-    imitated: Request | None = None
-    asked: Request | None = None
+    for_discriminator: Request | None = None
+    for_generator: Request | None = None
     examples: LabelledCells | None = None
     examples_z: Tensor | None = None
-    drawn: Request | None = None
+    for_policy: Request | None = None
 
 
 class Trainer:
@@ -114,10 +114,14 @@ class Trainer:
         fast = args.cuda_graphs and can_record(data.labels.device)
         self.discriminator_step = Recorded(self._discriminator_step) if fast else self._discriminator_step
         # The warm-up and the epochs after it compute different things, so each has a recording of its own.
-        self.warmup_step, self.step = (Recorded(self._step) if fast else self._step for _ in range(2))
+        self.warmup_step = Recorded(self._step) if fast else self._step
+        self.step = Recorded(self._step) if fast else self._step
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the NAS dataset; epochs count from 0. Returns the means of losses, scores and rewards."""
+        """len(data) // batch_size steps; epochs count from 0. Returns the means of losses, scores and rewards.
+
+        It is a pass over the NAS dataset where the discriminator or the likelihood takes its cells from there.
+        """
         args, optimizers = self.args, self.networks.optimizers
         set_seed(derive_seed(args.seed, epoch))  # dropout
         source = torch.Generator(self.data.labels.device).manual_seed(derive_seed(args.seed, epoch, 1))
@@ -134,7 +138,7 @@ class Trainer:
             if self.generator_is_trained(done):
                 values = step(x)
             elif x.real is not None:
-                values = self.discriminator_step(x.real, x.imitated)
+                values = self.discriminator_step(x.real, x.for_discriminator)
             else:
                 continue
             for name, value in values.items():
@@ -152,7 +156,9 @@ class Trainer:
         adversarial = after_warmup and args.adversarial_weight > 0
         policy_gradient = after_warmup and args.policy_gradient_weight > 0
         draws = args.policy_gradient_cells or args.batch_size
-        example_count = args.batch_size if policy_gradient else args.batch_size + draws  # as much work in the warm-up
+        example_count = (
+            args.batch_size if policy_gradient else args.batch_size + draws
+        )  # in the warm-up, as many more as are drawn later
 
         def request(n: int, temperature: float) -> Request:
             z, noise = generator.draw_noise(n, source, temperature)
@@ -163,16 +169,16 @@ class Trainer:
         for step, index in enumerate(order.split(args.batch_size)):
             x = StepInputs()
             if adversarial:
-                x = x._replace(real=data.at(index), imitated=request(args.batch_size, args.temperature))
+                x = x._replace(real=data.at(index), for_discriminator=request(args.batch_size, args.temperature))
             if self.generator_is_trained(epoch * steps + step):
                 if adversarial:
-                    x = x._replace(asked=request(args.batch_size, args.temperature))
+                    x = x._replace(for_generator=request(args.batch_size, args.temperature))
                 if args.likelihood_weight or policy_gradient:
                     examples = pool.part(step, example_count) if pool else data.at(index)
                     z, _ = generator.draw_noise(len(examples.labels), source, temperature=0)
                     x = x._replace(examples=examples, examples_z=z)
                 if policy_gradient:
-                    x = x._replace(drawn=request(draws, 1.0))
+                    x = x._replace(for_policy=request(draws, 1.0))
             yield x
 
     def draw_pool(self, n: int, source: torch.Generator) -> ExamplePool:
@@ -186,29 +192,35 @@ class Trainer:
         predictor = self.networks.predictor
         return choose_for_labels(cells, labels, args.inverse_temperature, data.objectives, predictor, source)
 
-    def _discriminator_step(self, real: LabelledCells, imitated: Request) -> dict[str, Tensor]:
+    def _discriminator_step(self, real: LabelledCells, request: Request) -> dict[str, Tensor]:
         networks = self.networks
         with torch.no_grad():
-            fake = generate(networks.generator, imitated, self.args.straight_through)
+            fake = generate(networks.generator, request, self.args.straight_through)
         loss, values = discriminator_loss(networks.discriminator, real, fake)
         update(networks.optimizers["discriminator"], loss, self.args.clip_value)
         return {name: value.detach() for name, value in values.items()}
 
     def _step(self, x: StepInputs) -> dict[str, Tensor]:
-        """A step of the discriminator, if it is trained, and one of the generator down its weighted sum of losses."""
+        """A step of the discriminator, if it is trained, and one of the generator.
+
+        The generator minimises adversarial_weight x generator_loss + likelihood_weight x NLL of the examples +
+        policy_gradient_weight x policy_gradient_loss, as far as the recipe and the warm-up have these terms.
+        """
         args, networks, values, loss = self.args, self.networks, {}, 0.0
         if x.real is not None:
-            values, fake = side_by_side((self._discriminator_step, x.real, x.imitated), (self._asked_cells, x.asked))
+            values, fake = side_by_side(
+                (self._discriminator_step, x.real, x.for_discriminator), (self._asked_cells, x.for_generator)
+            )
             g_loss = generator_loss(networks.discriminator, fake)
             loss = loss + args.adversarial_weight * g_loss
             values["g_loss"] = g_loss
         if x.examples is not None:
-            found = likelihood_pass(networks.generator, x.examples_z, x.examples, x.drawn)
+            found = likelihood_pass(networks.generator, x.examples_z, x.examples, x.for_policy)
             nll = -found.of_examples.mean()
             loss = loss + args.likelihood_weight * nll
             values["nll"] = nll
-            if x.drawn is not None:
-                rewards, of_rewards = self._rewards(found.drawn, found.of_drawn, x.drawn.z)
+            if x.for_policy is not None:
+                rewards, of_rewards = self._rewards(found.drawn, found.of_drawn, x.for_policy.z)
                 loss = loss + args.policy_gradient_weight * policy_gradient_loss(found.of_drawn, rewards)
                 values |= of_rewards
         update(networks.optimizers["generator"], loss, args.clip_value)

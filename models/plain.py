@@ -8,6 +8,11 @@ the names of the fast networks, so that one can load those of the other:
     plain = PlainGenerator(generator.config)
     plain.load_state_dict(generator.state_dict())
 
+A decision is made hard (an argmax, or a probability above one half) for growth to go on with; the cells returned are
+soft: they hold the probabilities, which carry the gradient to the generator. A graph state (models/graph.py) is the sum
+over vertices of Linear(state) x sigmoid(gate of the state), brought to unit length; there are two, one that tokens and
+edges are decided by and one that a new vertex is initialised with.
+
 Sizes in the comments: B samples, V vertices, T tokens, D vertex state, S graph state, C condition.
 """
 
@@ -102,7 +107,7 @@ class PlainCellGenerator(nn.Module):
         """What vertex t is to be, (B, T): never an input; the last vertex is the output for sure."""
         logits = self.add_vertex(torch.cat([graph, condition], dim=1))
         if t == self.max_vertices - 1:
-            impossible, logits = self.space.tokens[1:], torch.zeros_like(logits)
+            impossible, logits = set(self.space.tokens) - {self.space.output}, torch.zeros_like(logits)
         else:
             impossible = self.space.inputs
         forbidden = torch.tensor([token in impossible for token in self.space.tokens], device=logits.device)
@@ -117,7 +122,7 @@ class PlainCellGenerator(nn.Module):
 class PlainGenerator(nn.Module):
     """Noise and labels -> genotypes. The cells of a genotype have these in common, and separate weights."""
 
-    cell_generator = PlainCellGenerator
+    cell_generator = PlainCellGenerator  # benchmarks/plain_gan.py has another, with what the robust recipe adds
 
     def __init__(self, config: GeneratorConfig, space: SearchSpace = NAG_SPACE):
         super().__init__()

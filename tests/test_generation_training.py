@@ -119,13 +119,13 @@ def recorded_updates(trainer, monkeypatch):
         z = [part.sum().item() for part in drawn]
         updates.append({"network": network, "genotypes": genotypes, "z": z, "lr": lr, "dropout": dropout})
 
-    def discriminator_step(real, imitated):
-        record("discriminator", real.cells, imitated.z)
+    def discriminator_step(real, request):
+        record("discriminator", real.cells, request.z)
         return {"loss": torch.zeros(())}
 
     def step(x):
-        discriminator_step(x.real, x.imitated)
-        record("generator", x.examples.cells, x.examples_z, x.asked.z, x.drawn.z)
+        discriminator_step(x.real, x.for_discriminator)
+        record("generator", x.examples.cells, x.examples_z, x.for_generator.z, x.for_policy.z)
         return {"loss": torch.zeros(())}
 
     monkeypatch.setattr(trainer, "discriminator_step", discriminator_step)
