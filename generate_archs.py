@@ -18,6 +18,7 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 
 import argparse
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -252,6 +253,14 @@ def parse_args(
 # -------------------------------------------------------------------------------------------------------- main
 
 
+class Measures(NamedTuple):
+    """What cells are ranked and classified by. scorer: with --supernet, in the place of the predictor of accuracy."""
+
+    predictor: Predictor
+    objectives: list[Objective]
+    scorer: SupernetScorer | None
+
+
 def main(args: argparse.Namespace, single: bool = True) -> None:
     """single: whether this is the script for generators of one objective."""
     device = prepare(args)
@@ -277,7 +286,8 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     scorer = open_scorer(args, device, max_vertices) if args.supernet else None
     source = RandomCells(max_vertices) if args.random else generator
     drawn = {labels: draw(source, labels, args, limits) for labels in within}
-    results = collect(args, drawn, known, limits, (predictor, objectives, scorer))
+    measures = Measures(predictor, objectives, scorer)
+    results = collect(args, drawn, known, limits, measures)
     if not results and limits.given:
         fail("none of the cells drawn is valid and within the limits, nothing was written")
     path = folder / "genotypes.json"
@@ -286,7 +296,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     write_config(folder, args, device)
     write_json(path, results)
     if args.evaluate:
-        evaluation = evaluate_and_print(args, drawn, records, max_vertices, (predictor, objectives, scorer))
+        evaluation = evaluate_and_print(args, drawn, records, max_vertices, measures)
         write_json(path.with_name("evaluation.json"), evaluation)
     release_folder(folder)
     print(f"\nwrote {len(results)} genotypes to {path}")
@@ -330,13 +340,13 @@ def open_scorer(args: argparse.Namespace, device: torch.device, max_vertices: in
 
 
 def collect(
-    args: argparse.Namespace, drawn: dict[tuple, list], known: set[Genotype] | None, limits: Limits, judges: tuple
+    args: argparse.Namespace, drawn: dict[tuple, list], known: set[Genotype] | None, limits: Limits, measures: Measures
 ) -> list[dict]:
     """Entries of genotypes.json: of each class the distinct cells within the limits, best first; and print them.
 
-    drawn: labels -> genotypes. judges: predictor, objectives, and the SupernetScorer or None.
+    drawn: labels -> genotypes.
     """
-    _, objectives, scorer = judges
+    _, objectives, scorer = measures
     merged = {labels: merge(genotypes, labels, known, limits) for labels, genotypes in drawn.items()}
     if scorer:
         kept = [Genotype.from_dict(entry) for entries in merged.values() for entry in entries[: args.num_archs]]
@@ -345,7 +355,7 @@ def collect(
     results = []
     for labels, genotypes in drawn.items():
         found, entries = len(merged[labels]), merged[labels][: args.num_archs]  # the last batch may have brought more
-        rank(entries, *judges)
+        rank(entries, *measures)
         entries = entries[: args.top]
         for entry in entries:
             entry |= {"index": len(results), "random": args.random}
@@ -359,10 +369,10 @@ def collect(
 
 
 def evaluate_and_print(
-    args: argparse.Namespace, drawn: dict[tuple, list], records: list[Record], max_vertices: int, judges: tuple
+    args: argparse.Namespace, drawn: dict[tuple, list], records: list[Record], max_vertices: int, measures: Measures
 ) -> dict[str, dict]:
     """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them."""
-    predictor, objectives, scorer = judges
+    predictor, objectives, scorer = measures
     for objective in objectives:
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)

@@ -157,7 +157,7 @@ def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Pa
 class SupernetScorer:
     """Accuracies of generated cells by the supernet that labelled the NAS dataset, on held-out images of its own.
 
-    The generator learned from accuracies on the images of the supernet's scorings, so cells are judged on as many
+    The generator learned from accuracies on the images of the supernet's scorings, so cells are scored on as many
     scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
     scoring are used again.
 
