@@ -25,7 +25,7 @@ from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import distributed
 from training.flags import add_arch_flag, check_sync_bn, evaluation_args
-from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, open_images
+from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, open_images, workers_alive
 from training.imagenet import (
     REFERENCE_FLAGS,
     accuracy,
@@ -276,10 +276,11 @@ def finish(
 
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(prepare(args, shared=True))
-    if args.evaluate:
-        evaluate(args, device)
-    else:
-        train(args, device)
+    with workers_alive():
+        if args.evaluate:
+            evaluate(args, device)
+        else:
+            train(args, device)
     distributed.finish()
 
 

@@ -23,7 +23,14 @@ from benchmarks.house import (
 
 FILES = python_files(ROOT)
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
-OTHER_FLAGS = {"--help", "--standalone", "--nproc_per_node", "--logdir", "--index-url"}  # of other programs
+OTHER_FLAGS = {
+    "--help",
+    "--standalone",
+    "--nproc_per_node",
+    "--logdir",
+    "--index-url",
+    "--shm-size",
+}  # of other programs
 PACKAGES = ("models", "generation", "training", "build_nas_dataset")
 SCRIPTS = (
     "gan",

@@ -1,6 +1,8 @@
 """Streamed images: the same for any number of processes, and augmented as torchvision would, image by image."""
 
 import io
+import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -313,3 +315,73 @@ def test_a_missing_part_and_differing_classes_are_refused(tmp_path):
     make_tree(tmp_path / "valid", classes=("bird", "cat", "cow"))
     with pytest.raises(ValueError, match=r"only in .*train: dog; only in .*valid: cow"):
         open_images(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- workers and shared memory
+
+
+def test_batches_are_the_same_through_shared_memory_and_through_pipes(data):
+    files, test = open_images(data)
+    for stream, images in ((TrainStream, files), (EvalStream, test)):
+        expected = epoch(stream(images, SIZE, 4), 1)
+        assert same(expected, epoch(stream(images, SIZE, 4, workers=2, shared_memory=False), 1))
+    batch = next(TrainStream(files, SIZE, 4, workers=1).read(0))
+    assert batch.images.is_shared()
+    batch = next(TrainStream(files, SIZE, 4, workers=1, shared_memory=False).read(0))
+    assert isinstance(batch.images, torch.Tensor) and not batch.images.is_shared()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("unable to allocate shared memory(shm)"), OSError(24, "Too many open files")]
+)
+def test_full_shared_memory_is_passed_by(data, monkeypatch, error):
+    def full(tensor):
+        raise error
+
+    expected = epoch(TrainStream(open_images(data)[0], SIZE, 4))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    stream = TrainStream(open_images(data)[0], SIZE, 4, workers=1)
+    assert same(expected, epoch(stream))
+    assert not next(stream.read(1)).images.is_shared()
+
+
+def test_a_batch_that_is_wholly_broken_comes_through(damaged):
+    for workers in (0, 1):
+        stream = EvalStream(open_images(damaged)[1], SIZE, 1, workers=workers, skip_bad=True)
+        assert len(epoch(stream)) == 20
+
+
+def ended_with_one_line(capsys, stream) -> str:
+    """What is said on stderr when reading the stream ends the script."""
+    with pytest.raises(SystemExit) as ended, image_stream.workers_alive():
+        while True:
+            epoch(stream)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_killed_worker_ends_the_run_with_one_line(data, capsys, shared_memory):
+    stream = TrainStream(open_images(data)[0], SIZE, 4, workers=1, shared_memory=shared_memory)
+    epoch(stream)
+    (worker,) = stream.loader._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    said = ended_with_one_line(capsys, stream)
+    assert "error: --workers: a process that decodes images (pid" in said and said.count("\n") == 1
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_run_rather_than_hanging_it(data, capfd, monkeypatch):
+    class Unsendable(dict):
+        def __reduce__(self):
+            raise OSError(24, "Too many open files")
+
+    broken = lambda batch: batch._replace(broken=Unsendable())  # noqa: E731
+    stream = TrainStream(open_images(data)[0], SIZE, 4, workers=1)
+    stream.loader.collate_fn = broken
+    said = ended_with_one_line(capfd, stream)
+    assert "Too many open files" in said and "error: --workers: a process that decodes images (pid" in said
+
+
+def test_other_errors_pass(data):
+    with pytest.raises(RuntimeError, match="another"), image_stream.workers_alive():
+        raise RuntimeError("another")

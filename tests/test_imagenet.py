@@ -1,5 +1,6 @@
 """training/imagenet.py: the published recipe, which images are held out, and accuracies against a slow loop."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,27 @@ def test_adabelief_has_its_own_learning_rate_and_decay(monkeypatch):
     assert (args.lr, args.l2_reg) == (1e-3, 1e-2)
     args = train_imagenet.parse_args(["--optimizer", "adabelief", "--lr", "0.01"])
     assert args.lr == 0.01
+
+
+def test_batches_that_do_not_fit_the_shared_memory_go_through_pipes(monkeypatch, capsys):
+    args = argparse.Namespace(image_size=224, batch_size=256, eval_batch_size=100, workers=8)
+    batch = 256 * (3 * 224 * 224 + 44)
+    needed = imagenet.shared_memory_needed(224, 256, 8)
+    assert 18 * batch < needed < 18 * (batch + 2**16)  # two for each worker, two in use
+    assert imagenet.shared_memory_needed(224, 256, 0) == 0
+    for free, fits in ((needed, True), (needed - 1, False), (64 * 2**20, False), (None, True)):
+        monkeypatch.setattr(imagenet, "free_shared_memory", lambda free=free: free)
+        assert imagenet.fits_shared_memory(args) == fits
+        out = capsys.readouterr().out
+        assert out.count("\n") == (not fits) and ("go through pipes" in out) == (not fits)
+    assert out == ""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(imagenet, "free_shared_memory", lambda: needed)
+    assert not imagenet.fits_shared_memory(args)
+
+
+def test_free_shared_memory_is_that_of_the_file_system(monkeypatch, tmp_path):
+    monkeypatch.setattr(imagenet, "SHARED_MEMORY", str(tmp_path))
+    assert imagenet.free_shared_memory() > 0
+    monkeypatch.setattr(imagenet, "SHARED_MEMORY", str(tmp_path / "nowhere"))
+    assert imagenet.free_shared_memory() is None

@@ -147,3 +147,9 @@ def short_reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
         return "not an image"
     return shown_text(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+def first_of(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are, for messages."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return shown_text(", ".join(map(shown_text, names[:most])), 100) + more

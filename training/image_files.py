@@ -22,7 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.image_decoding import channels_first, decode_image, short_reason, shown_text, without_pil_warnings
+from training.image_decoding import (
+    channels_first,
+    decode_image,
+    first_of,
+    short_reason,
+    shown_text,
+    without_pil_warnings,
+)
 from utils import atomic_file, progress_bar
 
 TRAIN_NAMES = ("train",)
@@ -205,12 +212,6 @@ def _common_top(names: dict[str, tuple[int, int]]) -> str:
     tops = {name.split("/")[0] for name in names}
     deep = all(name.count("/") >= 2 for name in names)
     return f"{tops.pop()}/" if len(tops) == 1 and deep else ""
-
-
-def first_of(names: list[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are, for messages."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return shown_text(", ".join(map(shown_text, names[:most])), 100) + more
 
 
 def as_bytes(name: str) -> bytes:

@@ -11,7 +11,11 @@ any number of workers and of training processes.
 """
 
 import contextlib
+import multiprocessing.queues
+import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -28,12 +32,13 @@ from tqdm import tqdm
 from training.image_decoding import MAX_PIXELS, decode_rgb, short_reason, shown_text, without_pil_warnings
 from training.image_files import Part, as_bytes, list_parts, reader, refuse_broken
 from training.images import normalize
-from utils import derive_seed
+from utils import derive_seed, fail
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's training pixels by channel, 0 black to 1 white
 BRIGHTNESS = CONTRAST = SATURATION = 0.4  # each is multiplied by a factor from 1 - 0.4 to 1 + 0.4
 HUE = 0.2  # the hue turns by up to that part of the colour circle, either way
 TEST_MARGIN = 256 / 224  # the shortest side of a test image before the centre crop / the side of the crop
+PREFETCH = 2  # batches that a worker makes ahead
 ORDER_STREAM, IMAGE_STREAM = 1, 2  # keys of derive_seed, for the order of an epoch and for one image
 
 
@@ -84,6 +89,7 @@ class Batch(NamedTuple):
     """What a worker makes of a batch: the images that it could read, cropped, and which it could not.
 
     draws: random numbers for the augmentation on the device, uniform from 0 to 1. broken: name -> reason.
+    On its way from a worker without shared memory, a batch has arrays in the place of tensors.
     """
 
     images: Tensor  # (B, 3, S, S) uint8
@@ -147,9 +153,45 @@ class Decoded(Dataset):
         return self._read(name)
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """The loader's collate_fn: samples are batches already. (A lambda could not be sent to a worker.)"""
-    return batch
+def through_shared_memory(batch: Batch) -> Batch:
+    """The loader's collate_fn (samples are batches already): in a worker, the tensors are moved into shared memory.
+
+    Where that is full, the batch goes through a pipe. Left to the loader, a lack of shared memory would be met in a
+    thread that drops the batch, for which the run would then wait for ever.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        return Batch(*(tensor.share_memory_() for tensor in batch[:3]), batch.broken)
+    except (RuntimeError, OSError):
+        return through_pipe(batch)
+
+
+def through_pipe(batch: Batch) -> Batch:
+    """The loader's collate_fn without shared memory: arrays, which are copied through a pipe."""
+    return Batch(*(tensor.numpy() for tensor in batch[:3]), batch.broken)
+
+
+def start_worker(number: int) -> None:
+    """Make a worker end when a batch cannot be sent (for example, too many open files), so that the run ends too."""
+
+    def end(error: Exception, batch: object):
+        traceback.print_exception(error, file=sys.stderr)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
+
+
+@contextlib.contextmanager
+def workers_alive() -> Iterator[None]:
+    """Within it, the end of a worker (killed, out of memory) ends the script by one line and exit status 2."""
+    try:
+        yield
+    except RuntimeError as error:  # the loader raises it wherever the process is when a worker ends
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = short_reason(error).replace("DataLoader worker", "a process that decodes images")
+        fail(f"--workers: {reason}; if memory is short, try fewer", everywhere=True)
 
 
 # ----------------------------------------------------------------------------------------------------- streams
@@ -165,6 +207,7 @@ class Stream:
     skip_bad: whether images that cannot be read are left out; else the first of them raises a ValueError.
     decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
     pin_memory: whether batches are put where a GPU copies them from.
+    shared_memory: whether batches come from the workers through shared memory; else through pipes, which is slower.
     broken: the images that could not be read so far, name -> reason.
     waited: the seconds for which the caller has waited for batches so far.
     """
@@ -179,6 +222,7 @@ class Stream:
     skip_bad: bool = False
     decode_jpeg: Callable | None = None
     pin_memory: bool = False
+    shared_memory: bool = True
     broken: dict[str, str] = field(default_factory=dict, init=False)
     waited: float = field(default=0.0, init=False)
 
@@ -189,9 +233,11 @@ class Stream:
         self.loader = DataLoader(
             Decoded(self.files, self.image_size, self.random_crop, self.seed, self.decode_jpeg),
             batch_sampler=self.keys,
-            collate_fn=as_it_is,
+            collate_fn=through_shared_memory if self.shared_memory else through_pipe,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # the loader draws seeds that nobody uses, else from the global stream
             num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
             pin_memory=self.pin_memory,
         )
@@ -206,6 +252,7 @@ class Stream:
             self.waited += time.monotonic() - started
             if batch is None:
                 return
+            batch = Batch(*map(torch.as_tensor, batch[:3]), batch.broken)
             if batch.broken and not self.skip_bad:
                 refuse_broken(self.files.part, batch.broken)
             for name in batch.broken.keys() - self.broken.keys():

@@ -11,6 +11,7 @@
 
 import argparse
 import os
+import shutil
 import time
 from collections.abc import Iterator
 
@@ -28,12 +29,13 @@ from training.flags import (
     shown_defaults,
 )
 from training.image_decoding import find_jpeg_decoder
-from training.image_stream import EvalStream, ImageFiles, TrainStream, open_images
+from training.image_stream import PREFETCH, EvalStream, ImageFiles, TrainStream, open_images
 from training.images import balanced_batch, check_classes, split
 from training.steps import ADABELIEF_LR, Step, train_steps
 from utils import UNREAD, derive_seed, fail, number, set_seed, user_input
 
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
 # learning rate and weight decay of each optimizer; AdaBelief's decay is decoupled
 OPTIMIZERS = {"sgd": (0.1, 3e-5), "adabelief": (ADABELIEF_LR, 1e-2)}
 
@@ -145,7 +147,41 @@ def stream_options(args: argparse.Namespace, device: torch.device) -> dict:
         "rank": distributed.rank(),
         "world": distributed.world(),
         "pin_memory": device.type != "cpu",
+        "shared_memory": fits_shared_memory(args),
     }
+
+
+def fits_shared_memory(args: argparse.Namespace) -> bool:
+    """Whether the batches of all processes on this machine fit the shared memory; if not, says what is done instead."""
+    batch_size = max(args.eval_batch_size, -(-args.batch_size // distributed.world()))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = shared_memory_needed(args.image_size, batch_size, args.workers) * neighbours
+    free = free_shared_memory()
+    if free is None or needed <= free:
+        return True
+    if distributed.is_main():
+        print(
+            f"shared memory has {free / 2**20:.0f} MiB free of {needed / 2**20:.0f} that batches need: they go through "
+            "pipes, which is slower (a container gets more by docker run --shm-size)"
+        )
+    return False
+
+
+def shared_memory_needed(image_size: int, batch_size: int, workers: int) -> int:
+    """The bytes of shared memory that the batches of one process take; batch_size counts its own images.
+
+    Batches wait there that the workers have made ahead, and two more are in use.
+    """
+    page = 4096  # an image has 8 bytes of label and 36 of draws beside its pixels
+    return (PREFETCH * workers + 2) * (batch_size * (3 * image_size**2 + 44) + 3 * page) if workers else 0
+
+
+def free_shared_memory() -> int | None:
+    """The free bytes of shared memory; None where they are not counted."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
 
 
 def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:

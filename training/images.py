@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.image_decoding import channels_first, short_reason, square_pixels
-from training.image_files import first_of, list_parts, load_part
+from training.image_decoding import channels_first, first_of, short_reason, square_pixels
+from training.image_files import list_parts, load_part
 
 CIFAR_STATISTICS = {  # mean and standard deviation of the training pixels in each channel, black 0 and white 1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
