@@ -35,6 +35,7 @@ SCRIPTS = (
     "visualize",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "generation.from_reference",
 )
 
 
