@@ -696,6 +696,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def all_finite(*modules: torch.nn.Module | None) -> bool:
+    """Whether all weights and buffers of the modules are finite; asked once before they are saved. None counts not."""
+    states = (module.state_dict().values() for module in modules if module is not None)
+    flags = [tensor.isfinite().all() for state in states for tensor in state]
+    return not flags or bool(torch.stack(flags).all())
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
     groups = [

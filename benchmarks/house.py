@@ -39,6 +39,7 @@ PACKAGE_SCRIPTS = {
     "build_nas_dataset.__main__",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "generation.from_reference",
     "generation.search_benchmark",
 }
 # Outside of models, the only modules that may import from models.fast.
@@ -58,6 +59,7 @@ SCRIPTS = (
     "report.py",
     "-m build_nas_dataset",
     "-m build_nas_dataset.eval_archs",
+    "-m generation.from_reference",
 )
 
 

@@ -43,7 +43,8 @@ class Objective:
 
     name: "accuracy", "params" or "macs", a column of the NAS dataset.
     boundaries: the values between its classes, one fewer than classes.
-    quantiles: the place of each boundary in the ranking of the NAS dataset, from 0 to 1.
+    quantiles: the place of each boundary in the ranking of the NAS dataset, from 0 to 1: the share of its records that
+        are below the boundary. Where many records have the same value, this is not k / classes.
     minimum, maximum: of the values in the NAS dataset.
     """
 
@@ -83,6 +84,11 @@ def class_boundaries(values: Sequence[float], num_classes: int) -> list[float]:
     return np.quantile(np.asarray(values, float), np.arange(1, num_classes) / num_classes).tolist()
 
 
+def shares_below(values: Sequence[float], boundaries: Sequence[float]) -> list[float]:
+    """For each boundary, the share of the values that are below it; those on it belong to the class above."""
+    return (np.searchsorted(np.sort(values), boundaries, side="left") / len(values)).tolist()
+
+
 def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[Objective]:
     """The objectives of a NAS dataset, each cut into the number of classes that num_classes has for its name.
 
@@ -92,7 +98,7 @@ def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> lis
     for name, classes in num_classes.items():
         values = [getattr(record, name) for record in records]
         boundaries = tuple(class_boundaries(values, classes))
-        quantiles = tuple(k / classes for k in range(1, classes))
+        quantiles = tuple(shares_below(values, boundaries))
         objective = Objective(name, boundaries, quantiles, min(values), max(values))
         if len({objective.class_of(value) for value in values}) < classes:
             raise ValueError(f"too few different values of {name} for {classes} classes")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from build_nas_dataset.objectives import class_boundaries, which_class
+from build_nas_dataset.objectives import shares_below, which_class
 from build_nas_dataset.records import Record
 from genotypes import Genotype
 from models.fast.cuda_graphs import can_record
@@ -211,7 +211,7 @@ class SupernetScorer:
             )
 
     def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
-        """Cut accuracies on these images into classes, at the quantiles of real cells scored on the same images.
+        """Cut accuracies on these images into classes, in which as many real cells are as by the NAS dataset.
 
         records: the NAS dataset, of which NUM_REAL are drawn by the seed. boundaries: those of its own classes.
         Sets boundaries; percentile80, the accuracy that 20 % of the real cells exceed; and ceiling, the share of real
@@ -220,8 +220,9 @@ class SupernetScorer:
         """
         chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
         real = self([records[i].genotype for i in chosen])
-        self.boundaries = class_boundaries(real, len(boundaries) + 1)
-        before = [which_class(records[i].accuracy, boundaries) for i in chosen]
+        accuracies = np.array([records[i].accuracy for i in chosen])
+        before = which_class(accuracies, boundaries)
+        self.boundaries = np.quantile(real, shares_below(accuracies, boundaries)).tolist()
         self.ceiling = float(np.mean(self.classes(real) == before))
         self.percentile80 = float(np.quantile(real, 0.8))
 

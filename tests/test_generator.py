@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from generation.from_reference import reference_name
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.discriminator import Discriminator
 from models.fast.sampling import CLOSE, margin
@@ -21,37 +22,6 @@ TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3
 SIZES = {"latent_dim": 5, "vertex_size": 12, "graph_size": 6, "label_sizes": (4, 4), "num_classes": (3, 2)}
 
 ADDITIONS = {"chain_cells": True, "autoregressive_edges": True, "temperature": 1.0}  # what the paper does not have
-
-# Parameter names: ours -> the reference's.
-REFERENCE_NAMES = {
-    "labels.tables.0": "perf_label_embedding",
-    "labels.tables.1": "param_label_embedding",
-    "cells.normal": "conv_generator.stepGenerator",
-    "cells.reduction": "reduc_generator.stepGenerator",
-    ".tokens.": ".nodeInit.NodeInits.",
-    ".start.0": ".nodeInit.f_start",
-    ".start.2": ".nodeInit.f_start_2",
-    ".init_vertex.0": ".nodeInit.f_init",
-    ".init_vertex.2": ".nodeInit.f_init_2",
-    ".add_vertex.0": ".nodeAdd.f_an",
-    ".add_vertex.2": ".nodeAdd.f_an_2",
-    ".add_edge.0": ".edgeAdd.f_s_1",
-    ".add_edge.2": ".edgeAdd.f_s_2",
-    ".graph_state.": ".prop.GraphEmb.",
-    ".graph_state_init.": ".prop.GraphEmb_init.",
-    ".layers.": ".prop.NodeEmb.GNNLayers.",
-    ".message.": ".msg.",
-    ".message_reversed.": ".msg_rev.",
-    ".update.": ".upd.",
-    ".value.": ".f_m.",
-    ".gate.": ".g_m.",
-}
-
-
-def reference_name(name):
-    for ours, theirs in REFERENCE_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 def golden(kind):

@@ -1,12 +1,16 @@
 """build_nas_dataset/objectives.py: classes of equal sizes, and one answer to the question which class a value is in."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 
 from build_nas_dataset.objectives import Objective, class_boundaries, labels_of, objectives_of, which_class
 from build_nas_dataset.random_cells import random_pool
-from build_nas_dataset.records import Record
+from build_nas_dataset.records import Record, read_records
+from generation.targets import wanted_classes
 
 
 def records_with(accuracies):
@@ -44,3 +48,40 @@ def test_labels_of_records_are_the_classes_of_their_values():
 def test_too_few_different_values_are_refused():
     with pytest.raises(ValueError, match="too few different values of accuracy for 3 classes"):
         objectives_of(records_with([0.5] * 6), {"accuracy": 3})
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_the_class_of_a_value_is_the_class_of_its_place_in_the_ranking_ties_included(classes):
+    """What a predictor without error gives for a record is its mid-rank, (rank - 0.5) / records, as in its training."""
+    rng = np.random.default_rng(0)
+    kinds = {
+        "steps of 0.01": rng.normal(0.45, 0.05, 1000).round(2),
+        "tied 10, 20, 30, 25 and 15 %": np.repeat([0.2, 0.3, 0.4, 0.45, 0.5], [100, 200, 300, 250, 150]),
+        "no ties": rng.random(1000),
+        "shipped": np.array([record.accuracy for record in read_records("data/nasdata.jsonl")]),
+    }
+    for kind, values in kinds.items():
+        records = [Record(i, None, value, 0, 0) for i, value in enumerate(values.tolist())]
+        (accuracy,) = objectives_of(records, {"accuracy": classes})
+        labels = labels_of(records, [accuracy])[:, 0]
+        places = (rankdata(values) - 0.5) / len(values)
+        assert (accuracy.class_of_quantile(places) == labels).all(), kind
+        on_device = torch.tensor(places, dtype=torch.float32)  # as the predictor is given them
+        assert accuracy.class_of_quantile(on_device).tolist() == labels.tolist(), kind
+        assert accuracy.quantiles == pytest.approx([np.mean(labels < k) for k in range(1, classes)])
+
+
+def test_the_median_of_tied_accuracies_is_in_the_class_that_holds_it():
+    records = [Record(i, None, value, 0, 0) for i, value in enumerate([0.3] * 10 + [0.4] * 30 + [0.5] * 60)]
+    (accuracy,) = objectives_of(records, {"accuracy": 3})
+    assert accuracy.quantiles == (0.1, 0.4)
+    for quantile, expected in ((0.05, 0), (0.2, 1), (0.35, 1), (0.5, 2), (1.0, 2)):
+        args = argparse.Namespace(perf_label=None, target_acc=None, target_quantile=quantile)
+        assert wanted_classes(args, accuracy) == [expected]
+    assert accuracy.class_of(np.median([record.accuracy for record in records])) == 2
+
+
+@pytest.mark.parametrize("name", ["generator.pt", "generator_multiobj.pt"])
+def test_shipped_generators_have_the_objectives_of_the_shipped_dataset(name):
+    saved = [Objective.from_dict(o) for o in torch.load(f"data/{name}", weights_only=True)["objectives"]]
+    assert saved == objectives_of(read_records("data/nasdata.jsonl"), {o.name: o.num_classes for o in saved})

@@ -70,7 +70,7 @@ def test_generated_cells_are_scored_on_held_out_images_that_did_not_make_the_lab
 def test_classes_are_cut_at_the_quantiles_of_real_cells_and_the_ceiling_is_their_agreement(make_scorer):
     """9 cells, whose accuracies by the NAS dataset are in order; on new images two cells have changed places.
 
-    A boundary that is a cell's own accuracy belongs to the class above.
+    The classes have as many of these cells as by the NAS dataset: 2, 3 and 4.
     """
     scorer, pool = make_scorer(2), random_pool(9, seed=0)
     records = [Record(i, genotype, 0.1 * i, 1, 1) for i, genotype in enumerate(pool)]
@@ -78,11 +78,22 @@ def test_classes_are_cut_at_the_quantiles_of_real_cells_and_the_ceiling_is_their
     scorer.scored = {genotype: torch.tensor(value) for genotype, value in zip(pool, now, strict=True)}
     assert scorer(pool[::-1]).tolist() == now[::-1]
     scorer.cut_classes(records, [0.15, 0.5], seed=0)
-    assert scorer.boundaries == pytest.approx([1 / 3, 2 / 3])
+    assert scorer.boundaries == pytest.approx([2 / 9, 5 / 9])
     assert scorer.percentile80 == pytest.approx(np.sort(now)[6] * 0.6 + np.sort(now)[7] * 0.4)
     # by the NAS dataset        0, 0, 1, 1, 1, 2, 2, 2, 2
-    # by the new images         0, 0, 0, 1, 2, 1, 1, 2, 2
-    assert scorer.ceiling == pytest.approx(5 / 9)
+    # by the new images         0, 0, 1, 1, 2, 2, 1, 2, 2
+    assert scorer.ceiling == pytest.approx(7 / 9)
     scorer.cut_classes(records, [0.5], seed=0)
-    assert scorer.boundaries == [0.5]
-    assert scorer.classes(np.array([0.4999, 0.5, 0.5001])).tolist() == [0, 1, 1]
+    assert scorer.boundaries == pytest.approx([5 / 9])
+    assert scorer.classes(np.array([0.5555, 5 / 9 + 1e-9, 0.5556])).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("sizes", [(10, 30, 60), (60, 30, 10), (1, 1, 98)])
+def test_a_supernet_that_agrees_with_the_nas_dataset_is_cut_into_its_classes_ties_included(make_scorer, sizes):
+    scorer, pool = make_scorer(2), random_pool(100, seed=0)
+    accuracies = np.repeat([0.3, 0.4, 0.5], sizes)
+    records = [Record(i, genotype, float(accuracies[i]), 1, 1) for i, genotype in enumerate(pool)]
+    scorer.scored = {genotype: torch.tensor(a) for genotype, a in zip(pool, accuracies - 0.1, strict=True)}
+    scorer.cut_classes(records, [0.4, 0.5], seed=0)
+    assert scorer.ceiling == 1
+    assert scorer.classes(accuracies - 0.1).tolist() == np.repeat([0, 1, 2], sizes).tolist()
