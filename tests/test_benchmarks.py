@@ -160,7 +160,12 @@ def test_peak_memory_is_that_of_a_process_for_the_variant():
     assert 100 < float(result.stdout.split()[-1]) < ballast.nbytes / 2**20
 
 
-@pytest.mark.parametrize("script", ["supernet", "train_cifar", "image_stream"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "script", ["train_cifar", pytest.param("supernet", marks=SLOW), pytest.param("image_stream", marks=SLOW)]
+)
 def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path):
     command = [sys.executable, "benchmarks/all.py", "--quick", "--rounds", "2", "--device", "cpu", "--only", script]
     kept = {"gan": {"cuda": json_result("step", "1.5")}, script: {"cuda": json_result("other", "2.5")}}

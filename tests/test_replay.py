@@ -19,6 +19,8 @@ from models.supernet import Supernet
 from training.images import ImageSet
 from utils import autocast, set_seed
 
+PRECISIONS = ["off", pytest.param("bf16", marks=pytest.mark.slow)]  # many CPUs emulate bf16, slowly
+
 
 class RecordedCalls:
     """Stands in for a CUDA graph on a CPU: the same operations once more, their results written where they were."""
@@ -136,7 +138,7 @@ def recorded_parts(supernet: Supernet) -> list[int]:
     return [len(parts.parts) for parts in supernet.parts.values()]
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", PRECISIONS)
 def test_parts_of_a_supernet_are_replayed_as_recorded(graphs_on_cpu, amp, monkeypatch):
     steps = 2 if amp == "bf16" else 12  # many CPUs emulate bf16, slowly
     recorded, plain = SupernetRun("cpu", True, amp, steps), SupernetRun("cpu", False, amp, steps)
@@ -197,7 +199,7 @@ def test_gradients_of_replayed_parts_are_those_of_the_parts_themselves(graphs_on
             assert (grad - theirs[name]).norm() <= 1e-6 * theirs[name].norm() + 1e-12, name
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", PRECISIONS)
 def test_scorings_are_replayed_as_recorded(graphs_on_cpu, amp):
     recorded, plain = SupernetRun("cpu", True, amp, steps=1), SupernetRun("cpu", False, amp, steps=1)
     recorded.train_epoch(0)
@@ -224,7 +226,7 @@ def test_nothing_else_is_recorded(graphs_on_cpu, training, gradients):
 
 
 @needs_cuda
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", PRECISIONS)
 def test_a_supernet_trains_by_recorded_parts_as_it_does_without(amp):
     recorded, plain = SupernetRun("cuda", True, amp), SupernetRun("cuda", False, amp)
     ours, theirs = recorded.train_epoch(0), plain.train_epoch(0)
