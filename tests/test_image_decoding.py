@@ -14,8 +14,8 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from training import image_decoding, image_files
-from training.image_decoding import decode_image, decode_rgb, short_reason, shown_text
-from training.image_files import chunks_of, list_part, read_member
+from training.image_decoding import decode_image, decode_rgb, read_member, short_reason, shown_text
+from training.image_files import chunks_of, list_part
 from training.image_stream import EvalStream, TrainStream, open_images
 from training.images import load_images
 
@@ -161,7 +161,7 @@ def test_a_member_that_unpacks_to_too_much_is_refused_or_left_out(tmp_path, monk
     assert "cannot read image cat/1.bmp (" in refusal(data) and "100 times at most); --skip_bad" in refusal(data)
     assert len(load_images("folder", data, 8, data / "cache", skip_bad=True)[0]) == 2
     assert "1 of 3 images cannot be read, left out: cat/1.bmp" in capsys.readouterr().out
-    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr(image_decoding, "MAX_FILE_BYTES", 2**20)
     two_classes(tmp_path, {"cat/1.bmp": bytes(20 * 2**20 + 1)})  # another, of which nothing is kept
     assert f"cat/1.bmp ({20 * 2**20 + 1} bytes, expected at most {2**20})" in refusal(data)
     (tmp_path / "train" / "cat").mkdir(parents=True)

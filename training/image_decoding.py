@@ -1,5 +1,6 @@
-"""From the bytes of an image file to RGB pixels, within bounds; what is wrong with the bytes is a ValueError.
+"""One image file: read, and decoded to RGB pixels, within bounds; what is wrong with its bytes is a ValueError.
 
+    data = read_file(Path("x.jpg"))   # or read_member, of a .zip
     image = decode_rgb(data)          # an image of PIL, upright, without transparency
     pixels = decode_image(data, 32)   # (32, 32, 3) uint8
 
@@ -8,8 +9,12 @@ The bounds keep small files that unpack to gigabytes ("bombs") from filling the 
 
 import contextlib
 import io
+import os
+import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +22,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")  # no other decoder of PIL is asked (EPS starts Ghostscript)
 MAX_PIXELS = 89_478_485  # width x height of an image: PIL's own bound, beyond which it only warns
+MAX_FILE_BYTES = 2**29  # of one image file, unpacked if it is in a .zip
+MAX_RATIO, RATIO_FROM = 100, 2**24  # unpacked / packed bytes of a member of a .zip, for those of more than RATIO_FROM
 LONGEST_TEXT = 80  # characters of a name or a reason in a message: files may hold names of 64 KiB
 
 UPRIGHT = {  # the orientation in an image's EXIF data -> how its pixels become what was seen
@@ -127,6 +134,41 @@ def without_pil_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ValueError when it is larger than allowed, or no regular file."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        _check_bytes(status.st_size)
+        return file.read(MAX_FILE_BYTES)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a named pipe would wait for a program that writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """The bytes of a member of a .zip. Raises ValueError when it unpacks to more than allowed.
+
+    No more is unpacked than the archive declares: reading without a number of bytes would unpack gigabytes of a member
+    that declares ten. Of bzip2 and LZMA, zipfile unpacks whole blocks of any size.
+    """
+    _check_bytes(info.file_size)
+    if info.file_size > RATIO_FROM and info.file_size > MAX_RATIO * info.compress_size:
+        raise ValueError(f"{info.compress_size} bytes unpack to {info.file_size}, expected {MAX_RATIO} times at most")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("expected a member that is stored or deflated")
+    with archive.open(info) as file:
+        return file.read(info.file_size)
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {MAX_FILE_BYTES}")
 
 
 # ---------------------------------------------------------------------------------------------------- messages

@@ -26,6 +26,8 @@ from training.image_decoding import (
     channels_first,
     decode_image,
     first_of,
+    read_file,
+    read_member,
     short_reason,
     shown_text,
     without_pil_warnings,
@@ -38,8 +40,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
 RESIZE_RULE = "shortest side to image_size by antialiased bicubic, centre crop"
 CACHE_VERSION = 3  # raised when the pixels of an image change
 DECODE_CHUNK, CHUNK_BYTES = 256, 2**26  # what a thread reads at a time: images, and bytes unless one image has more
-MAX_FILE_BYTES = 2**29  # of one image file, unpacked if it is in a .zip
-MAX_RATIO, RATIO_FROM = 100, 2**24  # unpacked / packed bytes of a member of a .zip, for those of more than RATIO_FROM
 MAX_MEMBERS = 5_000_000  # of a .zip; its list takes half a kilobyte of memory for each
 MAX_NAME = 1000  # bytes of an image's name below its part
 MAX_THREADS = 8
@@ -189,9 +189,9 @@ def _list_zip(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, t
             raise ValueError(f"{path}: member {shown} is encrypted")
         if name in files:
             raise ValueError(f"{path}: member {shown} is there twice, expected each image once")
-        if not info.is_dir():
+        if not info.filename.endswith("/"):  # is_dir fails for a member without a name
             files[name] = (info.file_size, info.CRC)
-    return files, {without_dots(info.filename) for info in infos if info.is_dir()}
+    return files, {without_dots(info.filename) for info in infos if info.filename.endswith("/")}
 
 
 def without_dots(name: str) -> str:
@@ -326,41 +326,6 @@ def reader(part: Part):
             yield lambda name: read_member(
                 archive, dotted.get(part.prefix + name) or archive.getinfo(part.prefix + name)
             )
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises ValueError when it is larger than allowed, or no regular file."""
-    with open(path, "rb", opener=_open_at_once) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        _check_bytes(status.st_size)
-        return file.read(MAX_FILE_BYTES)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file without waiting: a named pipe would wait for a program that writes into it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """The bytes of a member of a .zip. Raises ValueError when it unpacks to more than allowed.
-
-    No more is unpacked than the archive declares: reading without a number of bytes would unpack gigabytes of a member
-    that declares ten. Of bzip2 and LZMA, zipfile unpacks whole blocks of any size.
-    """
-    _check_bytes(info.file_size)
-    if info.file_size > RATIO_FROM and info.file_size > MAX_RATIO * info.compress_size:
-        raise ValueError(f"{info.compress_size} bytes unpack to {info.file_size}, expected {MAX_RATIO} times at most")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("expected a member that is stored or deflated")
-    with archive.open(info) as file:
-        return file.read(info.file_size)
-
-
-def _check_bytes(size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"{size} bytes, expected at most {MAX_FILE_BYTES}")
 
 
 def cache_key(part: Part, image_size: int) -> str:
