@@ -464,14 +464,18 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a readable checkpoint (it holds more than tensors and plain data)") from None
     except Exception as error:  # truncated or foreign files: torch raises all sorts
-        reason = "truncated, or not a torch file" if isinstance(error, (RuntimeError, EOFError)) else error
+        reason = "truncated, or not a torch file"
+        if not isinstance(error, (RuntimeError, EOFError)):
+            reason = " ".join(str(error).split())[:120]  # it may quote what the file holds
         raise ValueError(f"{path} is not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if state["kind"] != kind:
-        raise ValueError(f"{path} is a checkpoint of kind {state['kind']}, expected kind {kind}")
+        raise ValueError(f"{path} is a checkpoint of kind {str(state['kind'])[:80]!r}, expected kind {kind}")
     if state.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} has format version {state.get('version')}, this code reads {CHECKPOINT_VERSION}")
+        raise ValueError(
+            f"{path} has format version {str(state.get('version'))[:80]}, this code reads {CHECKPOINT_VERSION}"
+        )
     if missing := [key for key in keys if key not in state]:
         raise ValueError(f"{path} is not a whole {kind} checkpoint: it lacks {', '.join(missing)}")
     return state

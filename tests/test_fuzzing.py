@@ -134,7 +134,7 @@ READERS = {
     **{kind.lower(): image_reader(kind) for kind in IMAGES},
 }
 
-FAILED = (("zip", 904),)  # inputs that a reader has failed on: (name, number)
+FAILED = (("zip", 904), ("checkpoint", 5905))  # inputs that a reader has failed on: (name, number)
 
 
 # ---------------------------------------------------------------------------------------------------------- fuzzing
