@@ -471,7 +471,7 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
     if not isinstance(state, dict) or "kind" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if state["kind"] != kind:
-        raise ValueError(f"{path} is a checkpoint of kind {str(state['kind'])[:80]!r}, expected kind {kind}")
+        raise ValueError(f"{path} is a checkpoint of kind {str(state['kind'])[:80]}, expected kind {kind}")
     if state.get("version") != CHECKPOINT_VERSION:
         raise ValueError(
             f"{path} has format version {str(state.get('version'))[:80]}, this code reads {CHECKPOINT_VERSION}"
