@@ -15,7 +15,6 @@ TensorBoard events, config.json and samples/*.json, cells drawn along the way. N
 """
 
 import argparse
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +35,7 @@ from utils import (
     RunLog,
     add_common_flags,
     add_cuda_graphs_flag,
+    all_finite,
     explicit_flags,
     fail,
     load_checkpoint,
@@ -69,6 +69,8 @@ FOR_SAMPLING = (
     "objectives",
     "epoch",
 )
+
+DIVERGED = 1e6  # no loss, score or reward of a training that works has a mean as large
 
 REFERENCE_FLAGS = {
     "gpu": "--device cuda:{}",
@@ -397,15 +399,18 @@ def print_start(records: list[Record], data: TrainingData, networks: Networks, p
 
 
 def train_one_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
-    """Train epoch `epoch`, from 1, and print its means. Ends the script when one of them is not finite."""
+    """Train epoch `epoch`, from 1, and print its means. Ends the script when training has diverged."""
     args, networks, started = trainer.args, trainer.networks, time.monotonic()
     if networks.reference is not None and epoch - 1 == args.warmup_epochs:
         networks.set_reference()
     values = trainer.train_epoch(epoch - 1)
     seconds = time.monotonic() - started
+    advice = "training diverged; try a lower --lr or lower weights"
     for name, value in values.items():
-        if not math.isfinite(value):
-            fail(f"epoch {epoch}: {name} is {value}, training diverged; try a lower --lr or lower weights")
+        if not abs(value) < DIVERGED:  # NaN too
+            fail(f"epoch {epoch}: {name} is {value:g}, {advice}")
+    if not all_finite(networks.generator, networks.discriminator):  # the last step's, which no mean shows
+        fail(f"epoch {epoch}: the weights are not all finite numbers, {advice}")
     line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
     print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)")
     return values | {"seconds": seconds}

@@ -73,12 +73,14 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, outputs))
 
 
-def forcing_noise(cells: tuple[CellBatch, ...], strength: float = 1e4) -> tuple[Tensor, ...]:
+def forcing_noise(cells: tuple[CellBatch, ...], strength: float | None = None) -> tuple[Tensor, ...]:
     """Noise that makes growth decide as it must for the result to be the given hard cells (teacher forcing).
 
     It is added to the logits of the decisions: (B, V, T + V) for each cell, `strength` where the cell has the token or
-    the edge, minus that elsewhere. strength: more than any logit.
+    the edge, minus that elsewhere. strength: more than any logit; by default a quarter of the largest number of the
+    dtype, to which logits of any network that computes with finite numbers can be added.
     """
+    strength = torch.finfo(cells[0].adj.dtype).max / 4 if strength is None else strength
     return tuple(strength * (2 * torch.cat([batch.ops, batch.adj.mT], dim=-1) - 1) for batch in cells)
 
 

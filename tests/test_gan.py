@@ -12,6 +12,7 @@ from generation.recipes import PAPER, ROBUST
 from generation.training import Trainer
 from models.cost import genotype_cost
 from models.generator import Generator
+from tests.small_training import refused
 
 
 def write_dataset(folder, n):
@@ -122,3 +123,30 @@ def test_compiled_parts_are_four_graphs_that_train_as_without(tmp_path, monkeypa
     for name in ("d_loss", "g_loss", "real_score"):
         assert losses[1][name] == pytest.approx(losses[0][name], rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_weights_that_turn_nan_in_the_last_step_do_not_overwrite_the_checkpoint(tmp_path, monkeypatch, capsys, network):
+    def last_step_diverges(trainer, epoch):
+        if epoch == 1:
+            next(getattr(trainer.networks, network).parameters()).data[0] = float("nan")
+        return {"nll": 1.0}
+
+    monkeypatch.setattr(Trainer, "train_epoch", last_step_diverges)
+    flags = f"--nasbench_data {write_dataset(tmp_path, 16)} --output_dir {tmp_path / 'run'} --pool_size 1000"
+    flags += " --n_epochs 3 --g_emb_size 8 --d_emb_size 8 --batch_size 8 --eval_size 3 --adversarial_weight 1"
+    line = refused(capsys, gan, flags.split())
+    assert "epoch 2: the weights are not all finite numbers, training diverged" in line
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state[network].values())
+    assert not (tmp_path / "run" / "generator.pt").exists()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "robust"])
+@pytest.mark.parametrize("lr", ["1e3", "1e6"])
+def test_a_learning_rate_at_which_nothing_is_learned_is_noticed(tmp_path, capsys, recipe, lr):
+    flags = f"--nasbench_data {write_dataset(tmp_path, 40)} --output_dir {tmp_path / 'run'} --recipe {recipe} --lr {lr}"
+    flags += " --n_epochs 2 --g_emb_size 8 --d_emb_size 8 --batch_size 8 --eval_size 3"
+    flags += " --pool_size 1000" if recipe == "robust" else ""
+    assert "training diverged" in refused(capsys, gan, flags.split())
+    assert not list((tmp_path / "run").glob("*.pt"))

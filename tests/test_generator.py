@@ -13,7 +13,7 @@ from generation.from_reference import reference_name
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.discriminator import Discriminator
 from models.fast.sampling import CLOSE, margin
-from models.generator import CellGenerator, Generator
+from models.generator import CellGenerator, Generator, forcing_noise
 from models.graph import GraphState, MessagePassing, neighbours
 from utils import save_checkpoint
 
@@ -172,6 +172,26 @@ def test_cells_drawn_have_the_likelihood_and_gradients_of_the_same_cells_given(c
         grads.append([p.grad for p in generator.parameters()])
     assert all(grad.abs().max() > 1e-6 for grad in grads[0])
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e30])
+def test_growth_is_forced_to_the_given_cells_however_large_the_logits(scale):
+    z, labels = inputs(32, varied_generator())
+    given = varied_generator(seed=1, **ADDITIONS)
+    _, noise = given.draw_noise(32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = tuple(batch.straight_through() for batch in given(z, labels, tuple(part.double() for part in noise)))
+        generator = varied_generator(**ADDITIONS).float()
+        for cell in generator.cells.values():
+            cell.add_vertex[2].weight.mul_(scale)
+            cell.add_edge[2].weight.mul_(scale)
+        cells = tuple(type(batch)(batch.adj.float(), batch.ops.float(), batch.num_nodes) for batch in cells)
+        grown, likelihood = generator.draw(z.float(), labels, forcing_noise(cells))
+        again = generator.log_likelihood(z.float(), labels, cells)
+    for batch, forced in zip(grown, cells, strict=True):
+        assert torch.equal(batch.adj, forced.adj) and torch.equal(batch.ops, forced.ops)
+    assert torch.equal(likelihood, again) and likelihood.isfinite().all()
+    assert likelihood.min() < -scale  # cells of another generator: some of their decisions are unlikely
 
 
 def test_a_reduction_cell_sees_the_normal_cell_only_when_chained():
