@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.fast.cpu import BatchNorm2d, average_pool, depthwise_conv, even_and_odd_pixels, max_pool
+from models.fast.cpu import BatchNorm2d, DepthwiseConv2d, average_pool, even_and_odd_pixels, max_pool
 
 
 class FactorizedReduce(nn.Module):
@@ -44,16 +44,14 @@ class SeparableConv(nn.Module):
         super().__init__()
         self.depthwise, self.pointwise, self.norm = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for _ in range(2):
-            self.depthwise.append(
-                nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
-            )
+            self.depthwise.append(DepthwiseConv2d(channels, kernel))
             self.pointwise.append(nn.Conv2d(channels, channels, 1, bias=False))
             self.norm.append(norm(channels))
 
     def forward(self, x: Tensor, stride: int) -> Tensor:
         for i, (depthwise, pointwise, norm) in enumerate(zip(self.depthwise, self.pointwise, self.norm, strict=True)):
             x = F.relu(x, inplace=i > 0)  # what the first norm wrote is read here only
-            x = norm(pointwise(depthwise_conv(x, depthwise.weight, stride)))
+            x = norm(pointwise(depthwise(x, stride)))
             stride = 1
         return x
 

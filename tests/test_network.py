@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from build_nas_dataset.random_cells import random_pool
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
@@ -257,3 +259,27 @@ def test_halving_the_resolution_and_its_gradients_are_those_of_slices(size, layo
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert torch.autograd.grad(module(x).sum(), x)[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("kind", [CifarNetwork, ImageNetNetwork])
+@pytest.mark.parametrize("name", ["NAG_HIGH_ACC", "NAG_ENSEMBLE_A", "NAG_ENSEMBLE_C"])
+def test_macs_counted_by_hooks_on_modules_are_those_of_count_macs(kind, name):
+    """Programs that count MACs see a network through hooks on its nn.Conv2d and nn.Linear modules."""
+    torch.manual_seed(0)
+    network, size = kind(GENOTYPES[name], layers=1, channels=8).eval(), 32 if kind is CifarNetwork else 64
+    found = []
+
+    def count(module, arguments, output):
+        weights = module.weight[0].numel()  # multiply-accumulates for each number of the output
+        found.append(weights * output.numel())
+
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(images)
+    macs = sum(found)  # before count_macs, in whose copy of the network the hooks count too
+    assert macs == count_macs(network, size) == counter.get_total_flops() // 2
+    if kind is CifarNetwork:
+        assert macs == genotype_cost(GENOTYPES[name], layers=1, channels=8)[1]

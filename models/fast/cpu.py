@@ -137,6 +137,19 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, pixels: int) -> Ten
     return y
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """nn.Conv2d with one k x k kernel for each channel, padded by k // 2, whose stride is an argument of the call.
+
+    It is called as a module, so that hooks on nn.Conv2d, by which programs count multiply-accumulates, see it.
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+        return depthwise_conv(x, self.weight, stride)
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """F.conv2d of x (B, C, H, W) with one k x k kernel for each channel, weight (C, 1, k, k), padded by k // 2."""
     kernel = weight.shape[-1]
