@@ -29,7 +29,7 @@ from pathlib import Path
 import graphviz
 
 import utils
-from generation.cell_strips import (
+from generation.strips import (
     INPUT_COLOR,
     OUTPUT_COLOR,
     ascii_picture,
