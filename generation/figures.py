@@ -120,12 +120,18 @@ def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     return order[better]
 
 
+def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float) -> None:
+    """The real cells as small points, and a larger one for the legend."""
+    axes.scatter(x, y, s=5, color=QUIET, alpha=alpha, linewidths=0, rasterized=len(x) > 300)
+    axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label="NAS dataset")
+
+
 def cloud(
     x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, cuts: Sequence[float] = (), front: bool = True
 ) -> Figure:
     """All cells as points, with the Pareto front (little x, much y). cuts: class boundaries of y."""
     figure, axes = new_axes(xlabel, ylabel)
-    axes.scatter(x, y, s=5, color=QUIET, alpha=0.4, linewidths=0, rasterized=len(x) > 300, label="NAS dataset")
+    _draw_real(axes, x, y, 0.4)
     for i, cut in enumerate(cuts):
         axes.axhline(cut, color=COLORS[1], linestyle="--", linewidth=1, label="" if i else "class boundary")
     if front:
@@ -136,12 +142,13 @@ def cloud(
 
 
 def over_cloud(real: tuple, sets: dict[str, tuple], limits: tuple[float, float], xlabel: str, ylabel: str) -> Figure:
-    """Generated cells over the cloud of real ones. real: x and y of them. sets: name of a class -> x and y of its cells.
+    """Generated cells over the cloud of real ones.
 
-    limits: between which x was asked to lie; what is outside is shaded.
+    real: x and y of them. sets: name of a class -> x and y of its cells.
+    limits: between which x was asked to lie, infinite where there is none; what is outside is shaded.
     """
     figure, axes = new_axes(xlabel, ylabel)
-    axes.scatter(*real, s=5, color=QUIET, alpha=0.3, linewidths=0, rasterized=len(real[0]) > 300, label="NAS dataset")
+    _draw_real(axes, *real, 0.3)
     for i, (name, (x, y)) in enumerate(sets.items()):
         marks = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         axes.scatter(x, y, s=20, alpha=0.9, linewidths=0, label=name, **marks)
@@ -240,8 +247,8 @@ def grouped_bars(groups: dict[str, np.ndarray], labels: Sequence[str], xlabel: s
     width = 0.8 / max(len(groups), 1)
     for i, (name, shares) in enumerate(groups.items()):
         places = np.arange(len(labels)) + (i - (len(groups) - 1) / 2) * width
-        axes.bar(places, shares, width * 0.92, color=COLORS[i % len(COLORS)], label=name, hatch=("", "///", "...")[i % 3],
-                 edgecolor="white", linewidth=0)  # fmt: skip
+        look = {"color": COLORS[i % len(COLORS)], "hatch": ("", "///", "...")[i % 3], "edgecolor": "white"}
+        axes.bar(places, shares, width * 0.92, label=name, linewidth=0, **look)
     long = max(map(len, labels), default=0) > 4
     axes.set_xticks(range(len(labels)), labels, rotation=30 if long else 0, ha="right" if long else "center")
     axes.grid(axis="x", visible=False)
@@ -275,7 +282,10 @@ def ranks_by_epoch(rounds: list[list[tuple[int, float]]]) -> Figure:
 
 
 def regret(methods: dict[str, np.ndarray], ylabel: str = "regret") -> Figure:
-    """Regret after each query. methods: name -> (seeds, queries); the line is the mean, the band one standard deviation."""
+    """Regret after each query. methods: name -> (seeds, queries).
+
+    The line is the mean over seeds, the band one standard deviation.
+    """
     figure, axes = new_axes("queries", ylabel)
     lowest = min((values[values > 0].min() for values in methods.values() if (values > 0).any()), default=1e-4)
     for i, (name, values) in enumerate(methods.items()):

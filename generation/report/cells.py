@@ -1,4 +1,4 @@
-"""Of generated cells: are they what was asked for, how do they compare with real ones, and what do the best look like?"""
+"""Of generated cells: are they what was asked for, how do they compare with real ones, what do the best look like?"""
 
 from collections.abc import Sequence
 
@@ -83,7 +83,8 @@ def entry_text(i: int, genotype: Genotype, known: dict) -> str:
 def estimates(known: dict) -> list[str]:
     """What predictor and supernet say of a cell, in words."""
     quantiles = known.get("predicted_quantiles") or {}
-    words = [f"predicted place in {name} {value:.4f}" for name, value in quantiles.items()]
+    words = [f"rank {known['rank']} of those drawn"] if isinstance(known.get("rank"), int) else []
+    words += [f"predicted place in {name} {value:.4f}" for name, value in quantiles.items()]
     if known.get("supernet_accuracy") is not None:
         words.append(f"re-scored accuracy {known['supernet_accuracy']:.4f}")
     return words
@@ -119,8 +120,8 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
             section.number(f"{title}: controllability of {objective}, high end of the interval", high)
             counts = np.array(own["asked_by_obtained"])
             caption = (
-                f"{own['controllability']:.3f} ({low:.3f} to {high:.3f}) of {entry['drawn']} are of the class asked for; "
-                f"chance is {1 / len(counts):.3f}. The class obtained is by {own.get('by', 'the predictor')}."
+                f"{own['controllability']:.3f} ({low:.3f} to {high:.3f}) of {entry['drawn']} are of the class asked "
+                f"for; chance is {1 / len(counts):.3f}. The class obtained is by {own.get('by', 'predictor')}."
             )
             figure = figures.heat_map(counts, f"{objective} class obtained", f"{objective} class asked for")
             section.figures.append(page.figure(figure, f"Asked against obtained: {title}", caption))
@@ -182,12 +183,12 @@ def add_over_cloud(
         if real_costs.get(cost) is None or not all(cost in entry for entry in known):
             continue
         x, real_x = np.array([entry[cost] for entry in known]) / unit, real_costs[cost] / unit
-        limits = ((run.args.get(f"min_{cost}") or 0) / unit, (run.args.get(f"max_{cost}") or np.inf) / unit)
+        limits = ((run.args.get(f"min_{cost}") or -np.inf) / unit, (run.args.get(f"max_{cost}") or np.inf) / unit)
         groups = by_first_label(known)
         sets = {name: (x[rows], np.array(y)[rows]) for name, rows in groups.items()}
         figure = figures.over_cloud((real_x, real_y), sets, limits, cost_label, label)
         points = (np.concatenate([x, real_x]), np.concatenate([y, real_y]), [*numbers, *dataset.numbers])
-        limited = limits != (0, np.inf)
+        limited = np.isfinite(limits).any()
         caption = how + (f" {outside(x, *limits)} of {len(x)} are outside the limits, shaded." if limited else "")
         title = f"Generated cells over real ones, by {cost_label.split(' (')[0]}"
         section.figures.append(page.figure(figure, title, caption, points))

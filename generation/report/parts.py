@@ -25,14 +25,18 @@ MOST_POINTS = 5000  # cells of a NAS dataset that are drawn
 
 @dataclass
 class Shown:
-    """A figure on the page. points: (x, y in its viewBox, number of the cell on the page) of those that can be named."""
+    """A figure on the page.
+
+    points: (x, y in its viewBox, number of the cell on the page) of those that can be named. heat: whether its colours
+    are numbers, which a dark page must not change.
+    """
 
     name: str
     title: str
     caption: str
     svg: Markup
     points: list[list]
-    heat: bool = False  # whether its colours are numbers, which a dark page must not change
+    heat: bool = False
 
 
 @dataclass

@@ -3,8 +3,8 @@
     run = read_run("runs/demo")
     run.kind, run.command, run.seconds, run.metrics[-1]
 
-A folder is read as it is: a run that is not finished, or that an older version wrote, gives what is there, and `missing`
-says in sentences what is not.
+A folder is read as it is: a run that is not finished, or that an older version wrote, gives what is there, and
+`missing` says in sentences what is not.
 """
 
 from collections.abc import Iterable

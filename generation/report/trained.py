@@ -171,9 +171,10 @@ def eval_sections(page: Page, run: Run) -> list[Section]:
     words = add_correlations(page, section, longest)
     add_candidates(page, section, run, results)
     finished = (run.folder / "best.json").is_file()
+    accuracy, epochs = results[0]["held_out_accuracy"], results[0]["training"]["epochs"]
     section.verdict = (
-        f"{'' if finished else 'The run is not finished: so far, '}{len(results)} candidates; the best reaches a held-out "
-        f"accuracy of {results[0]['held_out_accuracy']:.4f} after {results[0]['training']['epochs']} epochs. {words}"
+        f"{'' if finished else 'The run is not finished: so far, '}{len(results)} candidates; the best reaches a "
+        f"held-out accuracy of {accuracy:.4f} after {epochs} epochs. {words}"
     )
     best = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}"
     resume = f"python -m build_nas_dataset.eval_archs --resume {shown(run.folder)}"
