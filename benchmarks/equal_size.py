@@ -7,8 +7,8 @@
     python -m benchmarks.equal_size compare --cells docs/results/equal_size_cells.json \
         --trained docs/results/equal_size_seed1.jsonl --out docs/results/equal_size.json
 
-`draw` takes 500 distinct cells of 2.5 to 2.75 million parameters from random sampling and from each generator, asked for
-its highest class of accuracy, and writes two groups of 48 from each: the first that were drawn, and those that the
+`draw` takes 500 distinct cells of 2.5 to 2.75 million parameters from random sampling and from each generator, asked
+for its highest class of accuracy, and writes two groups of 48 from each: the first that were drawn, and those that the
 predictor expects the highest accuracy of. With each cell stand the quantile that the predictor expects and its accuracy
 by the supernet, on held-out images that no label was made with. `compare` gives the mean of each group and its
 difference to the random cells, by the supernet and by stand-alone training, with 95 % bootstrap intervals.
