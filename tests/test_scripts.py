@@ -287,14 +287,38 @@ def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, t
         assert "random cells" in out
         if not flags:
             random = run(*common, "--random", "--output_dir", tmp_path / "random")
-            assert "random cells: 36 drawn" in random and "generated cells" not in random
-        for result in json.loads((tmp_path / name / "evaluation.json").read_text()).values():
+            assert "random cells, sampling seed 1997: 36 drawn" in random and "generated cells" not in random
+        evaluation = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert evaluation.pop("sampling_seeds") == [1997] and "generated cells, sampling seed 1997: 36 drawn" in out
+        for result in evaluation.values():
             valid = round(result["drawn"] * result["validity"])
             assert result["drawn"] == 9 * 4
             matrix = np.array(result["params"]["asked_by_obtained"])
             assert matrix.sum() == valid and result["params"]["controllability"] == pytest.approx(matrix.trace() / 36)
             assert result["all"]["controllability"] <= result["params"]["controllability"]
             assert result["accuracy"]["by"] == ("supernet" if flags else "predictor")
+
+
+def test_several_sampling_seeds_give_the_mean_and_deviation_of_their_evaluations(robust, nasdata, tmp_path):
+    flags = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate", "--output_dir"]
+    out = run(*flags, tmp_path / "all", "--seed", 5, "--sampling_seeds", 3)
+    found = json.loads((tmp_path / "all" / "evaluation.json").read_text())
+    assert found["sampling_seeds"] == [5, 6, 7]
+    alone = []
+    for seed in found["sampling_seeds"]:
+        run(*flags, tmp_path / str(seed), "--seed", seed)
+        alone.append(json.loads((tmp_path / str(seed) / "evaluation.json").read_text()))
+    for title in ("generated cells", "random cells"):
+        measures = found["over sampling seeds"][title]
+        for name in ("accuracy", "params", "all"):
+            shares = [one[title][name]["controllability"] for one in alone]
+            value = measures[f"{name} controllability"]
+            assert value["values"] == shares and len(set(shares)) > 1
+            assert (value["mean"], value["std"]) == pytest.approx((np.mean(shares), np.std(shares, ddof=1)))
+        assert found[title] == alone[0][title]
+        assert f"{title} over the 3 sampling seeds 5 to 7, 36 drawn with each:" in out
+    assert f"  all controllability: {value['mean']:.3f} +- {value['std']:.3f}" in out
+    assert "--sampling_seeds: expected with --evaluate" in run("generate_archs.py", "--sampling_seeds", 2, ok=False)
 
 
 def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys):
