@@ -363,7 +363,8 @@ def main(args: argparse.Namespace) -> None:
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
-        networks.predictor, predictor_tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
+        with user_input("--nasbench_data"):
+            networks.predictor, predictor_tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
     if args.compile:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")

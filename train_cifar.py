@@ -21,7 +21,6 @@ NAG paper, section 4.2.
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +71,7 @@ from utils import (
     refuse_used,
     save_checkpoint,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
@@ -229,8 +229,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     step = Step(network, optimizer, args, device)
     for epoch in range(reached["epoch"], args.epochs):
         values = train_epoch(step, images, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
         reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
         last = reached["epoch"] == args.epochs
         if args.holdout and (last or reached["epoch"] % args.eval_every == 0):

@@ -15,7 +15,6 @@ NAG paper, section 4.3.
 """
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,7 +52,6 @@ from utils import (
     RunLog,
     add_common_flags,
     device_name,
-    fail,
     load_checkpoint,
     output_folder,
     parse_resumable,
@@ -61,6 +59,7 @@ from utils import (
     refuse_used,
     save_checkpoint,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
@@ -168,8 +167,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     step = Step(network, optimizer, args, device, args.label_smooth)
     for epoch in range(reached["epoch"], args.epochs):
         values = train_epoch(step, stream, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
+        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
         selected = accuracy(network, selecting, device, args.amp)
         reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
         if log:

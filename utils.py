@@ -707,6 +707,18 @@ def all_finite(*modules: torch.nn.Module | None) -> bool:
     return not flags or bool(torch.stack(flags).all())
 
 
+def stop_if_diverged(epoch: int, loss: float, *modules: torch.nn.Module | None, advice: str) -> None:
+    """End the script, before anything is saved, when training has diverged in an epoch (from 1).
+
+    loss: the mean over the epoch. modules: what is to be saved; the last step's update shows in no loss.
+    advice: which flag may help.
+    """
+    if not math.isfinite(loss):
+        fail(f"the loss is not finite in epoch {epoch}; {advice}")
+    if not all_finite(*modules):
+        fail(f"the weights are not all finite numbers after epoch {epoch}; {advice}")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
     groups = [

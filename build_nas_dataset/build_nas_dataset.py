@@ -14,7 +14,6 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 """
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -71,6 +70,7 @@ from utils import (
     set_seed,
     settle_amp,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
 )
@@ -326,13 +326,12 @@ class Run:
         save_checkpoint(self.folder / "checkpoint.pt", "supernet", state)
 
     def train(self, epoch: int) -> None:
-        """Train for one epoch, log it and save. Ends the script when the loss is not finite."""
+        """Train for one epoch, log it and save. Ends the script when training has diverged."""
         started, args = time.monotonic(), self.args
         with enough_memory(SAVE_MEMORY):
             values = train_epoch(self.supernet, self.optimizer, self.train_images, self.pool, args, epoch, self.device)
         self.seconds["training"] += time.monotonic() - started
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], self.supernet, advice="a smaller --lr_max may help")
         self.epochs_done = epoch + 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.log.log(self.epochs_done, **values, lr=lr, seconds=time.monotonic() - started)

@@ -41,6 +41,7 @@ from build_nas_dataset.candidates import (
     read_candidates,
     read_parts,
     rounds_done,
+    said_of,
     weights_file,
 )
 from build_nas_dataset.scoring import check_split, split_of
@@ -63,6 +64,7 @@ from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    all_finite,
     fail,
     load_checkpoint,
     number,
@@ -160,7 +162,7 @@ def train_candidate(
     this_round = {
         "epochs": args.epochs,
         "held_out_accuracy": measured,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": loss if math.isfinite(loss) and all_finite(network) else None,
         "seconds": earlier["seconds"] + time.monotonic() - started,
     }
     training = describe_training(genotype, images, held_out, args, [*earlier["rounds"], this_round])
@@ -268,7 +270,7 @@ class Run:
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s){said_of(training)}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:
@@ -310,8 +312,9 @@ def finish(run: Run) -> None:
     """Write and print the ranking."""
     ranked = by_accuracy(list(run.results.values()))
     if ranked[0]["training"]["loss"] is None:
-        fail("no candidate has a finite loss; a smaller --lr_max may help")
-    longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
+        fail("the training of every candidate diverged; a smaller --lr_max may help")
+    converged = [result for result in ranked if result["training"]["loss"] is not None]
+    longest = [result for result in converged if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(run.folder / "results.json", ranked)
     write_json(run.folder / "best.json", ranked[0])

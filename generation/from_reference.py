@@ -159,7 +159,8 @@ def main(args: argparse.Namespace) -> None:
         if len(records) < 4:  # two to train the predictor, two to measure it
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least 4 are needed")
         data = TrainingData(records, num_classes, NAG_SPACE.max_vertices, device)
-    predictor, tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
+    with user_input("--nasbench_data"):
+        predictor, tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
     state = {
         "generator": generator.state_dict(),
         "generator_config": asdict(generator.config),

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import generate_archs
+from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
@@ -364,6 +365,31 @@ def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
     flags = ["--data", images, *SMALL_SUPERNET, "--epochs", 2, "--lr_max", 1e30, "--output_dir", tmp_path]
     assert "the loss is not finite in epoch 1" in run("-m", "build_nas_dataset", *flags, ok=False)
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "nasdata.jsonl").exists()
+
+
+def test_a_supernet_whose_weights_turn_nan_in_the_last_step_keeps_its_checkpoint(images, tmp_path, monkeypatch):
+    train_epoch = build_nas_dataset.train_epoch
+
+    def last_step_diverges(supernet, optimizer, images, pool, args, epoch, *rest):
+        if epoch == 1:
+            next(supernet.parameters()).data[0] = float("nan")
+            return {"loss": 1.0}
+        return train_epoch(supernet, optimizer, images, pool, args, epoch, *rest)
+
+    monkeypatch.setattr(build_nas_dataset, "train_epoch", last_step_diverges)
+    flags = ["--data", images, *SMALL_SUPERNET, "--epochs", 3, "--output_dir", tmp_path]
+    line = run("-m", "build_nas_dataset", *flags, ok=False)
+    assert line.endswith("the weights are not all finite numbers after epoch 2; a smaller --lr_max may help")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["supernet"].values())
+
+
+def test_a_predictor_that_diverges_ends_the_run_before_the_gan_is_trained(nasdata, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.predictor.PEAK_LR", 1e30)
+    flags = ["--nasbench_data", nasdata, *SMALL_GAN, *ROBUST_FLAGS, "--output_dir", tmp_path]
+    line = run("gan.py", *flags, ok=False)
+    assert "--nasbench_data: the predictor's training diverged in epoch 1; another --batch_size may help" in line
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_generator_of_invalid_cells_writes_an_empty_list(gan, nasdata, tmp_path):

@@ -82,6 +82,25 @@ def same_weights(a: Path, b: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------- training
 
 
+def test_a_training_that_diverges_keeps_the_last_good_checkpoints(capsys, images, tmp_path, monkeypatch):
+    train_epoch = train_imagenet.train_epoch
+
+    def last_step_diverges(step, stream, args, epoch, *rest):
+        values = train_epoch(step, stream, args, epoch, *rest)
+        if epoch == 1:
+            next(step.network.parameters()).data[0] = float("nan")
+        return values
+
+    line = refused(capsys, "--data", images, "--lr", 1e30, "--grad_clip", 0, "--output_dir", tmp_path / "none")
+    assert "epoch 1; a smaller --lr may help" in line and not list((tmp_path / "none").glob("*.pt"))
+    monkeypatch.setattr(train_imagenet, "train_epoch", last_step_diverges)
+    line = refused(capsys, "--data", images, "--output_dir", tmp_path)
+    assert line.endswith("the weights are not all finite numbers after epoch 2; a smaller --lr may help")
+    for name in ("checkpoint.pt", "best.pt"):
+        state = load_checkpoint(tmp_path / name, "imagenet")
+        assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["network"].values())
+
+
 def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
     folder, output = run
     result = json.loads((folder / "result.json").read_text())
