@@ -107,12 +107,22 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(message)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does; an empty value is refused: a shell variable that is not set does not leave a flag out."""
+        """As argparse does, but that ~ at the start of a text or path stands for the home folder, as in a shell.
+
+        An empty value is refused: a shell variable that is not set does not leave a flag out.
+        """
         words = self._our_words(sys.argv[1:] if args is None else list(args))
         namespace, rest = super().parse_known_args(words, namespace)
         for action in self._actions:
-            if getattr(namespace, action.dest, None) == "":
+            value = getattr(namespace, action.dest, None)
+            if value == "":
                 self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got an empty one")
+            try:
+                expanded = [expand_home(v) for v in value] if isinstance(value, list) else expand_home(value)
+            except ValueError as error:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: {error}")
+            if expanded != value:
+                setattr(namespace, action.dest, expanded)
         return namespace, rest
 
     def _our_words(self, words: list[str]) -> list[str]:
@@ -136,6 +146,21 @@ class ArgumentParser(argparse.ArgumentParser):
                 value = value if equals else remaining.pop(0)
                 found += [part.replace("{}", value) for part in ours.split()]
         return found
+
+
+def expand_home(value):
+    """A text or path that begins with ~ or ~name, with that home folder in its place; anything else as it is.
+
+    A shell does so only where ~ begins a word, which it does not in --output_dir=~/runs. Raises ValueError where there
+    is no such home folder.
+    """
+    if not isinstance(value, (str, Path)) or not str(value).startswith("~"):
+        return value
+    text = str(value)
+    expanded, own = os.path.expanduser(text), text.replace(os.sep, "/").split("/")[0] == "~"
+    if expanded.startswith("~") or not os.path.isabs(expanded) or (own and os.environ.get("HOME") == ""):
+        raise ValueError(f"there is no home folder for the ~ of {text}; a name that begins with ~ is written ./{text}")
+    return type(value)(expanded)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

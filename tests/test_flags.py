@@ -1,6 +1,7 @@
 """Flags of the training scripts: those of the public reference, defaults, and help texts."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,36 @@ def test_flags_that_the_reference_never_reads_are_refused(capsys, script, flags)
         SCRIPTS[script].parse_args(flags.split())
     assert end.value.code == 2
     assert f"argument {flags.split()[0]}: the reference has this flag but never reads it" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- the home folder
+
+
+def parse_paths(*words: str) -> argparse.Namespace:
+    parser = ArgumentParser("")
+    parser.add_argument("weights", nargs="?", help="a path without a flag")
+    parser.add_argument("--output_dir", help="a path")
+    parser.add_argument("--evaluate", nargs="+", help="several paths")
+    parser.add_argument("--folder", type=Path, help="a path as such")
+    return parser.parse_args(words)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_at_the_start_of_any_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_paths("~/w.pkl", "--output_dir=~/x", "--evaluate", "~/a.pt", "b~.pt", "./~/c.pt", "--folder=~")
+    assert (args.weights, args.output_dir, args.folder) == ("/home/me/w.pkl", "/home/me/x", Path("/home/me"))
+    assert args.evaluate == ["/home/me/a.pt", "b~.pt", "./~/c.pt"]
+    assert train_cifar.parse_args(["--arch=~/g.json:3", "--data", "~/d"]).arch == "/home/me/g.json:3"
+
+
+@pytest.mark.parametrize(
+    ("home", "word"), [("", "~/x"), ("not/absolute", "~/x"), ("/home/me", "~nobody-of-this-name/x")]
+)
+def test_a_tilde_that_stands_for_no_home_folder_is_refused_by_the_name_of_its_flag(monkeypatch, capsys, home, word):
+    monkeypatch.setenv("HOME", home)
+    for words, flag in (([f"--output_dir={word}"], "--output_dir"), (["--evaluate", "a", word], "--evaluate")):
+        with pytest.raises(SystemExit) as end:
+            parse_paths(*words)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1
+        assert f"argument {flag}: there is no home folder for the ~ of {word}; " in line and f"./{word}" in line
