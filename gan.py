@@ -47,6 +47,7 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
     shown,
     user_input,
     write_json,
@@ -89,7 +90,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the script, in groups. Those in a recipe have no default here."""
     size, share = number(int, 1, 10**6), number(float, 0, 0.99)
     add = parser.add_argument_group("data and labels").add_argument
-    add("--nasbench_data", default="data/nasdata.jsonl", help="NAS dataset: JSON lines, or a file of the reference")
+    add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
+        "reference")  # fmt: skip
     add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
     for name, (classes, embedding) in OBJECTIVES.items():
         add(f"--{classes}", type=number(int, 2), default=3, help=f"classes that {name} is cut into")
@@ -387,7 +389,7 @@ def main(args: argparse.Namespace) -> None:
     save_generator(state, folder / "generator.pt")
     script = "generate_archs.py" if len(args.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 def print_start(records: list[Record], data: TrainingData, networks: Networks, predictor_tau: list[float]) -> None:

@@ -20,6 +20,7 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ from utils import (
     progress_bar,
     refuse_used,
     release_folder,
+    shipped,
     shown,
     user_input,
     write_config,
@@ -66,6 +68,8 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict, objectives: lis
     Ends the script when one that is named is not that of the GAN's training and --evaluate compares with it.
     """
     path = args.nasbench_data or checkpoint["args"]["nasbench_data"]
+    if not args.nasbench_data and path.endswith("data/nasdata.jsonl") and not Path(path).exists():
+        path = shipped("data/nasdata.jsonl")  # it was trained in another folder
     try:
         records = read_records(path)
         if args.evaluate or not args.nasbench_data:
@@ -189,7 +193,7 @@ def parse_args(
     """The flags. checkpoint: the default of --checkpoint."""
     parser = ArgumentParser(description, reference_flags=REFERENCE_FLAGS)
     add = parser.add_argument_group("generator").add_argument
-    add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder")
+    add("--checkpoint", default=shipped(checkpoint), help="file of gan.py, or its run folder")
     add("--num_archs", type=number(int, 1, 10**7), default=100, help="cells to draw for each class (limits: to find)")
     temperature = number(float, 0, 1000)
     add("--temperature", type=temperature, help="of the decisions; lower: likelier cells (default: the generator's)")
@@ -287,7 +291,8 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     else:
         highest = max(entry["labels"] for entry in results)
         arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
-        print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
+        visualize, train = shown(shipped("visualize.py")), shown(shipped("train_cifar.py"))
+        print(f"next: python {visualize} --arch {arch}\n      python {train} --arch {arch}")
 
 
 def check_objectives(args: argparse.Namespace, objectives: list[Objective], single: bool) -> None:

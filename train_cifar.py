@@ -70,6 +70,7 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     stop_if_diverged,
     user_input,
@@ -300,7 +301,7 @@ def finish(
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
+        f"next: python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     )
 
 

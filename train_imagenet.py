@@ -58,6 +58,7 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     stop_if_diverged,
     user_input,
@@ -265,7 +266,7 @@ def finish(
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"next: python train_imagenet.py --evaluate {shown(folder / 'best.pt')}"
+        f"next: python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     )
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 CHECKPOINT_VERSION = 2
 DIGEST = b"sha256:"  # a checkpoint ends with this and the hash of what stands before
 RUNS = "runs"  # where results go without --output_dir
+HOME = Path(__file__).resolve().parent  # of the scripts and of what is shipped with them
 # By these files a run is known.
 RESULTS = ("checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl", "genotypes.json")
 
@@ -183,7 +184,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _as_typed(value) -> str:
-    """A flag's value as one types it."""
+    """A flag's value as one types it; the path of a shipped file as in the folder of the scripts."""
+    if isinstance(value, str) and Path(value).is_relative_to(HOME):
+        value = Path(value).relative_to(HOME).as_posix()
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).replace("%", "%%")
@@ -538,6 +541,18 @@ def output_folder(args: argparse.Namespace) -> Path:
     """
     name = f"{script_path().stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return Path(args.output_dir) if args.output_dir else Path(RUNS) / name
+
+
+def shipped(name: str) -> str:
+    """The path of a script or a file that is shipped with the scripts, such as "data/generator.pt" or "gan.py".
+
+    It is `name` itself where that is found from the working directory, and an absolute path elsewhere.
+    """
+    path = HOME / name
+    try:
+        return name if os.path.samefile(name, path) else str(path)
+    except OSError:
+        return str(path)
 
 
 def shown(path: str | Path) -> str:

@@ -69,6 +69,7 @@ from utils import (
     set_lr,
     set_seed,
     settle_amp,
+    shipped,
     shown,
     stop_if_diverged,
     user_input,
@@ -369,7 +370,7 @@ class Run:
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python gan.py --nasbench_data {shown(path)}"
+            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}"
         )
 
 

@@ -72,6 +72,8 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
+    shown,
     user_input,
     write_json,
 )
@@ -84,8 +86,9 @@ MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags t
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, reference_flags=REFERENCE_FLAGS)
+    parser.prog = "python -m build_nas_dataset.eval_archs"
     group = parser.add_argument_group("genotypes")
-    group.add_argument("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset")
+    group.add_argument("--archs", default=shipped("data/nasdata.jsonl"), help="genotype file (.json) or NAS dataset")
     taken = "candidates: the first of a genotype file, evenly over the ranking of a NAS dataset; 0: all"
     group.add_argument("--num_archs", type=number(int, 0), default=50, help=taken)
     add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
@@ -335,7 +338,7 @@ def next_command(args: argparse.Namespace, best: Path) -> str:
     for name in ("dataset", "data", "cache_dir", "skip_bad", "image_size", "auxiliary_weight"):
         if (value := getattr(args, name)) != getattr(default, name):
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
-    return f"python train_cifar.py {shlex.join(map(str, flags))}"
+    return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -35,6 +35,7 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     user_input,
     write_config,
@@ -136,6 +137,7 @@ def convert(weights: Mapping[str, Tensor], max_vertices: int = NAG_SPACE.max_ver
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    parser.prog = "python -m generation.from_reference"
     add = parser.add_argument_group("generator").add_argument
     add("weights", help="file of the reference: models/generator.pkl or models/generator_N.pkl")
     vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
@@ -175,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     save_checkpoint(folder / "generator.pt", "gan", state)
     script = "generate_archs.py" if len(data.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'generator.pt'}")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 if __name__ == "__main__":
