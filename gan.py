@@ -11,7 +11,9 @@ robust, trains it by likelihood and a policy gradient: generation/likelihood.py.
 both side by side; each part is a flag of its own, on top of either recipe, and --adversarial_weight 1 adds the
 discriminator to the robust one.
 Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
-TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, sections 3.2 and 4.1.
+TensorBoard events, config.json and samples/*.json, cells drawn along the way; with --save_every N also the generator of
+every N-th epoch, since the published recipe swings and its last epoch is no better than others. NAG paper, sections 3.2
+and 4.1.
 """
 
 import argparse
@@ -118,6 +120,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile message passing and discriminator; needs a C++ compiler"
     )
     add_cuda_graphs_flag(run)
+    text = "epochs between snapshots generator-<epoch>.pt, which are kept (default: none)"
+    run.add_argument("--save_every", type=size, metavar="N", help=text)
     run.add_argument("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
 
@@ -187,7 +191,7 @@ def parse_args(
     parser.set_defaults(objectives=objectives)
     recipe = recipes[parser.parse_args(argv).recipe]
     parser.set_defaults(**(recipe | {"warmup_epochs": None}))  # it depends on the epochs
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "compile", "cuda_graphs")
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "save_every", "compile", "cuda_graphs")
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
     args = parse_resumable(parser, argv, "gan", may_change, keys)
     if args.warmup_epochs is None:
@@ -384,6 +388,8 @@ def main(args: argparse.Namespace) -> None:
             print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
         state = state_of(networks, data, predictor_tau, epoch, args)
         log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
+        if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
+            save_generator(state, folder / f"generator-{epoch:04d}.pt")
         save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
     save_generator(state, folder / "generator.pt")

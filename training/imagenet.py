@@ -94,7 +94,7 @@ def add_schedule_flags(group: argparse._ActionsContainer) -> None:
     add("--l2_reg", type=not_negative, help=f"weight decay {shown_defaults(OPTIMIZERS, 1)}")
     add("--label_smooth", type=unit, default=0.1, help="label smoothing: probability spread over all classes")
     clip = "largest L2 norm of the gradient; longer ones are scaled down; 0: no limit"
-    add("--grad_clip", type=not_negative, default=0.0, help=clip)
+    add("--grad_clip", type=not_negative, default=5.0, help=clip)
 
 
 def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
