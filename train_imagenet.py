@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_imagenet.py --data DIR --workers 12
     python train_imagenet.py --data DIR --image_size 64 --auxiliary_weight 0 --layers 1 --channels 8 --epochs 2
     python train_imagenet.py --resume runs/train_imagenet-...            # go on after a stop
+    python train_imagenet.py --resume runs/train_imagenet-... --epochs 300       # or for more epochs
     python train_imagenet.py --evaluate runs/train_imagenet-.../best.pt
     python train_imagenet.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
 
@@ -52,6 +53,7 @@ from utils import (
     RunLog,
     add_common_flags,
     device_name,
+    fail,
     load_checkpoint,
     output_folder,
     parse_resumable,
@@ -67,7 +69,7 @@ from utils import (
 )
 
 MAY_CHANGE = """
-    data workers decoder eval_batch_size compile cuda_graphs accumulate
+    data workers decoder epochs eval_batch_size compile cuda_graphs accumulate
 """.split()  # the flags that a resumed run need not keep
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -86,6 +88,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return evaluation_args(parser, argv, args, "imagenet", [args.evaluate], of_the_images)
     if args.export:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
+    if args.resume and args.schedule_epochs is None:  # a run of an older version
+        with user_input("--resume"):
+            args.schedule_epochs = load_checkpoint(args.resume, "imagenet")["args"]["epochs"]
     check_training_flags(parser, args, distributed.planned_world())
     return args
 
@@ -189,6 +194,8 @@ def resume(
 ) -> dict:
     """Load the checkpoint `state` of the run to resume. Returns what it has reached, as reached_after does."""
     check_training_images(images, state)
+    if state["epoch"] > args.epochs:
+        fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
     with user_input("--resume"):  # now and not at the end of the run, which needs the best network
         best = Path(args.output_dir) / "best.pt"
         epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
