@@ -32,6 +32,8 @@ from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
 from models.predictor import Predictor, train_predictor
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
@@ -90,7 +92,7 @@ REFERENCE_FLAGS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the script, in groups. Those in a recipe have no default here."""
-    size, share = number(int, 1, 10**6), number(float, 0, 0.99)
+    size, share = number(int, 1, LARGEST), number(float, 0, 0.99)
     add = parser.add_argument_group("data and labels").add_argument
     add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
         "reference")  # fmt: skip
@@ -146,13 +148,14 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the generator and the discriminator."""
-    size, share, switch = number(int, 1, 10**6), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    size, share, switch = number(int, 1, LARGEST), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    layers = number(int, 1, MOST_LAYERS)
     vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
     add = parser.add_argument_group("generator").add_argument
     add("--latent_dim", type=size, default=GeneratorConfig.latent_dim, help="width of the noise")
     add("--g_emb_size", type=size, help="width of a vertex state")
     add("--g_hidden_size", type=size, help="width of a graph state")
-    add("--g_num_layers", type=size, default=GeneratorConfig.num_layers, help="message-passing layers")
+    add("--g_num_layers", type=layers, default=GeneratorConfig.num_layers, help="message-passing layers")
     add("--g_dropout", type=share, help="share of a vertex state that is dropped in message passing")
     add("--g_aggr", default=GeneratorConfig.aggregation, choices=["gsum", "mean"], help="how vertex states become a "
         "graph state, in both networks: gated sum or mean")  # fmt: skip
@@ -163,8 +166,8 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("discriminator, where --adversarial_weight is above 0").add_argument
     add("--d_emb_size", type=size, help="width of a vertex state")
     add("--d_hidden_size", type=size, help="width of a graph state")
-    add("--d_gnn_num_layers", type=size, default=DiscriminatorConfig.num_layers, help="graph convolutions")
-    add("--d_mlp_num_layers", type=size, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
+    add("--d_gnn_num_layers", type=layers, default=DiscriminatorConfig.num_layers, help="graph convolutions")
+    add("--d_mlp_num_layers", type=layers, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
     add("--d_gnn_dropout", type=share, help="share of a vertex state that is dropped before a graph convolution")
     add("--d_mlp_dropout", type=share, help="share that is dropped before each layer of the score but the last")
     add("--straight_through", action=switch, help="show it hard decisions, not probabilities")

@@ -47,6 +47,8 @@ from training.flags import check_image_size
 from training.images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
 from training.steps import build_optimizer
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
@@ -134,8 +136,13 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
     vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
     add("--max_step", type=vertices, default=published.max_vertices, help="vertices of the largest cells, all counted")
     add = parser.add_argument_group("supernet").add_argument
-    add("--layers", type=number(int, 1), default=published.layers, help="normal cells per stack, N")
-    add("--channels", type=number(int, 2), default=published.channels, help="channels of the first stack's cells, C")
+    add("--layers", type=number(int, 1, MOST_LAYERS), default=published.layers, help="normal cells per stack, N")
+    add(
+        "--channels",
+        type=number(int, 2, LARGEST),
+        default=published.channels,
+        help="channels of the first stack's cells, C",
+    )
     add("--keep_prob", type=fraction, default=published.keep_prob, help="keep probability before the classifier")
     text = "keep probability of drop path in the last cell at the end of training"
     add("--drop_path_keep_prob", type=fraction, default=published.drop_path_keep_prob, help=text)

@@ -30,7 +30,9 @@ from utils import (
     ArgumentParser,
     add_common_flags,
     all_finite,
+    check_tensors,
     number,
+    one_line,
     output_folder,
     prepare,
     refuse_used,
@@ -83,8 +85,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"no such file: {path}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(weights)
     except Exception as error:  # foreign or truncated files raise all sorts
-        reason = str(error).partition("\n")[0][:200]
+        reason = one_line(error, 120)
         raise ValueError(f"{path} is not a torch file of tensors ({reason})") from None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path}: expected the state_dict of the reference's generator, names and tensors")
@@ -127,7 +130,7 @@ def convert(weights: Mapping[str, Tensor], max_vertices: int = NAG_SPACE.max_ver
     except KeyError as error:
         raise ValueError(f"{what}: {error.args[0]} is missing") from None
     except (ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{what}: {one_line(error, 120)}") from None
     if not all_finite(generator):
         raise ValueError(f"{what}: they are not all finite numbers")
     whole = Generator(**asdict(config))  # with the constants that a state_dict does not hold
