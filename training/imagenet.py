@@ -84,6 +84,7 @@ def add_schedule_flags(group: argparse._ActionsContainer) -> None:
     add, count = group.add_argument, number(int, 1)
     share, unit, not_negative = number(float, 0, 1, above=True), number(float, 0, 1), number(float, 0)
     add("--epochs", type=count, default=250, help="epochs to train")
+    add("--schedule_epochs", type=count, help="epochs over which drop path grows (default: as --epochs)")
     add("--batch_size", type=number(int, 2), default=256, help="images of a step, over all processes")
     add("--eval_batch_size", type=count, default=256, help="images of a batch in evaluations, for one process")
     rate = f"learning rate at the start, for a whole batch {shown_defaults(OPTIMIZERS, 0)}"
@@ -94,7 +95,7 @@ def add_schedule_flags(group: argparse._ActionsContainer) -> None:
     add("--l2_reg", type=not_negative, help=f"weight decay {shown_defaults(OPTIMIZERS, 1)}")
     add("--label_smooth", type=unit, default=0.1, help="label smoothing: probability spread over all classes")
     clip = "largest L2 norm of the gradient; longer ones are scaled down; 0: no limit"
-    add("--grad_clip", type=not_negative, default=0.0, help=clip)
+    add("--grad_clip", type=not_negative, default=5.0, help=clip)
 
 
 def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
@@ -102,6 +103,7 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
 
     processes: the number of processes that share a batch.
     """
+    args.schedule_epochs = args.schedule_epochs or args.epochs
     optimizer_defaults(args, OPTIMIZERS, "lr")
     check_step_flags(parser, args, processes)
     check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes)
@@ -208,8 +210,9 @@ def train_epoch(
     started, waited = time.monotonic(), stream.waited
     set_seed(derive_seed(args.seed, epoch, stream.rank))  # for dropout and drop path of this process
     epoch_steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
-    first, all_steps = epoch * epoch_steps, args.epochs * epoch_steps
+    first, all_steps = epoch * epoch_steps, args.schedule_epochs * epoch_steps
     progress = torch.arange(first + 1, first + epoch_steps + 1, device=device) / all_steps
+    progress = progress.clamp(max=1)  # in epochs beyond the schedule, drop path stays as it is at its end
     values = train_steps(step, readable(stream, epoch, device), progress, lambda _: lr, f"epoch {epoch + 1}")
     seconds = time.monotonic() - started
     return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
