@@ -660,7 +660,8 @@ class RunLog:
     step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
     that none is missing, a step is logged before the checkpoint that has it is saved.
     None: a new run. Ends the script when the folder holds one already, or another process writes to it.
-    most: the number of lines that are kept at most, where several lines have the same step.
+    most: where several lines have the same step, the number of lines that there were when the checkpoint was saved:
+    those after them are dropped too.
     lines: how many lines there are.
     """
 
@@ -754,12 +755,19 @@ def all_finite(*modules: torch.nn.Module | None) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
+    """Load a state_dict, but keep what depends on the device that this optimizer was built for.
+
+    So a learning rate stays a tensor or a number, as it is here, with the value of the state.
+    """
     groups = [
-        saved | {name: own[name] for name in ("lr", "fused", "foreach", "capturable") if name in own}
+        saved | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    rates = [own["lr"] for own in optimizer.param_groups]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, own, saved in zip(optimizer.param_groups, rates, state["param_groups"], strict=True):
+        rate = float(saved["lr"])
+        group["lr"] = torch.full_like(own, rate) if isinstance(own, torch.Tensor) else rate
 
 
 def autocast(amp: str, device: torch.device):
