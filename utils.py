@@ -19,7 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 try:
     import fcntl
@@ -69,7 +69,7 @@ def fail(message: str, everywhere: bool = False):
 
     everywhere: of several processes under torchrun, each says what it met; else, as all read the same, the first only.
     """
-    if everywhere or os.environ.get("RANK", "0") == "0":
+    if everywhere or this_process().rank == 0:
         print(f"{script_path().name}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -93,6 +93,49 @@ def script_path() -> Path:
     """The script that runs; of a package started by python -m, its folder."""
     script = Path(sys.argv[0])
     return script.parent if script.name == "__main__.py" else script
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
+
+
+class Process(NamedTuple):
+    """Which of several processes this one is.
+
+    rank: its number from 0, of `world` in all. local_rank: its number on this machine, of `local_world` there.
+    master: host:port where they meet. note: what else is to be said, if anything.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    master: str = ""
+    note: str = ""
+
+
+def this_process() -> Process:
+    """Whether this is one of several processes, and which: everything that depends on it asks here.
+
+    It is where all LAUNCHER_VARIABLES are set, as torchrun does. Where some are, left over in a shell or set by a
+    scheduler, it is process 0 of 1, and `note` says so. Ends the script where all are set to what cannot be.
+    """
+    names = (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE")  # the last one is not set by all other launchers
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    if missing := [name for name in LAUNCHER_VARIABLES if name not in found]:
+        if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:  # an address alone says nothing
+            return Process()
+        return Process(note=f"working as one process: {told} is set without {', '.join(missing)}; torchrun sets all")
+    values = {"LOCAL_WORLD_SIZE": "1", **found}
+    master = values.pop("MASTER_ADDR") + ":" + values["MASTER_PORT"]
+    if all(text.isascii() and text.isdecimal() and len(text) < 10 for text in values.values()):
+        number = {name: int(text) for name, text in values.items()}
+        rank, world, local_rank = (number[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if max(rank, local_rank) < world and 1 <= number["LOCAL_WORLD_SIZE"] <= world and number["MASTER_PORT"] < 2**16:
+            return Process(rank, world, local_rank, number["LOCAL_WORLD_SIZE"], master)
+    fail(f"environment: expected RANK and LOCAL_RANK below WORLD_SIZE, as torchrun sets them, got {told}", True)
 
 
 UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
@@ -321,8 +364,11 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, --compile where that does not
     work, or torchrun where it is no use.
     """
-    if not shared and os.environ.keys() >= {"RANK", "WORLD_SIZE"} and int(os.environ["WORLD_SIZE"]) > 1:
+    process = this_process()
+    if not shared and process.world > 1:
         fail("torchrun: this script works in one process; start it with python")
+    if process.note:
+        print(f"note: {process.note}")
     with user_input("--device"):
         device = select_device(args.device)
     with user_input("--output_dir"):
@@ -708,7 +754,7 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
     config = {
         "args": vars(args),
         "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": this_process().world,
         "versions": versions(),
         "device": device_name(device),
     }
@@ -721,7 +767,8 @@ class RunLog:
     step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
     that none is missing, a step is logged before the checkpoint that has it is saved.
     None: a new run. Ends the script when the folder holds one already, or another process writes to it.
-    most: the number of lines that are kept at most, where several lines have the same step.
+    most: where several lines have the same step, the number of lines that there were when the checkpoint was saved:
+    those after them are dropped too.
     lines: how many lines there are.
     """
 
@@ -827,12 +874,19 @@ def stop_if_diverged(epoch: int, loss: float, *modules: torch.nn.Module | None, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
+    """Load a state_dict, but keep what depends on the device that this optimizer was built for.
+
+    So a learning rate stays a tensor or a number, as it is here, with the value of the state.
+    """
     groups = [
-        saved | {name: own[name] for name in ("lr", "fused", "foreach", "capturable") if name in own}
+        saved | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    rates = [own["lr"] for own in optimizer.param_groups]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, own, saved in zip(optimizer.param_groups, rates, state["param_groups"], strict=True):
+        rate = float(saved["lr"])
+        group["lr"] = torch.full_like(own, rate) if isinstance(own, torch.Tensor) else rate
 
 
 def autocast(amp: str, device: torch.device):

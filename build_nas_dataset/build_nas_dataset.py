@@ -309,7 +309,7 @@ class Run:
         self.epochs_done, self.seconds = 0, {"training": 0.0, "scoring": 0.0}
         if state:
             self._go_on_from(state)
-        self.log = RunLog(self.folder, args, device, self.epochs_done if state else None)
+        self.log = RunLog(self.folder, args, device, self.epochs_done if state else None, state.get("lines"))
 
     def _go_on_from(self, state: dict) -> None:
         with user_input("--data"):
@@ -328,6 +328,7 @@ class Run:
             "epoch": self.epochs_done,
             "scores": self.scores,
             "seconds": self.seconds,
+            "lines": self.log.lines,
             **split_of(self.train_images, self.held_out),
             "args": vars(self.args),
         }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import PHOTO_CLASSES, make_photos
+from small_training import PHOTO_CLASSES, as_by_torchrun, make_photos
 
 import train_imagenet
 from genotypes import GENOTYPES
@@ -87,7 +87,7 @@ def test_batches_that_do_not_fit_the_shared_memory_go_through_pipes(monkeypatch,
         out = capsys.readouterr().out
         assert out.count("\n") == (not fits) and ("go through pipes" in out) == (not fits)
     assert out == ""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    as_by_torchrun(monkeypatch, rank=0, world=2)
     monkeypatch.setattr(imagenet, "free_shared_memory", lambda: needed)
     assert not imagenet.fits_shared_memory(args)
 

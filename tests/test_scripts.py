@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_training import as_by_torchrun
 
 import generate_archs
 from build_nas_dataset import build_nas_dataset
@@ -414,9 +415,7 @@ def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, 
 
 @pytest.mark.parametrize("script", [["gan.py"], ["-m", "build_nas_dataset"]])
 def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_by_torchrun(monkeypatch, rank=0, world=2)
     assert "torchrun: this script works in one process" in run(*script, ok=False)
 
 

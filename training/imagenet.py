@@ -32,7 +32,7 @@ from training.image_decoding import find_jpeg_decoder
 from training.image_stream import PREFETCH, EvalStream, ImageFiles, TrainStream, open_images
 from training.images import balanced_batch, check_classes, split
 from training.steps import ADABELIEF_LR, Step, train_steps
-from utils import UNREAD, derive_seed, fail, number, set_seed, user_input
+from utils import UNREAD, derive_seed, fail, number, set_seed, this_process, user_input
 
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
@@ -72,7 +72,7 @@ def add_data_flags(group: argparse._ActionsContainer) -> None:
     add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
     add("--skip_bad", action="store_true", help="go on without images that cannot be read")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of the processes on this machine
+    workers = min(16, max(1, cores // this_process().local_world))  # of the processes on this machine
     decoding = "processes that decode images, for each training process and each part of the images"
     add("--workers", type=number(int, 0), default=workers, help=decoding)
     decoder = "decoder of JPEG files; auto: torchcodec where it is installed"
@@ -156,7 +156,7 @@ def stream_options(args: argparse.Namespace, device: torch.device) -> dict:
 def fits_shared_memory(args: argparse.Namespace) -> bool:
     """Whether the batches of all processes on this machine fit the shared memory; if not, says what is done instead."""
     batch_size = max(args.eval_batch_size, -(-args.batch_size // distributed.world()))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    neighbours = this_process().local_world
     needed = shared_memory_needed(args.image_size, batch_size, args.workers) * neighbours
     free = free_shared_memory()
     if free is None or needed <= free:
