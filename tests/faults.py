@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from build_nas_dataset import scoring
 
@@ -78,7 +79,7 @@ def prepare(fault: dict, output: str) -> None:
     atexit.register(lambda: Path(f"{output}.count").write_text(str(len(been))))
     match fault["at"]:
         case "step":
-            torch.optim.optimizer.register_optimizer_step_post_hook(count)
+            register_optimizer_step_post_hook(count)
         case "batch":
             torch.Tensor.topk = counted(torch.Tensor.topk)  # which only evaluations call
         case "score":

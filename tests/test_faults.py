@@ -238,7 +238,7 @@ def faults_at_replaces(bench: Bench, name: str) -> dict[str, int]:
     return counts
 
 
-def faults_at_random(bench: Bench, name: str, most: int) -> dict[str, int]:
+def faults_at_random(bench: Bench, name: str, most: int = 3) -> dict[str, int]:
     """kill -9, SIGTERM and SIGINT at random moments."""
     counts, draw = Counter(), random.Random(name)
     for do, status, n in (("SIGKILL", KILLED, most), ("SIGTERM", TERMINATED, 1), ("SIGINT", INTERRUPTED, 1)):
@@ -325,12 +325,12 @@ def test_a_run_that_met_a_fault_goes_on_to_the_same_results(bench, name):
 
 def all_faults(bench: Bench, name: str) -> Counter:
     """Let all faults happen to a script. Returns how many of each kind there were."""
-    counts = Counter(faults_at_replaces(bench, name))
-    counts.update(faults_at_random(bench, name, most=3))
-    if bench.steps[name]:
-        counts.update(faults_at_steps(bench, name))
-    counts.update(faults_in_evaluations(bench, name))
-    counts.update(faults_of_disks(bench, name))
+    bench.unbroken(name)
+    counts = Counter()
+    for faults in (faults_at_steps, faults_in_evaluations, faults_of_disks, faults_at_replaces, faults_at_random):
+        if bench.steps[name] or faults is not faults_at_steps:
+            counts.update(faults(bench, name))
+        print(f"{name}, {faults.__name__}: {counts.total()} up to now", file=sys.stderr, flush=True)
     return counts
 
 
