@@ -701,10 +701,11 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         fail(f"{flag}: {folder} is in use: {holder} writes to it")
     except OSError as error:  # file systems that have no locks
         print(f"note: {folder} cannot be locked ({error.strerror}); see to it that no other run uses it")
-    file.seek(0)
-    file.truncate()
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
+    with writes(folder / "run.lock"):
+        file.seek(0)
+        file.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
     _held[key] = file
 
 
