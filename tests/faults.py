@@ -31,10 +31,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from build_nas_dataset import scoring
 
-SCRIPTS = (
-    "gan gan_multiobj generate_archs train_cifar train_imagenet "
-    "build_nas_dataset.build_nas_dataset build_nas_dataset.eval_archs torch.utils.tensorboard"
-).split()
+MODULES = """
+    generation.training generation.metrics generation.recipes models.discriminator training.cifar training.imagenet
+    build_nas_dataset.candidates build_nas_dataset.random_cells torch.utils.tensorboard
+""".split()  # what the scripts import
 
 
 def happen(fault: dict) -> None:
@@ -94,9 +94,6 @@ def prepare(fault: dict, output: str) -> None:
 
 def run(request: dict) -> None:
     """Be the script, in a forked child."""
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     command = list(map(str, request["command"]))
     for number in (signal.SIGINT, signal.SIGTERM):  # whatever this process was started with
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -114,8 +111,16 @@ def serve() -> dict | None:
     """Fork a process for each request and answer it; the request, in the child, and None at the end of the input."""
     for line in sys.stdin:
         request = json.loads(line)
+        reading, writing = os.pipe()  # not a file, which a limit of file sizes would be for too
         if (pid := os.fork()) == 0:
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.close(reading)
+            os.close(writing)
             return request
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            Path(request["output"]).write_bytes(pipe.read())
         _, status = os.waitpid(pid, 0)
         print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
     return None
@@ -123,7 +128,7 @@ def serve() -> dict | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in SCRIPTS:
+    for name in MODULES:
         importlib.import_module(name)
     if (request := serve()) is not None:
         run(request)
