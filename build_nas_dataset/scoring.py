@@ -22,7 +22,7 @@ from models.fast.cuda_graphs import can_record
 from models.fast.replay import parameters_to_clip, record_parts
 from models.supernet import Supernet, SupernetConfig
 from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
-from utils import autocast, load_checkpoint, of_this_version, progress_bar
+from utils import autocast, load_checkpoint, of_this_version, progress_bar, signals
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
@@ -88,13 +88,14 @@ def score_pool(
     """Score the genotypes of the pool whose entry in `scores` (P,) is NaN, and fill these in.
 
     batches, amp: as in `score`. The time that it takes is added to seconds["scoring"].
-    save(): called every minute, so that a stop loses no more, but not at the end.
+    save(): called every minute and when a signal asks for it, so that a stop loses no more, but not at the end.
     """
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
     for i in progress_bar(todo, desc="scoring"):
         results[i] = score(supernet, pool[i], batches, amp)
-        if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
+        asked = signals.stop or signals.save
+        if asked or time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
             scores[list(results)] = torch.stack(list(results.values())).cpu()
             seconds["scoring"] += time.monotonic() - saved
             saved, results = time.monotonic(), {}
@@ -131,7 +132,7 @@ def label_checksum(images: ImageSet) -> int:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on, which travel with the files that are passed on."""
-    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs")
+    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs", "checkpoint_minutes")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
