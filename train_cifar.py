@@ -43,6 +43,7 @@ from training.cifar import (
 )
 from training.flags import add_arch_flag, check_sync_bn, evaluation_args
 from training.images import ImageSet, check_classes, eval_batches
+from training.own_images import OF_A_SPLIT
 from training.steps import (
     Step,
     build_network,
@@ -95,11 +96,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
-        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"}
+        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "cifar", args.evaluate, of_the_images)
     if args.export:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 

@@ -25,7 +25,7 @@ from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import distributed
 from training.flags import add_arch_flag, check_sync_bn, evaluation_args
-from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, open_images, workers_alive
+from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, workers_alive
 from training.imagenet import (
     REFERENCE_FLAGS,
     accuracy,
@@ -33,10 +33,12 @@ from training.imagenet import (
     build_optimizer,
     check_training_flags,
     load_data,
+    load_parts,
     stream_options,
     train_epoch,
 )
 from training.images import check_classes
+from training.own_images import OF_A_SPLIT
 from training.steps import (
     Step,
     build_network,
@@ -53,6 +55,7 @@ from utils import (
     RunLog,
     add_common_flags,
     device_name,
+    explicit_flags,
     fail,
     load_checkpoint,
     output_folder,
@@ -82,11 +85,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     needed = ("network", "optimizer", "best", "skipped", "classes")
     args = parse_resumable(parser, argv, "imagenet", tuple(MAY_CHANGE), needed)
     if args.evaluate:
-        of_the_images = {"data", "image_size", "skip_bad", "amp"}
+        of_the_images = {"data", "image_size", "skip_bad", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "imagenet", [args.evaluate], of_the_images)
     if args.export:
         parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 
@@ -110,7 +113,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     with user_input("--evaluate"):
         state = load_checkpoint(args.evaluate, "imagenet")
     with user_input("--data"):
-        _, test = open_images(args.data)
+        _, test = load_parts(args)
         check_classes(test, state["classes"], args.evaluate)
     stream = EvalStream(test, args.image_size, args.eval_batch_size, **stream_options(args, device))
     with user_input("--evaluate"):

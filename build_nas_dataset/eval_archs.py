@@ -63,6 +63,7 @@ from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    explicit_flags,
     fail,
     load_checkpoint,
     number,
@@ -93,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", tuple(MAY_CHANGE), ("results", "candidates"))
-    check_training_flags(parser, args, processes=1)
+    check_training_flags(parser, args, processes=1, given=explicit_flags(parser, argv))
     if args.sync_bn:
         parser.error("argument --sync_bn: not here, where each candidate is trained by one process")
     if args.halving and args.epochs < args.eta:

@@ -15,6 +15,7 @@ import torch
 from genotypes import Genotype, load_genotype
 from models.export import check_export
 from models.network import NetworkConfig
+from training.own_images import say
 from utils import add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
 
 ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for is so in any case, and it is dropped
@@ -61,11 +62,20 @@ def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
                      f"--accumulate), got {args.batch_size}")  # fmt: skip
 
 
-def check_image_size(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
-    """Refuse images that the auxiliary head does not take. sizes: the smallest and the largest that it takes, in px."""
+def check_image_size(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int], given: set[str]
+) -> None:
+    """Switch the auxiliary head off for images that it does not take, or refuse them where its weight was given.
+
+    sizes: the smallest and the largest that it takes, in px. given: the flags that were given.
+    """
     low, high = sizes
-    if args.auxiliary_weight and not low <= args.image_size <= high:
+    if not args.auxiliary_weight or low <= args.image_size <= high:
+        return
+    if "auxiliary_weight" in given or args.resume:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    args.auxiliary_weight = 0.0
+    say(f"--auxiliary_weight 0: no auxiliary head, which takes images of {low} to {high} px, not {args.image_size}")
 
 
 def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:
@@ -119,10 +129,10 @@ def evaluation_args(
         check_network_flags(args, given, state, path)
     first = states[0]["args"]
     for path, state in zip(checkpoints, states, strict=True):
-        for name in sorted(inherited & {"dataset", "image_size"}):
-            if (other := state["args"][name]) != first[name]:
-                fail(f"--evaluate: {path} was trained with --{name} {other}, {checkpoints[0]} with {first[name]}")
-    return argparse.Namespace(**{**vars(args), **{name: first[name] for name in inherited}})
+        for name in sorted(inherited & {"dataset", "image_size", "test_share", "test_seed"}):
+            if (other := state["args"].get(name)) != first.get(name):
+                fail(f"--evaluate: {path} was trained with --{name} {other}, {checkpoints[0]} with {first.get(name)}")
+    return argparse.Namespace(**{**vars(args), **{name: first[name] for name in inherited if name in first}})
 
 
 def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, path: str) -> None:
