@@ -389,12 +389,14 @@ class Run:
         save_checkpoint(self.folder / "supernet.pt", "supernet weights", weights)
         summary = write_dataset(path, self.pool, self.scores, settings, self.train_images, self.seconds)
         self.log.close()
+        largest = self.args.max_step  # the supernet scores no larger cells
+        size = f" --max_step {largest}" if largest != SupernetConfig.max_vertices else ""
         print(
             f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python gan.py --nasbench_data {shown(path)}"
+            f"next: python gan.py --nasbench_data {shown(path)}{size}"
         )
 
 

@@ -163,7 +163,7 @@ class SupernetScorer:
     scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
     scoring are used again.
 
-    supernet, settings: from load_supernet. data, cache_dir: the images that it was trained on, as in load_images.
+    supernet, settings: from load_supernet; settings also has "data" then. data, cache_dir: the images that it was trained on, as in load_images.
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
@@ -179,6 +179,7 @@ class SupernetScorer:
         settings = argparse.Namespace(**{"test_share": None, "test_seed": TEST_SEED, "data": data, **vars(settings)})
         images, test = load_images(*source, device, asked_split(settings))
         settle_split(settings, images, test)
+        self.settings = settings
         held_out = self._held_out(images, settings, data)
         scorings: Sequence[int]
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))

@@ -110,11 +110,14 @@ class Batch(NamedTuple):
 class Decoded(Dataset):
     """Decodes and crops the images of a batch, in a worker.
 
-    random_crop: whether a random part of an image is resized, as in training; else its centre.
+    random_crop: whether a random part of an image is resized, as in training; else its centre. files: None where only
+    `prepared` is used.
     decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
     """
 
-    def __init__(self, files: ImageFiles, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None):
+    def __init__(
+        self, files: ImageFiles | None, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None
+    ):
         self.files, self.image_size, self.seed, self.decode_jpeg = files, image_size, seed, decode_jpeg
         self.random_crop = random_crop
         resize = v2.Resize(round(image_size * TEST_MARGIN))

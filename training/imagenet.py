@@ -13,7 +13,7 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,7 +29,7 @@ from training.flags import (
     shown_defaults,
 )
 from training.image_decoding import find_jpeg_decoder
-from training.image_stream import PREFETCH, EvalStream, ImageFiles, TrainStream, open_images
+from training.image_stream import PREFETCH, Decoded, EvalStream, ImageFiles, TrainStream, open_images
 from training.images import balanced_batch, check_classes, split
 from training.own_images import (
     add_split_flags,
@@ -159,6 +159,15 @@ def load_parts(args: argparse.Namespace) -> tuple[ImageFiles, ImageFiles]:
     images, test = open_images(args.data, asked_split(args))
     settle_split(args, images, test)
     return images, test
+
+
+def centre_crop(image_size: int, decoder: str) -> Callable[[bytes], torch.Tensor]:
+    """A function from the content of an image file to (3, S, S) uint8, resized and cropped as test images are.
+
+    decoder: the value of --decoder.
+    """
+    with user_input("--decoder"):
+        return Decoded(None, image_size, random_crop=False, seed=0, decode_jpeg=find_jpeg_decoder(decoder)).prepared
 
 
 def stream_options(args: argparse.Namespace, device: torch.device) -> dict:

@@ -78,7 +78,9 @@ def holds_images(data: Path) -> bool:
 
 
 def asked_split(args: argparse.Namespace) -> tuple[float | None, int]:
-    """What the flags ask of a plain tree, for load_images and open_images; an evaluation that asks nothing takes all."""
+    """What the flags ask of a plain tree, for load_images and open_images. Where they ask nothing, an evaluation takes
+    all images.
+    """
     evaluated = getattr(args, "evaluate", None) and args.test_share is None
     return 1.0 if evaluated else args.test_share, args.test_seed
 
@@ -131,9 +133,8 @@ def settle_batch_size(args: argparse.Namespace, images: Sized, unsettled: Unsett
     default, left = args.batch_size, len(images) % args.batch_size
     if "batch_size" not in unsettled.flags:
         if left and default <= len(images):
-            say(
-                f"--batch_size {default}: {left} of {len(images)} training images, others in every epoch, are left over"
-            )
+            which = f"{left} of {len(images)} training images, others in every epoch"
+            say(f"--batch_size {default}: {which}, are left over")
         return
     args.batch_size = fit_batch(len(images), default, unsettled.parts)
     if args.batch_size != default:
