@@ -311,7 +311,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
 
 
 def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:
-    """The flags of train_cifar.py for the network that was counted and the images of --supernet; "" for its defaults."""
+    """The flags of train_cifar.py, if any, for the network that was counted and the images of --supernet."""
     flags = []
     for name in ("layers", "channels"):
         if (value := getattr(args, name)) != getattr(CifarConfig, name):

@@ -163,7 +163,8 @@ class SupernetScorer:
     scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
     scoring are used again.
 
-    supernet, settings: from load_supernet; settings also has "data" then. data, cache_dir: the images that it was trained on, as in load_images.
+    supernet, settings: from load_supernet; the attribute settings has "data" too. data, cache_dir: the images that it
+        was trained on, as in load_images.
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)

@@ -75,7 +75,9 @@ def split_off(whole: Part, share: float, seed: int) -> tuple[Part, Part]:
     have names like "Testing", which are the parts of a dataset that its classes are in.
     """
     if parts := [name for name in whole.classes if name.lower() in PART_LIKE]:
-        raise ValueError(f"{whole.path}: {first_of(parts)} is no class: expected folders (or .zip) train and test")
+        raise ValueError(
+            f"{whole.path}: {first_of(parts)}: parts rather than classes, expected folders (or .zip) train and test"
+        )
     labels, count = whole.labels(), torch.tensor([0] * len(whole.classes))
     count += labels.bincount(minlength=len(count))
     wanted = (count * share).round().long()  # of each class
