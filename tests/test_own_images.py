@@ -1,4 +1,4 @@
-"""One's own images: trees of class folders that are split, flags that fit small sets, the commands of docs/own_images.md."""
+"""One's own images: class folders that are split, flags that fit small sets, the commands of docs/own_images.md."""
 
 import json
 import re
@@ -25,15 +25,7 @@ from utils import load_checkpoint
 
 CPU = torch.device("cpu")
 COUNTS = {"cat": 10, "dog": 15, "owl": 7}
-SMALL = [
-    *TINY[2:6],
-    "--image_size",
-    "8",
-    "--device",
-    "cpu",
-    "--amp",
-    "off",
-]  # layers and channels; the batch fits itself
+SMALL = [*TINY[2:6], *"--image_size 8 --device cpu --amp off".split()]  # one layer, four channels
 
 
 def make_tree(folder: Path, counts: dict[str, int] = COUNTS) -> Path:
@@ -122,10 +114,9 @@ def test_a_broken_image_is_left_out_of_the_side_that_it_is_on(tree, tmp_path, ca
 def test_trees_that_cannot_be_split_are_refused_by_one_line(capsys, tmp_path, counts, flags, expected):
     data = make_tree(tmp_path / "photos", counts)
     dataset = [] if "--dataset" in flags else ["--dataset", "folder"]
-    line = refused(
-        capsys, train_cifar, [*SMALL, *dataset, "--data", data, *flags.split(), "--output_dir", tmp_path / "o"]
-    )
-    assert expected in line and not (tmp_path / "o").exists()
+    argv = [*dataset, "--data", data, *flags.split(), "--output_dir", tmp_path / "o"]
+    assert expected in refused(capsys, train_cifar, [*SMALL, *argv])
+    assert not (tmp_path / "o").exists()
     if not dataset or "less than" in expected or "above" in expected:
         return
     flags = ["--data", data, "--image_size", 32, *flags.split(), "--output_dir", tmp_path / "o"]
@@ -178,12 +169,14 @@ def test_cifar_is_not_downloaded_into_ones_own_images(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "batch_size", "parts", "expected"),
-    [(180, 96, 1, 90), (144, 96, 1, 72), (30, 96, 1, 30), (97, 96, 1, 48), (149, 96, 1, 74), (192, 96, 1, 96)]
-    + [(180, 96, 4, 88), (31, 96, 2, 30), (1, 96, 1, 96), (5, 96, 4, 96), (2000, 96, 1, 96), (50_000, 96, 1, 96)]
-    + [(1_281_167, 256, 8, 256), (45_000, 128, 1, 128)],
+    "case",  # images, batch size, parts, expected batch size
+    """
+    180 96 1 90, 144 96 1 72, 30 96 1 30, 97 96 1 96, 149 96 1 74, 192 96 1 96, 180 96 4 60, 31 96 2 30, 1 96 1 96,
+    5 96 4 96, 2000 96 1 96, 50000 96 1 96, 1281167 256 8 256, 45000 128 1 128
+    """.split(","),
 )
-def test_a_batch_fits_few_images_and_no_others(images, batch_size, parts, expected):
+def test_a_batch_fits_few_images_and_no_others(case):
+    images, batch_size, parts, expected = map(int, case.split())
     assert own_images.fit_batch(images, batch_size, parts) == expected
 
 
@@ -217,8 +210,12 @@ def test_a_batch_size_that_was_given_is_kept_and_the_images_left_over_are_told(t
 
 @pytest.mark.parametrize(
     ("parse", "flags", "sizes"),
-    [(train_cifar.parse_args, "--image_size 41", "29 to 40"), (eval_archs.parse_args, "--image_size 28", "29 to 40")]
-    + [(train_imagenet.parse_args, "--image_size 64", "193 to 256"), (supernet_args, "--image_size 16", "29 to 40")],
+    [
+        (train_cifar.parse_args, "--image_size 41", "29 to 40"),
+        (eval_archs.parse_args, "--image_size 28", "29 to 40"),
+        (train_imagenet.parse_args, "--image_size 64", "193 to 256"),
+        (supernet_args, "--image_size 16", "29 to 40"),
+    ],
 )
 def test_images_that_the_auxiliary_head_does_not_take_switch_it_off(capsys, parse, flags, sizes):
     assert parse(flags.split()).auxiliary_weight == 0
@@ -234,27 +231,18 @@ def test_images_that_the_auxiliary_head_does_not_take_switch_it_off(capsys, pars
 def test_candidates_and_their_winner_are_trained_alike_on_the_same_images(tree, tmp_path):
     flags = "--num_archs 2 --epochs 1 --schedule_epochs 7 --lr_max 0.01 --test_seed 3 --skip_bad --cutout_size 2"
     archs = tmp_path / "archs.json"
-    archs.write_text(
-        json.dumps([{**eval_archs.Genotype.from_dict(json.loads(line)).to_dict()} for line in lines_of(2)])
-    )
+    with open(ROOT / "data" / "nasdata.jsonl") as file:
+        archs.write_text(json.dumps([json.loads(file.readline()) for _ in range(3)][1:]))
     paths = ["--data", tree, "--cache_dir", tmp_path / "cache", "--archs", archs, "--output_dir", tmp_path / "run"]
     output = run("build_nas_dataset.eval_archs.py", *SMALL, *paths, *flags.split())
     assert "--holdout 9: the default, 5000, is too much of 26 images" in output  # 3 a class
     following = shlex.split(output[output.index("next: ") :])
     assert following[1:3] == ["python", "train_cifar.py"]
-    ours, theirs = (
-        eval_archs.parse_args([*SMALL, *map(str, paths), *flags.split()]),
-        train_cifar.parse_args(following[3:]),
-    )
+    ours = eval_archs.parse_args([*SMALL, *map(str, paths), *flags.split()])
+    theirs = train_cifar.parse_args(following[3:])
     for name in {*eval_archs.TRAINED_ALIKE, "batch_size"} - {"test_share"}:
         assert getattr(theirs, name) == getattr(ours, name), name
     assert (theirs.epochs, theirs.test_share) == (7, 0.2)
-
-
-def lines_of(n: int) -> list[str]:
-    """The first records of the NAS dataset that is shipped."""
-    with open(ROOT / "data" / "nasdata.jsonl") as file:
-        return [file.readline() for _ in range(n + 1)][1:]
 
 
 def test_a_supernet_of_a_small_tree_fits_itself_and_scores_its_own_held_out_images(tree, tmp_path):
@@ -280,7 +268,7 @@ def test_a_supernet_of_a_small_tree_fits_itself_and_scores_its_own_held_out_imag
 SMALLER = {  # what the commands of the page are given beside their own flags
     "train_cifar.py": "--epochs 1 --layers 1 --channels 4 --image_size 8 --device cpu",
     "train_imagenet.py": "--epochs 1 --layers 1 --channels 4 --image_size 32 --workers 0 --device cpu",
-    "build_nas_dataset.eval_archs": "--epochs 1 --schedule_epochs 1 --layers 1 --channels 4 --image_size 8 --num_archs 2",
+    "build_nas_dataset.eval_archs": "--epochs 1 --layers 1 --channels 4 --image_size 8 --num_archs 2 --device cpu",
     "generate_archs.py": "--num_archs 4",
 }
 
