@@ -38,6 +38,7 @@ from models.cost import genotype_cost
 from models.generator import Generator
 from models.network import CifarConfig
 from models.predictor import Predictor
+from training.image_parts import TEST_SEED
 from utils import (
     UNREAD,
     ArgumentParser,
@@ -292,7 +293,27 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         highest = max(entry["labels"] for entry in results)
         arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
         visualize, train = shown(shipped("visualize.py")), shown(shipped("train_cifar.py"))
-        print(f"next: python {visualize} --arch {arch}\n      python {train} --arch {arch}")
+        print(f"next: python {visualize} --arch {arch}")
+        print(f"      python {train} --arch {arch}{network_flags(args, scorer)}")
+
+
+def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:
+    """The flags of train_cifar.py, if any, for the network that was counted and the images of --supernet."""
+    flags = []
+    for name in ("layers", "channels"):
+        if (value := getattr(args, name)) != getattr(CifarConfig, name):
+            flags += [f"--{name}", value]
+    if scorer:
+        images = {"dataset": "cifar10", "data": "data", "image_size": 32, "test_share": None, "test_seed": TEST_SEED}
+        found = vars(scorer.settings)
+        flags += [word for name in images if found[name] != images[name] for word in (f"--{name}", found[name])]
+        flags += ["--cache_dir", args.cache_dir] if args.cache_dir else []
+        flags += ["--skip_bad"] if found["skip_bad"] else []
+    elif args.num_classes == 100:
+        flags += ["--dataset", "cifar100"]
+    elif args.num_classes != CifarConfig.num_classes:
+        flags += ["--dataset", "folder", "--data", "DIR"]
+    return "".join(f" {shown(word)}" for word in flags)
 
 
 def check_objectives(args: argparse.Namespace, objectives: list[Objective], single: bool) -> None:

@@ -44,8 +44,17 @@ from models.cost import genotype_cost
 from models.network import CifarNetwork
 from models.supernet import Supernet, SupernetConfig
 from training.checkpoints import Checkpoints
+from training.cifar import load_parts
 from training.flags import check_image_size
-from training.images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
+from training.images import ImageSet, balanced_batch, check_classes, num_balanced, split, train_batches
+from training.own_images import (
+    add_split_flags,
+    check_data_flags,
+    settle_batch_size,
+    settle_holdout,
+    settle_scoring,
+    take_unsettled,
+)
 from training.steps import build_optimizer
 from utils import (
     LARGEST,
@@ -60,6 +69,7 @@ from utils import (
     cosine,
     derive_seed,
     enough_memory,
+    explicit_flags,
     fail,
     load_checkpoint,
     load_optimizer,
@@ -83,6 +93,7 @@ from utils import (
 
 SAVED = ("supernet", "optimizer", "epoch", "scores", "seconds", "classes", "training_images", "held_out_checksum")
 SAVE_MEMORY = "a smaller --batch_size and --score_batch_size take less, and --no-cuda_graphs takes a fraction"
+FITTED = "(default: {}, or what fits a small set)"
 MAX_SCORINGS = 10  # by default, as published
 
 # Flags of the public reference's build_nas_dataset.py -> what says the same here. It scores a genotype on one batch.
@@ -110,7 +121,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_resumable(parser, argv, "supernet", ("data", "cache_dir", "cuda_graphs"), SAVED)
     if args.scorings is None:
         args.scorings = min(MAX_SCORINGS, args.epochs)
-    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
+    given = explicit_flags(parser, argv)
+    check_data_flags(parser, args, given)
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
     if args.score_images % args.score_batch_size:
         parser.error("argument --score_images: expected a multiple of --score_batch_size")
     if args.scorings > args.epochs:
@@ -121,14 +134,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="which images")
-    add("--data", default="data", help="folder of the images (CIFAR is downloaded into it)")
+    add("--data", default="data", help="folder of the images; CIFAR is downloaded into it. One's own: a folder or .zip "
+        "of class folders, or train and test of these")  # fmt: skip
+    add_split_flags(group)
     add("--cache_dir", help="folder for decoded image folders (default: beside the images)")
     add("--skip_bad", action="store_true", help="leave out images that cannot be read")
     add("--image_size", type=number(int, 8), default=32, help="width and height of an image, in pixels")
     add("--num_images", type=number(int, 0), default=0, help="training images that are used; 0: all")
-    add("--holdout", type=number(int, 1), default=5000, help="training images kept out of training, to score on")
+    held_out = f"training images kept out of training, to score on {FITTED.format(5000)}"
+    add("--holdout", type=number(int, 1), default=5000, help=held_out)
 
 
 def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +172,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--epochs", type=number(int, 1), default=150, help="passes over the training images")
-    add("--batch_size", type=number(int, 2), default=128, help="images of a step, which trains one genotype")
+    size = f"images of a step, which trains one genotype {FITTED.format(128)}"
+    add("--batch_size", type=number(int, 2), default=128, help=size)
     add("--lr_max", type=number(float, 0, above=True), default=0.025, help="learning rate at the start")
     add("--lr_min", type=number(float, 0), default=0.001, help="learning rate at the end of a cosine")
     add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
@@ -172,8 +190,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("scoring").add_argument
     text = "last epochs that are followed by a scoring, each on other images"
     add("--scorings", type=number(int, 1), help=f"{text} (default: {MAX_SCORINGS}, or --epochs if that is less)")
-    add("--score_images", type=number(int, 2), default=500, help="held-out images that a genotype is scored on")
-    add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
+    images = f"held-out images that a genotype is scored on {FITTED.format(500)}"
+    add("--score_images", type=number(int, 2), default=500, help=images)
+    text = f"images that share batch statistics {FITTED.format(500)}"
+    add("--score_batch_size", type=number(int, 2), default=500, help=text)
     add("--score_amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the scorings")
 
 
@@ -196,16 +216,20 @@ def load_images_and_pool(
 
     classes: the names of the classes that the images must have, those of the run to resume.
     """
-    with user_input("--data"):
-        train, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-        if classes:
+    unsettled = take_unsettled(args)
+    train, _ = load_parts(args, device)
+    if classes:
+        with user_input("--data"):
             check_classes(train, classes, args.resume)
+    settle_holdout(args, train, unsettled)
     with user_input("--holdout"):
         train, held_out = split(train, args.holdout, args.seed)
+        settle_scoring(args, num_balanced(held_out), unsettled)
         scoring_batches(held_out, args)  # are there enough?
     if args.num_images:
         with user_input("--num_images"):
             train = balanced_batch(train, args.num_images, args.seed)
+    settle_batch_size(args, train, unsettled)
     if args.batch_size > len(train):
         fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
     with user_input("--pool_size"):
@@ -393,12 +417,14 @@ class Run:
         save_checkpoint(self.folder / "supernet.pt", "supernet weights", weights)
         summary = write_dataset(path, self.pool, self.scores, settings, self.train_images, self.seconds)
         self.log.close()
+        largest = self.args.max_step  # the supernet scores no larger cells
+        size = f" --max_step {largest}" if largest != SupernetConfig.max_vertices else ""
         print(
             f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}"
+            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}{size}"
         )
 
 

@@ -61,6 +61,7 @@ from training.cifar import (
     train,
 )
 from training.images import ImageSet
+from training.own_images import fit_batch
 from training.steps import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
@@ -68,6 +69,7 @@ from utils import (
     add_checkpoint_minutes_flag,
     add_common_flags,
     all_finite,
+    explicit_flags,
     fail,
     load_checkpoint,
     number,
@@ -103,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", tuple(MAY_CHANGE), ("results", "candidates"))
-    check_training_flags(parser, args, processes=1)
+    check_training_flags(parser, args, processes=1, given=explicit_flags(parser, argv))
     if args.sync_bn:
         parser.error("argument --sync_bn: not here, where each candidate is trained by one process")
     if args.halving and args.epochs < args.eta:
@@ -352,15 +354,29 @@ def finish(run: Run) -> None:
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {run.folder / 'results.json'} and {run.folder / 'best.json'}")
-    print(f"next: {next_command(run.args, run.folder / 'best.json')}")
+    print(f"next: {next_command(run.args, run.folder / 'best.json', len(run.images))}")
 
 
-def next_command(args: argparse.Namespace, best: Path) -> str:
-    """The command that trains the best candidate in full, on the same images."""
-    flags, default = ["--arch", best], parse_args([])
-    for name in ("dataset", "data", "cache_dir", "skip_bad", "image_size", "auxiliary_weight"):
+TRAINED_ALIKE = """
+    dataset data cache_dir skip_bad image_size test_share test_seed cutout_size layers channels keep_prob
+    drop_path_keep_prob auxiliary_weight optimizer lr_max lr_min l2_reg grad_clip accumulate amp seed tf32
+""".split()  # the flags of train_cifar.py that a candidate's full training has in common with its brief one
+
+
+def next_command(args: argparse.Namespace, best: Path, num_images: int) -> str:
+    """The command that trains the best candidate in full, by the same flags on the same images.
+
+    num_images: those that the candidates were trained on.
+    """
+    default = parse_args(["--optimizer", args.optimizer])
+    default.optimizer, flags = "sgd", ["--arch", best]
+    if args.dataset == "folder":  # which the batch fits itself to again
+        default.batch_size = fit_batch(num_images, default.batch_size, args.accumulate)
+    for name in [*TRAINED_ALIKE, "batch_size"]:
         if (value := getattr(args, name)) != getattr(default, name):
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
+    if args.schedule_epochs != default.schedule_epochs:
+        flags += ["--epochs", args.schedule_epochs]
     return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
 
 

@@ -21,7 +21,9 @@ from genotypes import Genotype
 from models.fast.cuda_graphs import can_record
 from models.fast.replay import parameters_to_clip, record_parts
 from models.supernet import Supernet, SupernetConfig
+from training.image_parts import TEST_SEED
 from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
+from training.own_images import asked_split, settle_split
 from utils import autocast, load_checkpoint, of_this_version, progress_bar, signals
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
@@ -162,7 +164,8 @@ class SupernetScorer:
     scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
     scoring are used again.
 
-    supernet, settings: from load_supernet. data, cache_dir: the images that it was trained on, as in load_images.
+    supernet, settings: from load_supernet; the attribute settings has "data" too. data, cache_dir: the images that it
+        was trained on, as in load_images.
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
@@ -174,7 +177,11 @@ class SupernetScorer:
 
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
-        images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
+        source = (settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad)
+        settings = argparse.Namespace(**{"test_share": None, "test_seed": TEST_SEED, "data": data, **vars(settings)})
+        images, test = load_images(*source, device, asked_split(settings))
+        settle_split(settings, images, test)
+        self.settings = settings
         held_out = self._held_out(images, settings, data)
         scorings: Sequence[int]
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))

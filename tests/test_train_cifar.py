@@ -302,7 +302,7 @@ def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, image
         ("--arch missing.json", "missing.json"),
         ("--epochs 0", "--epochs"),
         ("--keep_prob 1.5", "--keep_prob"),
-        ("--image_size 16", "29 to 40"),
+        ("--image_size 16 --auxiliary_weight 0.4", "29 to 40"),
         ("--holdout 48", "--holdout"),
         ("--batch_size 100", "48 training images"),
     ],
