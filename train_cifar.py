@@ -23,7 +23,6 @@ NAG paper, section 4.2.
 """
 
 import argparse
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +75,9 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
@@ -255,8 +256,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     step = Step(network, optimizer, args, device)
     for epoch in range(reached["epoch"], args.epochs):
         values = train_epoch(step, images, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
         reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
         last = reached["epoch"] == args.epochs
         if args.holdout and (last or reached["epoch"] % args.eval_every == 0):
@@ -324,11 +324,12 @@ def finish(
     result |= {"seconds": state["seconds"], "images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"classify images by: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')} --predict PATH\n"
-        f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

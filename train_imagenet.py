@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_imagenet.py --data DIR --workers 12
     python train_imagenet.py --data DIR --image_size 64 --layers 1 --channels 8 --epochs 2
     python train_imagenet.py --resume runs/train_imagenet-...            # go on after a stop
+    python train_imagenet.py --resume runs/train_imagenet-... --epochs 300       # or for more epochs
     python train_imagenet.py --evaluate runs/train_imagenet-.../best.pt
     python train_imagenet.py --evaluate CHECKPOINT --predict PATH                   # classes of images, one or a folder
     python train_imagenet.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
@@ -17,7 +18,6 @@ NAG paper, section 4.3.
 """
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,14 +67,16 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
 )
 
 MAY_CHANGE = """
-    data workers decoder eval_batch_size compile cuda_graphs accumulate
+    data workers decoder epochs eval_batch_size compile cuda_graphs accumulate
 """.split()  # the flags that a resumed run need not keep
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -94,6 +96,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("export", "predict"):
         if getattr(args, name):
             parser.error(f"argument --{name}: needs --evaluate CHECKPOINT")
+    if args.resume and args.schedule_epochs is None:  # a run of an older version
+        with user_input("--resume"):
+            args.schedule_epochs = load_checkpoint(args.resume, "imagenet")["args"]["epochs"]
     check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
@@ -199,8 +204,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     step = Step(network, optimizer, args, device, args.label_smooth)
     for epoch in range(reached["epoch"], args.epochs):
         values = train_epoch(step, stream, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
+        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
         selected = accuracy(network, selecting, device, args.amp)
         reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
         if log:
@@ -221,6 +225,8 @@ def resume(
 ) -> dict:
     """Load the checkpoint `state` of the run to resume. Returns what it has reached, as reached_after does."""
     check_training_images(images, state)
+    if state["epoch"] > args.epochs:
+        fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
     with user_input("--resume"):  # now and not at the end of the run, which needs the best network
         best = Path(args.output_dir) / "best.pt"
         epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
@@ -295,11 +301,12 @@ def finish(
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"classify images by: python train_imagenet.py --evaluate {shown(folder / 'best.pt')} --predict PATH\n"
-        f"next: python train_imagenet.py --evaluate {shown(folder / 'best.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

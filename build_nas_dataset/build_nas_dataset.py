@@ -14,7 +14,6 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 """
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -57,6 +56,8 @@ from training.own_images import (
 )
 from training.steps import build_optimizer
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
@@ -80,7 +81,9 @@ from utils import (
     set_lr,
     set_seed,
     settle_amp,
+    shipped,
     shown,
+    stop_if_diverged,
     user_input,
     versions,
 )
@@ -150,8 +153,13 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
     vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
     add("--max_step", type=vertices, default=published.max_vertices, help="vertices of the largest cells, all counted")
     add = parser.add_argument_group("supernet").add_argument
-    add("--layers", type=number(int, 1), default=published.layers, help="normal cells per stack, N")
-    add("--channels", type=number(int, 2), default=published.channels, help="channels of the first stack's cells, C")
+    add("--layers", type=number(int, 1, MOST_LAYERS), default=published.layers, help="normal cells per stack, N")
+    add(
+        "--channels",
+        type=number(int, 2, LARGEST),
+        default=published.channels,
+        help="channels of the first stack's cells, C",
+    )
     add("--keep_prob", type=fraction, default=published.keep_prob, help="keep probability before the classifier")
     text = "keep probability of drop path in the last cell at the end of training"
     add("--drop_path_keep_prob", type=fraction, default=published.drop_path_keep_prob, help=text)
@@ -325,7 +333,7 @@ class Run:
         self.epochs_done, self.seconds = 0, {"training": 0.0, "scoring": 0.0}
         if state:
             self._go_on_from(state)
-        self.log = RunLog(self.folder, args, device, self.epochs_done if state else None)
+        self.log = RunLog(self.folder, args, device, self.epochs_done if state else None, state.get("lines"))
 
     def _go_on_from(self, state: dict) -> None:
         with user_input("--data"):
@@ -344,19 +352,19 @@ class Run:
             "epoch": self.epochs_done,
             "scores": self.scores,
             "seconds": self.seconds,
+            "lines": self.log.lines,
             **split_of(self.train_images, self.held_out),
             "args": vars(self.args),
         }
         save_checkpoint(self.folder / "checkpoint.pt", "supernet", state)
 
     def train(self, epoch: int) -> None:
-        """Train for one epoch, log it and save. Ends the script when the loss is not finite."""
+        """Train for one epoch, log it and save. Ends the script when training has diverged."""
         started, args = time.monotonic(), self.args
         with enough_memory(SAVE_MEMORY):
             values = train_epoch(self.supernet, self.optimizer, self.train_images, self.pool, args, epoch, self.device)
         self.seconds["training"] += time.monotonic() - started
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], self.supernet, advice="a smaller --lr_max may help")
         self.epochs_done = epoch + 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.log.log(self.epochs_done, **values, lr=lr, seconds=time.monotonic() - started)
@@ -396,7 +404,7 @@ class Run:
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python gan.py --nasbench_data {shown(path)}{size}"
+            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}{size}"
         )
 
 

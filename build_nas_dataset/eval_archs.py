@@ -41,6 +41,7 @@ from build_nas_dataset.candidates import (
     read_candidates,
     read_parts,
     rounds_done,
+    said_of,
     weights_file,
 )
 from build_nas_dataset.scoring import check_split, split_of
@@ -64,6 +65,7 @@ from utils import (
     ArgumentParser,
     RunLog,
     add_common_flags,
+    all_finite,
     explicit_flags,
     fail,
     load_checkpoint,
@@ -72,6 +74,8 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
+    shown,
     user_input,
     write_json,
 )
@@ -84,8 +88,9 @@ MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags t
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, reference_flags=REFERENCE_FLAGS)
+    parser.prog = "python -m build_nas_dataset.eval_archs"
     group = parser.add_argument_group("genotypes")
-    group.add_argument("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset")
+    group.add_argument("--archs", default=shipped("data/nasdata.jsonl"), help="genotype file (.json) or NAS dataset")
     taken = "candidates: the first of a genotype file, evenly over the ranking of a NAS dataset; 0: all"
     group.add_argument("--num_archs", type=number(int, 0), default=50, help=taken)
     add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
@@ -162,7 +167,7 @@ def train_candidate(
     this_round = {
         "epochs": args.epochs,
         "held_out_accuracy": measured,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": loss if math.isfinite(loss) and all_finite(network) else None,
         "seconds": earlier["seconds"] + time.monotonic() - started,
     }
     training = describe_training(genotype, images, held_out, args, [*earlier["rounds"], this_round])
@@ -270,7 +275,7 @@ class Run:
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s){said_of(training)}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:
@@ -312,8 +317,9 @@ def finish(run: Run) -> None:
     """Write and print the ranking."""
     ranked = by_accuracy(list(run.results.values()))
     if ranked[0]["training"]["loss"] is None:
-        fail("no candidate has a finite loss; a smaller --lr_max may help")
-    longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
+        fail("the training of every candidate diverged; a smaller --lr_max may help")
+    converged = [result for result in ranked if result["training"]["loss"] is not None]
+    longest = [result for result in converged if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(run.folder / "results.json", ranked)
     write_json(run.folder / "best.json", ranked[0])
@@ -348,7 +354,7 @@ def next_command(args: argparse.Namespace, best: Path, num_images: int) -> str:
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
     if args.schedule_epochs != default.schedule_epochs:
         flags += ["--epochs", args.schedule_epochs]
-    return f"python train_cifar.py {shlex.join(map(str, flags))}"
+    return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -18,7 +18,7 @@ from models.network import NetworkConfig
 from training.distributed import planned_world
 from training.own_images import say
 from training.predicting import find_images
-from utils import add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
+from utils import LARGEST, MOST_LAYERS, add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
 
 ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for is so in any case, and it is dropped
 
@@ -31,10 +31,10 @@ def add_arch_flag(group: argparse._ActionsContainer) -> None:
 
 def add_network_flags(group: argparse._ActionsContainer, config: NetworkConfig) -> None:
     """The flags of a stand-alone network; `config` has the defaults."""
-    count, share = number(int, 1), number(float, 0, 1, above=True)
+    layers, share = number(int, 1, MOST_LAYERS), number(float, 0, 1, above=True)
     add = group.add_argument
-    add("--layers", type=count, default=config.layers, help="normal cells per stack, N of the paper")
-    add("--channels", type=number(int, 2), default=config.channels, help="channels C of the first stack")
+    add("--layers", type=layers, default=config.layers, help="normal cells per stack, N of the paper")
+    add("--channels", type=number(int, 2, LARGEST), default=config.channels, help="channels C of the first stack")
     add("--keep_prob", type=share, default=config.keep_prob, help="probability that the classifier's dropout keeps")
     drop_path = "probability that drop path keeps a branch in the last cell at the end of training"
     add("--drop_path_keep_prob", type=share, default=config.drop_path_keep_prob, help=drop_path)

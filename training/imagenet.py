@@ -40,7 +40,7 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, train_steps
-from utils import UNREAD, derive_seed, fail, number, set_seed, user_input
+from utils import UNREAD, derive_seed, fail, number, set_seed, this_process, user_input
 
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
@@ -82,7 +82,7 @@ def add_data_flags(group: argparse._ActionsContainer) -> None:
     add("--select_on_val", action="store_true", help="choose the best epoch on the validation part instead")
     add("--skip_bad", action="store_true", help="go on without images that cannot be read")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of the processes on this machine
+    workers = min(16, max(1, cores // this_process().local_world))  # of the processes on this machine
     decoding = "processes that decode images, for each training process and each part of the images"
     add("--workers", type=number(int, 0), default=workers, help=decoding)
     decoder = "decoder of JPEG files; auto: torchcodec where it is installed"
@@ -94,6 +94,7 @@ def add_schedule_flags(group: argparse._ActionsContainer) -> None:
     add, count = group.add_argument, number(int, 1)
     share, unit, not_negative = number(float, 0, 1, above=True), number(float, 0, 1), number(float, 0)
     add("--epochs", type=count, default=250, help="epochs to train")
+    add("--schedule_epochs", type=count, help="epochs over which drop path grows (default: as --epochs)")
     size = "images of a step, over all processes (default: 256, or what fits a small set)"
     add("--batch_size", type=number(int, 2), default=256, help=size)
     add("--eval_batch_size", type=count, default=256, help="images of a batch in evaluations, for one process")
@@ -105,7 +106,7 @@ def add_schedule_flags(group: argparse._ActionsContainer) -> None:
     add("--l2_reg", type=not_negative, help=f"weight decay {shown_defaults(OPTIMIZERS, 1)}")
     add("--label_smooth", type=unit, default=0.1, help="label smoothing: probability spread over all classes")
     clip = "largest L2 norm of the gradient; longer ones are scaled down; 0: no limit"
-    add("--grad_clip", type=not_negative, default=0.0, help=clip)
+    add("--grad_clip", type=not_negative, default=5.0, help=clip)
 
 
 def check_training_flags(
@@ -116,6 +117,7 @@ def check_training_flags(
     processes: the number of processes that share a batch. given: the flags that were given.
     """
     check_data_flags(parser, args, given, args.accumulate * processes)
+    args.schedule_epochs = args.schedule_epochs or args.epochs
     optimizer_defaults(args, OPTIMIZERS, "lr")
     check_step_flags(parser, args, processes)
     check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes, given)
@@ -186,7 +188,7 @@ def stream_options(args: argparse.Namespace, device: torch.device) -> dict:
 def fits_shared_memory(args: argparse.Namespace) -> bool:
     """Whether the batches of all processes on this machine fit the shared memory; if not, says what is done instead."""
     batch_size = max(args.eval_batch_size, -(-args.batch_size // distributed.world()))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    neighbours = this_process().local_world
     needed = shared_memory_needed(args.image_size, batch_size, args.workers) * neighbours
     free = free_shared_memory()
     if free is None or needed <= free:
@@ -240,8 +242,9 @@ def train_epoch(
     started, waited = time.monotonic(), stream.waited
     set_seed(derive_seed(args.seed, epoch, stream.rank))  # for dropout and drop path of this process
     epoch_steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
-    first, all_steps = epoch * epoch_steps, args.epochs * epoch_steps
+    first, all_steps = epoch * epoch_steps, args.schedule_epochs * epoch_steps
     progress = torch.arange(first + 1, first + epoch_steps + 1, device=device) / all_steps
+    progress = progress.clamp(max=1)  # in epochs beyond the schedule, drop path stays as it is at its end
     values = train_steps(step, readable(stream, epoch, device), progress, lambda _: lr, f"epoch {epoch + 1}")
     seconds = time.monotonic() - started
     return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
