@@ -9,6 +9,7 @@ kept. Nothing here changes what is done with CIFAR and ImageNet, whose defaults 
 import argparse
 import os
 from collections.abc import Sized
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from training import distributed
 from training.image_files import is_image
 from training.image_parts import TEST_SEED, TEST_SHARE, holds_parts
-from utils import number
+from utils import number, user_input
 
 OF_A_SPLIT = ("test_share", "test_seed", "test_checksum")  # what checkpoints hold of it, among their "args"
 FEW_BATCHES = 20  # with fewer images than so many batches of the default size, the size of a batch is fitted
@@ -55,9 +56,12 @@ def check_data_flags(
     """
     if args.resume:  # all its flags are settled
         return
-    if "data" in given and "dataset" in vars(args).keys() - given and holds_images(Path(args.data)):
-        args.dataset = "folder"
-        say(f"--dataset folder: {args.data} holds images in class folders")
+    if "data" in given and "dataset" in vars(args).keys() - given:
+        with user_input("--data"):
+            ones_own = holds_images(Path(args.data))
+        if ones_own:
+            args.dataset = "folder"
+            say(f"--dataset folder: {args.data} holds images in class folders")
     if args.test_share is not None and getattr(args, "dataset", "folder") != "folder":
         parser.error("argument --test_share: expected with --dataset folder; CIFAR has test images")
     if args.test_share == 1:
@@ -73,8 +77,9 @@ def holds_images(data: Path) -> bool:
         return False
     if holds_parts(data):
         return True
-    folders = [entry for entry in os.scandir(data) if entry.is_dir() and not entry.name.startswith(".")]
-    return sum(any(is_image(name) for name in os.listdir(folder)) for folder in folders) > 1
+    folders = (entry for entry in os.scandir(data) if entry.is_dir() and not entry.name.startswith("."))
+    classes = (folder for folder in folders if any(is_image(entry.name) for entry in os.scandir(folder)))
+    return len(list(islice(classes, 2))) == 2
 
 
 def asked_split(args: argparse.Namespace) -> tuple[float | None, int]:
