@@ -59,7 +59,7 @@ class SearchSpace:
             raise ValueError(f"none_op and skip_op of the space {self.name} must be among its ops")
         if self.max_vertices <= self.num_inputs:
             raise ValueError(
-                f"the space {self.name} needs more than {self.num_inputs} vertices, got {self.max_vertices}"
+                f"the space {self.name} has {self.num_inputs} inputs and max_vertices = {self.max_vertices}"
             )
         if self.max_edges is not None and self.max_edges < 1:
             raise ValueError(f"the space {self.name} needs an edge at least, got max_edges = {self.max_edges}")
