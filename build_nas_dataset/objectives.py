@@ -92,11 +92,13 @@ def shares_below(values: Sequence[float], boundaries: Sequence[float]) -> list[f
 def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[Objective]:
     """The objectives of a NAS dataset, each cut into the number of classes that num_classes has for its name.
 
-    Raises ValueError when a class would hold no record.
+    Raises ValueError when a class would hold no record, or a record lacks the column.
     """
     objectives = []
     for name, classes in num_classes.items():
         values = [getattr(record, name) for record in records]
+        if None in values:
+            raise ValueError(f"the NAS dataset has no {name} for {values.count(None)} of its {len(values)} records")
         boundaries = tuple(class_boundaries(values, classes))
         quantiles = tuple(shares_below(values, boundaries))
         objective = Objective(name, boundaries, quantiles, min(values), max(values))
