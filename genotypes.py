@@ -84,6 +84,12 @@ class SearchSpace:
     def min_vertices(self) -> int:
         return self.num_inputs + 1 if self.wiring is None else self.max_vertices
 
+    @staticmethod
+    def of(data: "SearchSpace | dict") -> "SearchSpace":
+        """A space from what dataclasses.asdict made of it, or the space itself. Raises ValueError and TypeError."""
+        space = data if isinstance(data, SearchSpace) else SearchSpace(**data)
+        return next((known for known in SPACES.values() if known == space), space)
+
     @property
     def same_by(self) -> str:
         """What makes two cells the same: "isomorphism" or "function"."""
@@ -196,7 +202,7 @@ class CellSpec:
             reached[dst] = reached[dst] or (self.ops[dst] != none_op and any(map(and_, column, reached)))
         needed = [v == size - 1 for v in range(size)]  # by the output
         for src in reversed(range(size - 1)):
-            needed[src] = any(map(and_, self.matrix[src], needed))
+            needed[src] = self.ops[src] != none_op and any(map(and_, self.matrix[src], needed))
         if not reached[-1]:
             return None
         if self.space.wiring is not None:
@@ -333,6 +339,8 @@ class Genotype:
         object.__setattr__(self, "space", space)
 
     def __getitem__(self, name: str) -> CellSpec:
+        if name not in self.space.cells:
+            raise ValueError(f"a genotype of the space {self.space.name} has no {name} cell")
         return self.cells[self.space.cells.index(name)]
 
     @property

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from build_nas_dataset.records import Record
+from genotypes import SearchSpace
+from models.ops import has_network
 
 
 def which_class(values, cuts: Sequence[float]):
@@ -65,6 +67,10 @@ class Objective:
     def class_of_quantile(self, quantiles):
         """The class of places in the NAS dataset's ranking, from 0 (lowest) to 1 (highest), see which_class."""
         return which_class(quantiles, self.quantiles)
+
+    def is_counted(self, space: SearchSpace) -> bool:
+        """Whether genotypes of a space are counted for it (#params, MACs), so that no predictor is needed."""
+        return self.name != "accuracy" and has_network(space)
 
     def of(self, record: Record) -> float:
         """The record's value."""

@@ -116,10 +116,10 @@ class RandomCells:
     max_vertices: vertices of the largest cells; None: those of the space.
     """
 
-    def __init__(self, max_vertices: int | None = None):
-        self.max_vertices = max_vertices
+    def __init__(self, max_vertices: int | None = None, space: SearchSpace = NAG_SPACE):
+        self.max_vertices, self.space = max_vertices, space
 
     def sample(self, labels: tuple[int, ...], n: int, seed: int, temperature: float | None = None) -> list[Genotype]:
         """n genotypes of random_genotype, whatever the labels and the temperature."""
         rng = np.random.default_rng(seed)
-        return [random_genotype(rng, max_vertices=self.max_vertices) for _ in range(n)]
+        return [random_genotype(rng, self.space, self.max_vertices) for _ in range(n)]
