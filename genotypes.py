@@ -99,7 +99,7 @@ class CellSpec:
             raise ValueError("matrix may hold only 0 and 1")
         if any(len(row) != size for row in matrix):
             raise ValueError(
-                f"matrix must be square, got {size} rows of {sorted({len(row) for row in matrix})} entries"
+                f"matrix must be square, got {size} rows of {str(sorted({len(row) for row in matrix}))[:60]} entries"
             )
         if not space.min_vertices <= size <= space.max_vertices:
             raise ValueError(f"a cell has {space.min_vertices} to {space.max_vertices} vertices, got {size}")
@@ -113,7 +113,7 @@ class CellSpec:
             raise ValueError(f"ops must start with {', '.join(space.inputs)} and end with {space.output}")
         unknown = [op for op in ops[space.num_inputs : -1] if op not in space.ops]
         if unknown:
-            raise ValueError(f"unknown op {unknown[0]!r}; known: {', '.join(space.ops)}")
+            raise ValueError(f"unknown op {unknown[0]!r:.60}; known: {', '.join(space.ops)}")
         object.__setattr__(self, "matrix", matrix)
         object.__setattr__(self, "ops", ops)
 

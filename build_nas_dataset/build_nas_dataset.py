@@ -14,10 +14,10 @@ that the agreement of two scorings tells how far the ranking can be trusted. A r
 """
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 if not __package__:  # started as a file, the path that the published README names: packages are found beside the folder
@@ -33,6 +33,8 @@ from build_nas_dataset.flags import (
     add_scoring_flags,
     add_supernet_flags,
     add_training_flags,
+    settle_training_amp,
+    supernet_config,
 )
 from build_nas_dataset.scoring import (
     build_supernet,
@@ -60,8 +62,10 @@ from genotypes import Genotype
 from models.network import CifarNetwork
 from models.supernet import Supernet, SupernetConfig
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.flags import check_image_size
 from training.images import ImageSet, train_batches
+from training.own_images import check_data_flags
 from training.steps import build_optimizer
 from utils import (
     ArgumentParser,
@@ -71,6 +75,7 @@ from utils import (
     cosine,
     derive_seed,
     enough_memory,
+    explicit_flags,
     fail,
     load_checkpoint,
     load_optimizer,
@@ -84,13 +89,18 @@ from utils import (
     set_lr,
     set_seed,
     settle_amp,
+    shipped,
     shown,
+    signals,
+    stop_if_diverged,
     user_input,
 )
 
 SAVED = ("supernet", "optimizer", "epoch", "scores", "seconds", "classes", "training_images", "held_out_checksum")
 SAVE_MEMORY = "a smaller --batch_size and --score_batch_size take less, and --no-cuda_graphs takes a fraction"
-MAY_CHANGE = ("data", "cache_dir", "cuda_graphs", "score_later", "score_only", "shard")  # in a resumed run
+# in a resumed run
+MAY_CHANGE = ("data", "cache_dir", "cuda_graphs", "score_later", "score_only", "shard")
+
 
 # -------------------------------------------------------------------------------------------------------- flags
 
@@ -106,7 +116,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_resumable(parser, argv, "supernet", MAY_CHANGE, SAVED)
     if args.scorings is None:
         args.scorings = min(MAX_SCORINGS, args.epochs)
-    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
+    given = explicit_flags(parser, argv)
+    check_data_flags(parser, args, given)
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
     if args.score_images % args.score_batch_size:
         parser.error("argument --score_images: expected a multiple of --score_batch_size")
     if args.scorings > args.epochs:
@@ -124,29 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle_training_amp(amp: str, device: torch.device) -> str:
-    """The mixed precision of the training, "off" or "bf16", that --amp asks for on a device.
-
-    auto: as in utils.settle_amp, but float32 on GPUs. There a step waits for the host, and bf16, whose casts are
-    further kernels, is no faster (docs/speed_notes.md).
-    """
-    return "off" if amp == "auto" and device.type != "cpu" else settle_amp(amp, device)
-
-
 # -------------------------------------------------------------------------------------------------------- parts
-
-
-def supernet_config(args: argparse.Namespace, num_classes: int) -> SupernetConfig:
-    """The settings of the supernet that the flags ask for."""
-    return SupernetConfig(
-        num_classes=num_classes,
-        layers=args.layers,
-        channels=args.channels,
-        max_vertices=args.max_step,
-        keep_prob=args.keep_prob,
-        drop_path_keep_prob=args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    )
 
 
 def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -161,16 +151,21 @@ def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.
     return optimizer
 
 
-def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
+def train_epoch(
+    supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device, checkpoints=None
+) -> dict:
     """Train for one epoch over the images, one random genotype of the pool a step. Returns mean loss and accuracy."""
+    checkpoints = checkpoints or Checkpoints(network=supernet)
     set_seed(derive_seed(args.seed, epoch))
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
     choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-    totals, parameters = torch.zeros(2, device=device), list(supernet.parameters())  # finding them takes milliseconds
+    parameters = list(supernet.parameters())  # finding them takes milliseconds
     supernet.train()
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
+    first, totals = checkpoints.done, checkpoints.begin(epoch)
+    bar = progress_bar(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
+    for step, (x, labels) in enumerate(bar, start=first):
         done = epoch * steps + step
         set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
         with autocast(args.amp, device):
@@ -182,6 +177,8 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
         clip_gradients(supernet, parameters, args.grad_clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        checkpoints.after_step(step + 1)
+    set_lr(optimizer, cosine((epoch + 1) * steps - 1, args.epochs * steps, args.lr_max, args.lr_min))
     loss, accuracy = (totals / steps).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
 
@@ -208,6 +205,7 @@ class Run:
         self.epochs_done, self.seconds, self.lines = 0, {"training": 0.0, "scoring": 0.0}, None
         if state:
             self.go_on_from(state)
+        self.checkpoints = Checkpoints(args.checkpoint_minutes, self.supernet, self.save, state)
 
     def open_log(self) -> None:
         """Begin the record of the run, or go on with it; from now on, this process alone writes to the folder."""
@@ -224,8 +222,8 @@ class Run:
         self.scores, self.epochs_done, self.seconds = state["scores"], state["epoch"], state["seconds"]
         self.lines = state.get("lines")
 
-    def save(self) -> None:
-        """Write checkpoint.pt, which --resume goes on from."""
+    def save(self, part: dict | None = None) -> None:
+        """Write checkpoint.pt, which --resume goes on from. part: of an epoch under way, see Checkpoints."""
         state = {
             "supernet": self.supernet.state_dict(),
             "supernet_config": asdict(self.supernet.config),
@@ -237,16 +235,23 @@ class Run:
             **split_of(self.train_images, self.held_out),
             "args": vars(self.args),
         }
-        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state)
+        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state | (part or {}))
+
+    def save_scores(self) -> None:
+        """Save within a scoring; end the script if a signal asked for that."""
+        self.save()
+        signals.save = False
+        if signals.stop:
+            signals.end()
 
     def train(self, epoch: int) -> None:
-        """Train for one epoch, log it and save. Ends the script when the loss is not finite."""
-        started, args = time.monotonic(), self.args
+        """Train for one epoch, log it and save. Ends the script when training has diverged."""
+        started, args = time.monotonic() - self.checkpoints.seconds, self.args
+        parts = self.supernet, self.optimizer, self.train_images, self.pool
         with enough_memory(SAVE_MEMORY):
-            values = train_epoch(self.supernet, self.optimizer, self.train_images, self.pool, args, epoch, self.device)
+            values = train_epoch(*parts, args, epoch, self.device, self.checkpoints)
         self.seconds["training"] += time.monotonic() - started
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], self.supernet, advice="a smaller --lr_max may help")
         self.epochs_done = epoch + 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.log.log(self.epochs_done, **values, lr=lr, seconds=time.monotonic() - started)
@@ -258,7 +263,7 @@ class Run:
         """Score all genotypes that this scoring, from 0, has not scored yet; log it and save."""
         row, batches = self.scores[scoring], scoring_batches(self.held_out, self.args, scoring)
         with enough_memory(SAVE_MEMORY):
-            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save)
+            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save_scores)
         self.report(scoring)
         self.save()
 
@@ -320,12 +325,14 @@ class Run:
         summary = write_dataset(path, self.pool, self.scores, settings, self.train_images, self.seconds)
         remove_parts(self.folder)
         self.log.close()
+        largest = self.args.max_step  # the supernet scores no larger cells
+        size = f" --max_step {largest}" if largest != SupernetConfig.max_vertices else ""
         print(
             f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python gan.py --nasbench_data {shown(path)}"
+            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}{size}"
         )
 
 
@@ -340,12 +347,13 @@ def train_and_score(run: Run) -> None:
         f"{len(run.pool)} genotypes, {len(run.train_images)} training and {args.score_images} scoring images,"
         f" on {run.device}: {run.folder}"
     )
-    for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
-        if epoch >= first_epoch:
-            run.train(epoch)
-        scoring = epoch - (args.epochs - args.scorings)
-        if scoring >= 0 and run.scores[scoring].isnan().any():
-            run.score_later(scoring, epoch >= first_epoch) if args.score_later else run.score(scoring)
+    with signals.held():
+        for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
+            if epoch >= first_epoch:
+                run.train(epoch)
+            scoring = epoch - (args.epochs - args.scorings)
+            if scoring >= 0 and run.scores[scoring].isnan().any():
+                run.score_later(scoring, epoch >= first_epoch) if args.score_later else run.score(scoring)
     if args.score_later and (work := run.work()).items.numel():
         run.log.close()
         print(f"trained; {len(work.items)} scores are left to be found\nnext: {work.command()}")
@@ -359,7 +367,7 @@ def score_shard(run: Run) -> None:
     work = run.work()
     if distributed.is_main():
         print(f"shard {index} of {count}: {len(work.share(index, count))} of {len(work.items)} scores, on {run.device}")
-    with enough_memory(SAVE_MEMORY):
+    with enough_memory(SAVE_MEMORY), signals.held():
         work.score(run.supernet, index, count, run.device)
     distributed.barrier()
     if not distributed.is_main():
@@ -392,8 +400,7 @@ def main(args: argparse.Namespace) -> None:
     if args.score_only and not trained:
         fail(f"--score_only: {args.output_dir} is not trained to its end with --score_later; for that, give "
              f"--resume {shown(args.output_dir)} --score_later")  # fmt: skip
-    with distributed.first_process_first():  # which decodes the images
-        run = Run(args, device, state)
+    run = Run(args, device, state)
     if args.score_only and unscored:
         score_shard(run)
     elif args.score_only:

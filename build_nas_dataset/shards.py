@@ -33,6 +33,7 @@ from utils import (
     of_this_version,
     save_checkpoint,
     shown,
+    signals,
     try_to_hold_folder,
     user_input,
 )
@@ -163,7 +164,15 @@ class Work:
 
     @staticmethod
     def _saver(path: Path, part: dict) -> Callable[[], None]:
-        return lambda: save_checkpoint(path, "scores", part)
+        """What saves a part, and then ends the script if a signal asked for that."""
+
+        def save() -> None:
+            save_checkpoint(path, "scores", part)
+            signals.save = False
+            if signals.stop:
+                signals.end()
+
+        return save
 
     # ------------------------------------------------------------------------------------------------- merging
 

@@ -32,6 +32,7 @@ def test_the_published_recipe_is_the_default():
     assert (args.epochs, args.batch_size, args.layers, args.channels, args.image_size) == (250, 256, 4, 42, 224)
     assert (args.lr, args.gamma, args.decay_period, args.momentum, args.l2_reg) == (0.1, 0.97, 1, 0.9, 3e-5)
     assert (args.label_smooth, args.auxiliary_weight, args.keep_prob, args.drop_path_keep_prob) == (0.1, 0.4, 1, 1)
+    assert args.grad_clip == 5.0
 
 
 def test_the_published_network_has_5_million_parameters_and_520_million_macs():
