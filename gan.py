@@ -53,6 +53,7 @@ from utils import (
     save_checkpoint,
     shipped,
     shown,
+    signals,
     user_input,
     write_json,
 )
@@ -381,19 +382,20 @@ def main(args: argparse.Namespace) -> None:
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
-        values = train_one_epoch(trainer, epoch)
-        if epoch % args.eval_every == 0 or epoch == args.n_epochs:
-            quality, samples = sample_and_measure(
-                networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
-            )
-            write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
-            values |= quality
-            print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
-        state = state_of(networks, data, predictor_tau, epoch, args)
-        log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
-        if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
-            save_generator(state, folder / f"generator-{epoch:04d}.pt")
-        save_checkpoint(folder / "checkpoint.pt", "gan", state)
+        with signals.held():  # until the epoch is saved
+            values = train_one_epoch(trainer, epoch)
+            if epoch % args.eval_every == 0 or epoch == args.n_epochs:
+                quality, samples = sample_and_measure(
+                    networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
+                )
+                write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
+                values |= quality
+                print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
+            state = state_of(networks, data, predictor_tau, epoch, args)
+            log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
+            if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
+                save_generator(state, folder / f"generator-{epoch:04d}.pt")
+            save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
     save_generator(state, folder / "generator.pt")
     script = "generate_archs.py" if len(args.objectives) == 1 else "generate_archs_multiobj.py"

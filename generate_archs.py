@@ -293,8 +293,8 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         highest = max(entry["labels"] for entry in results)
         arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
         visualize, train = shown(shipped("visualize.py")), shown(shipped("train_cifar.py"))
-        flags = network_flags(args, scorer)
-        print(f"next: python {visualize} --arch {arch}\n      python {train} --arch {arch}{flags}")
+        print(f"next: python {visualize} --arch {arch}")
+        print(f"      python {train} --arch {arch}{network_flags(args, scorer)}")
 
 
 def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:

@@ -33,6 +33,7 @@ from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.cifar import (
     REFERENCE_FLAGS,
     accuracy,
@@ -63,6 +64,7 @@ from training.steps import (
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     autocast,
     device_name,
@@ -77,6 +79,7 @@ from utils import (
     save_checkpoint,
     shipped,
     shown,
+    signals,
     stop_if_diverged,
     user_input,
     versions,
@@ -116,6 +119,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     add, count = group.add_argument, number(int, 1)
     add("--eval_every", type=count, default=1, help="epochs between evaluations on the held-out images")
     add("--save_every", type=count, default=1, help="epochs between checkpoints")
+    add_checkpoint_minutes_flag(group)
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", help="run folder, or its checkpoint.pt, to go on with")
     evaluated = "only measure the test error; of several checkpoints, that of their vote too"
@@ -253,19 +257,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, "
             f"{distributed.processes()} on {device}: {folder}"
         )
-    step = Step(network, optimizer, args, device)
-    for epoch in range(reached["epoch"], args.epochs):
-        values = train_epoch(step, images, args, epoch, device)
-        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
-        reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
-        last = reached["epoch"] == args.epochs
-        if args.holdout and (last or reached["epoch"] % args.eval_every == 0):
-            values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+
+    def save_run(part: dict) -> None:
         if log:
-            print(progress_line(reached["epoch"], args.epochs, values))
-            log.log(reached["epoch"], **values)
-            if last or reached["epoch"] % args.save_every == 0:
-                save(folder, args, images, network_state(network, genotype, optimizer) | reached)
+            save(folder, args, images, network_state(network, genotype, optimizer) | reached | part)
+
+    step = Step(network, optimizer, args, device)
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    with signals.held():
+        for epoch in range(reached["epoch"], args.epochs):
+            values = train_epoch(step, images, args, epoch, device, checkpoints)
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
+            last = epoch + 1 == args.epochs
+            if args.holdout and (last or (epoch + 1) % args.eval_every == 0):
+                with checkpoints.interruptible():
+                    values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+            reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
+            if log:
+                log.log(epoch + 1, **values)
+                if last or (epoch + 1) % args.save_every == 0:
+                    save_run({})
+                print(progress_line(epoch + 1, args.epochs, values))
     measured = {"test": accuracy(network, test, args.eval_batch_size, args.amp)}
     if args.holdout:
         measured["held_out"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
@@ -324,12 +336,12 @@ def finish(
     result |= {"seconds": state["seconds"], "images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
-    command = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
+    evaluate = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"classify images by: {command} --predict PATH\n"
-        f"next: {command}"
+        f"classify images by: {evaluate} --predict PATH\n"
+        f"next: {evaluate}"
     )
 
 

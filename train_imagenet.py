@@ -26,6 +26,7 @@ import torch
 from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
 from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, workers_alive
 from training.imagenet import (
@@ -57,6 +58,7 @@ from training.steps import (
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     device_name,
     explicit_flags,
@@ -69,6 +71,7 @@ from utils import (
     save_checkpoint,
     shipped,
     shown,
+    signals,
     stop_if_diverged,
     user_input,
     versions,
@@ -104,11 +107,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags about what is resumed and evaluated."""
+    """The flags about what is saved, resumed and evaluated."""
     group = parser.add_argument_group("checkpoints and evaluation")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", help="run folder, or its checkpoint.pt, to go on with")
     either.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure the test accuracy")
+    add_checkpoint_minutes_flag(group)
     add_predict_flag(group)
     exported = "with --evaluate: write the network to FILE.safetensors, .onnx or .pt2"
     group.add_argument("--export", metavar="FILE", help=exported)
@@ -201,16 +205,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
             f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}"
         )
-    step = Step(network, optimizer, args, device, args.label_smooth)
-    for epoch in range(reached["epoch"], args.epochs):
-        values = train_epoch(step, stream, args, epoch, device)
-        stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
-        selected = accuracy(network, selecting, device, args.amp)
-        reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
+
+    def save_run(part: dict) -> None:
+        skipped = all_skipped(reached, {"train": stream})
         if log:
-            log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
-            save(folder, args, images, network_state(network, network.genotype, optimizer) | reached)
-            print(progress_line(args.epochs, values, selected, reached))
+            state = network_state(network, network.genotype, optimizer) | reached
+            save(folder, args, images, state | {"skipped": skipped} | part)
+
+    step = Step(network, optimizer, args, device, args.label_smooth)
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    with signals.held():
+        for epoch in range(reached["epoch"], args.epochs):
+            values = train_epoch(step, stream, args, epoch, device, checkpoints)
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
+            with checkpoints.interruptible():
+                selected = accuracy(network, selecting, device, args.amp)
+            reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
+            if log:
+                log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
+            save_run({})
+            if log:
+                print(progress_line(args.epochs, values, selected, reached))
     distributed.barrier()  # until best.pt is there
     testing = EvalStream(test, args.image_size, args.eval_batch_size, **options)
     finish(args, device, folder, log, network, testing, reached | size)
@@ -229,8 +244,8 @@ def resume(
         fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
     with user_input("--resume"):  # now and not at the end of the run, which needs the best network
         best = Path(args.output_dir) / "best.pt"
-        epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
-        if load_checkpoint(best, "imagenet")["epoch"] not in epochs:
+        epochs = state["best"].get("epoch"), state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
+        if state["epoch"] and load_checkpoint(best, "imagenet")["epoch"] not in epochs:
             raise ValueError(f"{best} is not of epoch {epochs[0]}, the best one so far")
         go_on_from(state, args.resume, network, optimizer)
     return {name: state[name] for name in ("epoch", "seconds", "best", "skipped")}
@@ -245,15 +260,18 @@ def reached_after(epoch: int, values: dict, selected: dict, before: dict, stream
     an image: reason}, "selection": ...}}; of equally good epochs, the first is the best.
     """
     improved = selected["top1"] > before["best"]["top1"]
-    skipped = {
-        part: before["skipped"].get(part, {}) | distributed.merged(stream.broken) for part, stream in streams.items()
-    }
     return {
         "epoch": epoch,
         "seconds": before["seconds"] + values["seconds"],
         "best": {"epoch": epoch, **selected} if improved else before["best"],
-        "skipped": skipped,
+        "skipped": all_skipped(before, streams),
     }
+
+
+def all_skipped(before: dict, streams: dict) -> dict:
+    """The images that were skipped up to now, as in reached_after, where `before` and `streams` are explained too."""
+    found = {part: distributed.merged(stream.broken) for part, stream in streams.items()}
+    return before["skipped"] | {part: before["skipped"].get(part, {}) | broken for part, broken in found.items()}
 
 
 def progress_line(epochs: int, values: dict, selected: dict, reached: dict) -> str:
@@ -266,9 +284,12 @@ def progress_line(epochs: int, values: dict, selected: dict, reached: dict) -> s
 
 
 def save(folder: Path, args: argparse.Namespace, images: ImageFiles, state: dict) -> None:
-    """Write checkpoint.pt and, after the best epoch so far, best.pt. state: network, optimizer and what was reached."""
+    """Write checkpoint.pt and, at the end of the best epoch so far, best.pt.
+
+    state: network, optimizer and what was reached.
+    """
     state = state | {"classes": images.classes, "training_images": len(images), "args": vars(args)}
-    if state["best"]["epoch"] == state["epoch"]:
+    if "within" not in state and state["best"]["epoch"] == state["epoch"]:
         save_checkpoint(folder / "best.pt", "imagenet", state)
     save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
 
@@ -301,12 +322,12 @@ def finish(
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
-    command = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
+    evaluate = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"classify images by: {command} --predict PATH\n"
-        f"next: {command}"
+        f"classify images by: {evaluate} --predict PATH\n"
+        f"next: {evaluate}"
     )
 
 

@@ -1,6 +1,7 @@
-"""Plumbing shared by the scripts: flags, devices, seeds, run folders, checkpoints. Knows nothing of cells."""
+"""Plumbing shared by the scripts: flags, devices, seeds, signals, run folders, checkpoints. Knows nothing of cells."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -13,8 +14,10 @@ import pickle
 import platform
 import re
 import shlex
+import signal
 import struct
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -166,6 +169,10 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(message)
 
+    def print_help(self, file=None):
+        keep_printing()
+        super().print_help(file)
+
     def parse_known_args(self, args=None, namespace=None):
         """As argparse does, but that ~ at the start of a text or path stands for the home folder, as in a shell.
 
@@ -288,6 +295,12 @@ def add_cuda_graphs_flag(group: argparse._ActionsContainer) -> None:
     group.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
+def add_checkpoint_minutes_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of scripts that save within an epoch."""
+    text = "minutes between checkpoints within an epoch, beside those at its end; 0: after every step"
+    group.add_argument("--checkpoint_minutes", type=number(float, 0), default=10.0, help=text)
+
+
 def parse_resumable(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
@@ -298,8 +311,8 @@ def parse_resumable(
 ) -> argparse.Namespace:
     """Parse the flags of a training script; with --resume RUN, those of that run's checkpoint.
 
-    Flags given beside --resume must agree with the run, but for --device and those in `may_change`; --output_dir must
-    be its folder.
+    Flags given beside --resume must agree with the run, but for --device, --checkpoint_minutes and those in
+    `may_change`; --output_dir must be its folder.
     keys: what the checkpoint has to hold.
     before: of flags that runs of older versions lack, the values that these went by, where the defaults are others.
     """
@@ -315,11 +328,11 @@ def parse_resumable(
     saved = {**(before or {}), **saved, "output_dir": str(folder)}
     if args.output_dir and Path(args.output_dir).resolve() == folder.resolve():
         args.output_dir = str(folder)
-    explicit = explicit_flags(parser, argv) - {"resume"}
-    for name in sorted(explicit - {"device", *may_change}):
+    explicit, may_change = explicit_flags(parser, argv) - {"resume"}, {"device", "checkpoint_minutes", *may_change}
+    for name in sorted(explicit - may_change):
         if saved.get(name) != getattr(args, name):
             parser.error(f"argument --{name}: the run to resume has {saved.get(name)}, and a resumed run keeps it")
-    kept = {name: getattr(args, name) for name in explicit & {"device", *may_change}}
+    kept = {name: getattr(args, name) for name in explicit & may_change}
     return argparse.Namespace(**{**vars(args), **saved, **kept, "resume": args.resume})
 
 
@@ -358,12 +371,14 @@ def keep_freed_memory() -> None:
 
 
 def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
-    """What every script does first: settle the device, seed, keep memory, print at once.
+    """What every script does first: listen to signals, settle the device, seed, keep memory, print at once.
 
     shared: whether processes of torchrun can share the script's work.
     Exits with status 2 for a wrong --device, an --output_dir that cannot be written to, --compile where that does not
     work, or torchrun where it is no use.
     """
+    signals.listen()
+    keep_printing()
     process = this_process()
     if not shared and process.world > 1:
         fail("torchrun: this script works in one process; start it with python")
@@ -381,10 +396,29 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     if args.tf32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     keep_freed_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # into files and pipes too
     set_seed(args.seed)
     return device
+
+
+class Tolerant(io.FileIO):
+    """A file of text for people, such as stdout, whose reader may go away: what cannot be written then is dropped."""
+
+    def write(self, text) -> int:
+        try:
+            return super().write(text)
+        except OSError:  # a closed pipe (`| head`), a terminal that is gone, a full disk
+            return len(text)
+
+
+def keep_printing() -> None:
+    """Print line by line, and let no run end because nobody can read any more what it prints."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper and type(getattr(stream.buffer, "raw", stream.buffer)) is io.FileIO:
+            stream.flush()
+            buffer = io.BufferedWriter(Tolerant(stream.fileno(), "w", closefd=False))
+            ours = io.TextIOWrapper(buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+            setattr(sys, name, ours)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -406,12 +440,128 @@ def check_writable(folder: str | Path) -> None:
         raise ValueError(f"expected a folder that can be written to, got {folder}")
 
 
+# ------------------------------------------------------------------------------------------------------ signals
+
+
+class Signals:
+    """What signals ask of this process.
+
+    SIGINT (Ctrl-C) and SIGTERM end the script by one line, with exit status 130 and 143: at once or, within `held`,
+    where the loop that trains asks for `stop` after a step. A second one, from a second after the first, ends the
+    process at once (programs that pass a signal on often send it twice).
+    SIGUSR1 asks for a checkpoint: `save`. SIGHUP, of a terminal that was closed, is ignored.
+
+    stop: the number of the signal that the script is to end by, or 0.
+    """
+
+    def __init__(self):
+        self.stop, self.save, self._received, self._react = 0, False, 0.0, self.end
+
+    def listen(self) -> None:
+        """From now on, react to signals. What the parent process has set to be ignored stays so."""
+        self.__init__()
+        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+            return
+        handlers = {"SIGINT": self._stop, "SIGTERM": self._stop, "SIGUSR1": self._save, "SIGHUP": signal.SIG_IGN}
+        for name, handler in handlers.items():
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame) -> None:
+        if not self.stop:
+            self.stop, self._received = number, time.monotonic()
+            self._react()
+        elif time.monotonic() > self._received + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _save(self, number: int, frame) -> None:
+        self.save = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, SIGINT and SIGTERM wait: until its end, unless `stop` is asked for before."""
+        with self._reacting(lambda: None):
+            yield
+        if self.stop:
+            self._react()
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Within it, SIGINT and SIGTERM raise KeyboardInterrupt; also one that has waited."""
+        with self._reacting(self._interrupt):
+            if self.stop:
+                self._interrupt()
+            yield
+
+    @contextlib.contextmanager
+    def _reacting(self, react: Callable[[], None]) -> Iterator[None]:
+        before, self._react = self._react, react
+        try:
+            yield
+        finally:
+            self._react = before
+
+    @staticmethod
+    def _interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def tell(self) -> None:
+        """Say, in the first process, by which signal the script ends, and how to go on with the run if there is one."""
+        if this_process().rank:
+            return
+        line = f"{script_path().name}: ended by {signal.Signals(self.stop).name}"
+        for folder in _held:
+            if (folder / "checkpoint.pt").exists():
+                line += f"; go on with: {command()} --resume {shown(short(folder))}"
+        print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """End the script by the signal that was received."""
+        self.tell()
+        sys.exit(128 + self.stop)
+
+
+signals = Signals()  # of this process
+
+
+def command() -> str:
+    """The command that this script was started by, without its flags: for example "python train_cifar.py"."""
+    words = [word for word in sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1] if word != "-u"]
+    process = this_process()
+    if not process.master:
+        return shlex.join(["python", *words])
+    nodes = process.world // process.local_world
+    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "..."]
+    return " ".join(["torchrun", *where, f"--nproc_per_node={process.local_world}", shlex.join(words)])
+
+
+def short(path: Path) -> Path:
+    """An absolute path, relative to the working directory where it lies there."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 # ----------------------------------------------------------------------------------------------- random numbers
 
 
 def set_seed(seed: int) -> None:
     """Seed torch's global random streams (CPU and CUDA), which dropout and initialisation draw from."""
     torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's global random streams are: that of the CPU and that of a CUDA device."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put torch's global random streams to where they were. On another kind of device, its own go on as they are."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def derive_seed(seed: int, *keys: int) -> int:
@@ -705,10 +855,11 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         fail(f"{flag}: {folder} is in use: {holder} writes to it")
     except OSError as error:  # file systems that have no locks
         print(f"note: {folder} cannot be locked ({error.strerror}); see to it that no other run uses it")
-    file.seek(0)
-    file.truncate()
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
+    with writes(folder / "run.lock"):
+        file.seek(0)
+        file.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
     _held[key] = file
 
 
@@ -797,6 +948,8 @@ class RunLog:
                 file.writelines(to_json(line) + "\n" for line in kept)
             write_config(folder, args, device)
             self.writer = SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
+        threading.excepthook = _not_of_tensorboard
+        atexit.register(self._flush)
 
     def log(self, step: int, **values) -> None:
         """Record values at a step: numbers go to TensorBoard too."""
@@ -809,11 +962,23 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, step)
 
+    def _flush(self) -> None:
+        """Write the last events of a run that ends before its time. One that ends because it cannot write does not."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self.writer.flush()
+
     def close(self) -> None:
         """End the record, and let other processes write to the folder."""
+        atexit.unregister(self._flush)
         with writes(self.path):
             self.writer.close()
         release_folder(self.folder)
+
+
+def _not_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """threading.excepthook without the thread that writes TensorBoard's events, whose errors are raised in log."""
+    if not isinstance(args.exc_value, OSError) or "Writer" not in type(args.thread).__name__:
+        threading.__excepthook__(args)
 
 
 def whole_lines(path: Path) -> list[dict]:

@@ -120,6 +120,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    utils.signals.listen()
+    utils.keep_printing()
     with utils.user_input("--arch"):
         genotype = load_genotype(args.arch)
     folder = utils.output_folder(args)

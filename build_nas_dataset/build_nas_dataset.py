@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 if not __package__:  # started as a file, the path that the published README names: packages are found beside the folder
@@ -43,6 +43,7 @@ from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from models.supernet import Supernet, SupernetConfig
+from training.checkpoints import Checkpoints
 from training.cifar import load_parts
 from training.flags import check_image_size
 from training.images import ImageSet, balanced_batch, check_classes, num_balanced, split, train_batches
@@ -61,6 +62,7 @@ from utils import (
     UNREAD,
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     add_cuda_graphs_flag,
     autocast,
@@ -83,6 +85,7 @@ from utils import (
     settle_amp,
     shipped,
     shown,
+    signals,
     stop_if_diverged,
     user_input,
     versions,
@@ -179,6 +182,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--cutout_size", type=number(int, 0), default=16, help="side of the square cut out of images, pixels; 0: none")
     add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
     add_cuda_graphs_flag(group)
+    add_checkpoint_minutes_flag(group)
     add("--resume", help="run folder, or its checkpoint.pt, to go on with")
 
 
@@ -257,16 +261,21 @@ def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.
     return optimizer
 
 
-def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
+def train_epoch(
+    supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device, checkpoints=None
+) -> dict:
     """Train for one epoch over the images, one random genotype of the pool a step. Returns mean loss and accuracy."""
+    checkpoints = checkpoints or Checkpoints(network=supernet)
     set_seed(derive_seed(args.seed, epoch))
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
     choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-    totals, parameters = torch.zeros(2, device=device), list(supernet.parameters())  # finding them takes milliseconds
+    parameters = list(supernet.parameters())  # finding them takes milliseconds
     supernet.train()
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
+    first, totals = checkpoints.done, checkpoints.begin(epoch)
+    bar = progress_bar(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
+    for step, (x, labels) in enumerate(bar, start=first):
         done = epoch * steps + step
         set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
         with autocast(args.amp, device):
@@ -278,6 +287,8 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
         clip_gradients(supernet, parameters, args.grad_clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        checkpoints.after_step(step + 1)
+    set_lr(optimizer, cosine((epoch + 1) * steps - 1, args.epochs * steps, args.lr_max, args.lr_min))
     loss, accuracy = (totals / steps).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
 
@@ -333,6 +344,7 @@ class Run:
         self.epochs_done, self.seconds = 0, {"training": 0.0, "scoring": 0.0}
         if state:
             self._go_on_from(state)
+        self.checkpoints = Checkpoints(args.checkpoint_minutes, self.supernet, self.save, state)
         self.log = RunLog(self.folder, args, device, self.epochs_done if state else None, state.get("lines"))
 
     def _go_on_from(self, state: dict) -> None:
@@ -343,8 +355,8 @@ class Run:
             load_optimizer(self.optimizer, state["optimizer"])
         self.scores, self.epochs_done, self.seconds = state["scores"], state["epoch"], state["seconds"]
 
-    def save(self) -> None:
-        """Write checkpoint.pt, which --resume goes on from."""
+    def save(self, part: dict | None = None) -> None:
+        """Write checkpoint.pt, which --resume goes on from. part: of an epoch under way, see Checkpoints."""
         state = {
             "supernet": self.supernet.state_dict(),
             "supernet_config": asdict(self.supernet.config),
@@ -356,13 +368,21 @@ class Run:
             **split_of(self.train_images, self.held_out),
             "args": vars(self.args),
         }
-        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state)
+        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state | (part or {}))
+
+    def save_scores(self) -> None:
+        """Save within a scoring; end the script if a signal asked for that."""
+        self.save()
+        signals.save = False
+        if signals.stop:
+            signals.end()
 
     def train(self, epoch: int) -> None:
         """Train for one epoch, log it and save. Ends the script when training has diverged."""
-        started, args = time.monotonic(), self.args
+        started, args = time.monotonic() - self.checkpoints.seconds, self.args
+        parts = self.supernet, self.optimizer, self.train_images, self.pool
         with enough_memory(SAVE_MEMORY):
-            values = train_epoch(self.supernet, self.optimizer, self.train_images, self.pool, args, epoch, self.device)
+            values = train_epoch(*parts, args, epoch, self.device, self.checkpoints)
         self.seconds["training"] += time.monotonic() - started
         stop_if_diverged(epoch + 1, values["loss"], self.supernet, advice="a smaller --lr_max may help")
         self.epochs_done = epoch + 1
@@ -376,7 +396,7 @@ class Run:
         """Score all genotypes that this scoring, from 0, has not scored yet; log it and save."""
         row, batches = self.scores[scoring], scoring_batches(self.held_out, self.args, scoring)
         with enough_memory(SAVE_MEMORY):
-            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save)
+            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save_scores)
         stability = {"tau_to_previous": tau(self.scores[scoring - 1], row)} if scoring else {}
         self.log.log(self.epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
         print(
@@ -420,12 +440,13 @@ def main(args: argparse.Namespace) -> None:
         f" on {device}: {run.folder}"
     )
     first_epoch = run.epochs_done
-    for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
-        if epoch >= first_epoch:
-            run.train(epoch)
-        scoring = epoch - (args.epochs - args.scorings)
-        if scoring >= 0 and run.scores[scoring].isnan().any():
-            run.score(scoring)
+    with signals.held():
+        for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
+            if epoch >= first_epoch:
+                run.train(epoch)
+            scoring = epoch - (args.epochs - args.scorings)
+            if scoring >= 0 and run.scores[scoring].isnan().any():
+                run.score(scoring)
     run.finish()
 
 

@@ -69,6 +69,11 @@ def weights_file(folder: Path, key: str, k: int) -> Path:
     return folder / "weights" / f"{key}-{k}.pt"
 
 
+def unfinished_file(folder: Path, key: str, k: int) -> Path:
+    """The file in which a candidate is saved within round k (from 0)."""
+    return folder / "weights" / f"{key}-{k}-unfinished.pt"
+
+
 def read_parts(folder: Path, names: str = "checkpoint*.pt", order: Iterable[str] = ()) -> dict[str, dict]:
     """The latest result of every candidate by its key, from the files of all processes.
 

@@ -42,6 +42,7 @@ from build_nas_dataset.candidates import (
     read_parts,
     rounds_done,
     said_of,
+    unfinished_file,
     weights_file,
 )
 from build_nas_dataset.scoring import check_split, split_of
@@ -49,6 +50,7 @@ from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.cifar import (
     REFERENCE_FLAGS,
     accuracy,
@@ -64,6 +66,7 @@ from training.steps import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     all_finite,
     explicit_flags,
@@ -76,6 +79,7 @@ from utils import (
     save_checkpoint,
     shipped,
     shown,
+    signals,
     user_input,
     write_json,
 )
@@ -97,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("search and checkpoints")
     group.add_argument("--halving", action="store_true", help="successive halving: stop the worse candidates early")
     group.add_argument("--eta", type=number(int, 2), default=3, help="with --halving, one candidate in eta goes on")
+    add_checkpoint_minutes_flag(group)
     group.add_argument("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", tuple(MAY_CHANGE), ("results", "candidates"))
@@ -125,10 +130,15 @@ def plan(candidates: int, args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 class Weights(NamedTuple):
-    """The files with a candidate's weights: the one to go on from, and the one to leave for the next round, if any."""
+    """The files with a candidate's weights.
+
+    before: the one to go on from, if any. after: the one to leave for the next round, if any.
+    unfinished: the one for checkpoints within the round; None: there are none.
+    """
 
     before: Path | None = None
     after: Path | None = None
+    unfinished: Path | None = None
 
 
 NO_WEIGHTS = Weights()
@@ -148,21 +158,31 @@ def train_candidate(
 
     known: what the file of the candidates knows of it. before: its result of the round before, None in the first.
     """
-    started, start_epoch = time.monotonic(), 0
+    started, state = time.monotonic(), {"epoch": 0}
     if args.compile:
         torch.compiler.reset()  # else it gives up after a few networks
     network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
-    if weights.before:
+    stopped = weights.unfinished and weights.unfinished.exists()
+    if source := weights.unfinished if stopped else weights.before:
         with user_input("--resume", everywhere=True):  # each process has candidates of its own
-            state = load_checkpoint(weights.before, "candidate", ("network", "optimizer", "epoch"))
-            go_on_from(state, weights.before, network, optimizer)
-        start_epoch = state["epoch"]
-    loss = train(network, images, args, device, optimizer, start_epoch)["loss"]
-    measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
+            state = load_checkpoint(source, "candidate", ("network", "optimizer", "epoch"))
+            go_on_from(state, source, network, optimizer)
+    started -= state.get("seconds", 0.0)
+
+    def save(path: Path, part: dict) -> None:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(path, "candidate", state | part)
+
+    def save_within(part: dict) -> None:
+        save(weights.unfinished, part | {"seconds": time.monotonic() - started})
+
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_within if weights.unfinished else None, state)
+    loss = train(network, images, args, device, optimizer, state["epoch"], checkpoints=checkpoints)["loss"]
+    with checkpoints.interruptible():
+        measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
     if weights.after:
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": args.epochs}
-        save_checkpoint(weights.after, "candidate", state)
+        save(weights.after, {"epoch": args.epochs})
     earlier = before["training"] if before else {"rounds": [], "seconds": 0.0}
     this_round = {
         "epochs": args.epochs,
@@ -255,21 +275,24 @@ class Run:
         distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
 
     def train_candidates(self, keys: list[str], k: int, rounds: list[tuple[int, int]]) -> None:
-        """Train candidates in round k one after the other, and save after each."""
+        """Train candidates in round k one after the other, and save after each and within each."""
         args = argparse.Namespace(**{**vars(self.args), "epochs": rounds[k][1]})
         for i, key in enumerate(keys, 1):
             weights = Weights(
                 before=weights_file(self.folder, key, k - 1) if k else None,
                 after=weights_file(self.folder, key, k) if k + 1 < len(rounds) else None,
+                unfinished=unfinished_file(self.folder, key, k),
             )
             genotype, known = self.candidates[key]
-            with distributed.alone():
-                result = train_candidate(
-                    genotype, known, self.images, self.held_out, args, self.device, self.results.get(key), weights
-                )
-            self.own[key] = self.results[key] = result
-            self.log_round([key], k)
-            self.save()
+            with signals.held():
+                with distributed.alone():
+                    result = train_candidate(
+                        genotype, known, self.images, self.held_out, args, self.device, self.results.get(key), weights
+                    )
+                self.own[key] = self.results[key] = result
+                self.log_round([key], k)
+                self.save()
+            weights.unfinished.unlink(missing_ok=True)
             if self.log:
                 write_json(self.folder / "results.json", by_accuracy(list(self.results.values())))
                 training = result["training"]

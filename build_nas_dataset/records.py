@@ -17,7 +17,7 @@ import torch
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.cost import genotype_cost
-from utils import atomic_file, check_tensors, from_json, one_line, to_json
+from utils import atomic_file, check_tensors, from_json, one_line, to_json, writes
 
 FORMAT, VERSION = "nas-dataset", 1
 TORCH_MAGIC = b"PK\x03\x04", b"\x80"  # how torch's files begin: a zip archive, or a pickle (torch before 1.6)
@@ -44,7 +44,7 @@ class Record:
 
 def write_records(path: str | Path, records: Iterable[Record], header: dict) -> None:
     """Write a NAS dataset, whole or not at all. header: how the accuracies came about."""
-    with atomic_file(path) as file:
+    with writes(path), atomic_file(path) as file:
         file.write(to_json({"format": FORMAT, "version": VERSION, **header}) + "\n")
         for record in records:
             file.write(to_json(record.to_dict()) + "\n")

@@ -24,7 +24,7 @@ from models.supernet import Supernet, SupernetConfig
 from training.image_parts import TEST_SEED
 from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
 from training.own_images import asked_split, settle_split
-from utils import autocast, load_checkpoint, of_this_version, progress_bar
+from utils import autocast, load_checkpoint, of_this_version, progress_bar, signals
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
@@ -90,13 +90,14 @@ def score_pool(
     """Score the genotypes of the pool whose entry in `scores` (P,) is NaN, and fill these in.
 
     batches, amp: as in `score`. The time that it takes is added to seconds["scoring"].
-    save(): called every minute, so that a stop loses no more, but not at the end.
+    save(): called every minute and when a signal asks for it, so that a stop loses no more, but not at the end.
     """
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
     for i in progress_bar(todo, desc="scoring"):
         results[i] = score(supernet, pool[i], batches, amp)
-        if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
+        asked = signals.stop or signals.save
+        if asked or time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
             scores[list(results)] = torch.stack(list(results.values())).cpu()
             seconds["scoring"] += time.monotonic() - saved
             saved, results = time.monotonic(), {}
@@ -133,7 +134,7 @@ def label_checksum(images: ImageSet) -> int:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on, which travel with the files that are passed on."""
-    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs")
+    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs", "checkpoint_minutes")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 

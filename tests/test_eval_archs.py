@@ -179,7 +179,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
 
 
 def test_seconds_are_those_of_all_rounds(monkeypatch):
-    monkeypatch.setattr(eval_archs, "train", lambda *args: {"loss": 2.0})
+    monkeypatch.setattr(eval_archs, "train", lambda *args, checkpoints: {"loss": 2.0})
     monkeypatch.setattr(eval_archs, "accuracy", lambda *args: 0.5)
     args = eval_archs.parse_args("--layers 1 --channels 4".split())
     first = {"epochs": 1, "held_out_accuracy": 0.4, "loss": 3.0, "seconds": 100.0}

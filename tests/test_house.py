@@ -30,6 +30,7 @@ OTHER_FLAGS = {
     "--logdir",
     "--index-url",
     "--shm-size",
+    "--signal",
 }  # of other programs
 PACKAGES = ("models", "generation", "training", "build_nas_dataset")
 SCRIPTS = (

@@ -338,10 +338,10 @@ def test_images_that_were_skipped_before_a_stop_are_told_at_the_end(images, tmp_
     (broken / "train" / "red" / "3.jpg").write_bytes(b"no image")
     train_epoch = train_imagenet.train_epoch
 
-    def stop_in_the_second(step, stream, args, epoch, device):
+    def stop_in_the_second(step, stream, args, epoch, *rest):
         if epoch == 1:
             raise KeyboardInterrupt
-        return train_epoch(step, stream, args, epoch, device)
+        return train_epoch(step, stream, args, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_imagenet, "train_epoch", stop_in_the_second)

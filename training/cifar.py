@@ -11,11 +11,13 @@
 import argparse
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 
 from models.network import CifarConfig, CifarNetwork
 from training import distributed, steps
+from training.checkpoints import Checkpoints
 from training.flags import (
     add_network_flags,
     add_step_flags,
@@ -35,7 +37,7 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, cosine, derive_seed, fail, number, set_seed, user_input
+from utils import UNREAD, cosine, derive_seed, fail, number, set_lr, set_seed, user_input
 
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
 OPTIMIZERS = {"sgd": (0.025, 3e-4), "adabelief": (ADABELIEF_LR, 5e-4)}
@@ -171,6 +173,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     start_epoch: int = 0,
     after_epoch: Callable[[int, dict], None] = lambda epochs_done, values: None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train up to epoch args.epochs of a schedule of args.schedule_epochs. Returns what train_epoch says of the last.
 
@@ -180,19 +183,25 @@ def train(
     step = Step(network, optimizer or build_optimizer(network, args), args, device)
     values = {}
     for epoch in range(start_epoch, args.epochs):
-        values = train_epoch(step, images, args, epoch, device)
+        values = train_epoch(step, images, args, epoch, device, checkpoints)
         after_epoch(epoch + 1, values)
     return values
 
 
 def train_epoch(
-    step: Step, images: ImageSet, args: argparse.Namespace, epoch: int, device: torch.device
+    step: Step,
+    images: ImageSet,
+    args: argparse.Namespace,
+    epoch: int,
+    device: torch.device,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train for one epoch: {"loss", "train_accuracy", "lr" of the last step, "seconds"}.
 
     Every random stream starts anew from the seed and the epoch, so that a resumed run draws what the run would have.
     """
-    started = time.monotonic()
+    checkpoints = checkpoints or Checkpoints(network=step.network)
+    started = time.monotonic() - checkpoints.seconds
     set_seed(derive_seed(args.seed, epoch, 0, distributed.rank()))  # for dropout and drop path of this process
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     epoch_steps = len(images) // args.batch_size
@@ -201,12 +210,13 @@ def train_epoch(
     progress = torch.arange(first + 1, first + epoch_steps + 1, device=device) / all_steps
     part = distributed.share(args.batch_size)
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    own_parts = ((x[part], labels[part]) for x, labels in batches)
+    own_parts = ((x[part], labels[part]) for x, labels in islice(batches, checkpoints.done, None))
 
     def learning_rate(i: int) -> float:
         return cosine(first + i, all_steps, args.lr_max, args.lr_min)
 
-    values = train_steps(step, own_parts, progress, learning_rate, f"epoch {epoch + 1}")
+    values = train_steps(step, own_parts, progress, learning_rate, epoch, checkpoints)
+    set_lr(step.optimizer, learning_rate(epoch_steps - 1))  # for an epoch whose steps were all done before a stop
     lr = float(step.optimizer.param_groups[0]["lr"])
     return values | {"lr": lr, "seconds": time.monotonic() - started}
 

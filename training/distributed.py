@@ -11,9 +11,11 @@ Every process reads the same flags and files, so bad input ends all of them alik
 
 import atexit
 import contextlib
+import functools
 import gc
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -68,6 +70,7 @@ def finish() -> None:
     default argument.
     """
     if dist.is_initialized():
+        _cpu_group.cache_clear()
         gc.collect()
         dist.destroy_process_group()
 
@@ -129,9 +132,12 @@ def average_buffers(network: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes are here; signals are still heeded, unlike in a call that only waits."""
     if world() > 1:
-        dist.barrier()
+        waiting = dist.barrier(async_op=True)
+        while not waiting.is_completed():
+            time.sleep(0.01)
+        waiting.wait()
 
 
 @contextlib.contextmanager
@@ -154,13 +160,33 @@ def first_process_first() -> Iterator[None]:
     same_everywhere(True)
 
 
-def merged(own: dict) -> dict:
-    """The entries of the dicts of all processes in one dict."""
+def gathered(own: Any) -> list:
+    """The values that the processes have, by their numbers."""
     parts = [own]
     if world() > 1:
         parts = [None] * world()
         dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}
+    return parts
+
+
+def merged(own: dict) -> dict:
+    """The entries of the dicts of all processes in one dict."""
+    return {key: value for part in gathered(own) for key, value in part.items()}
+
+
+def largest(value: int) -> int:
+    """The largest of the numbers that the processes have. They meet on the CPU, so that no GPU is waited for."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(tensor)
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """The process group for tensors on the CPU; None stands for the group of all else, where that is it."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def same_everywhere(value: Any) -> Any:

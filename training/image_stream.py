@@ -13,6 +13,7 @@ any number of workers and of training processes.
 import contextlib
 import multiprocessing.queues
 import os
+import signal
 import sys
 import time
 import traceback
@@ -189,7 +190,18 @@ def through_pipe(batch: Batch) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """Make a worker end when a batch cannot be sent (for example, too many open files), so that the run ends too."""
+    """Make a worker end when a batch cannot be sent (for example, too many open files), so that the run ends too.
+
+    Signals that reach all processes of a terminal or a batch job are for the training process, which ends its workers
+    when it has saved. It does so by SIGTERM where one hangs, so that a second one is heeded.
+    """
+
+    def ignore_once(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in {"SIGINT", "SIGUSR1", "SIGHUP"} & signal.__dict__.keys():  # Windows lacks some
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
 
     def end(error: Exception, batch: object):
         traceback.print_exception(error, file=sys.stderr)
@@ -258,9 +270,9 @@ class Stream:
             pin_memory=self.pin_memory,
         )
 
-    def read(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch in order, as the workers make them."""
-        self.keys[:] = [(epoch, batch.numpy()) for batch in self.batches(epoch)]
+    def read(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch in order from number `first`, as the workers make them."""
+        self.keys[:] = [(epoch, batch.numpy()) for batch in self.batches(epoch)[first:]]
         batches = iter(self.loader)
         while True:
             started = time.monotonic()
@@ -303,12 +315,12 @@ class TrainStream(Stream):
         order = torch.randperm(len(self.files), generator=generator)[: len(self) * self.batch_size]
         return [batch[self.rank :: self.world] for batch in order.split(self.batch_size)]
 
-    def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of x (B, 3, S, S) float in channels_last layout and labels (B,), normalised.
+    def epoch(self, epoch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of x (B, 3, S, S) float in channels_last layout and labels (B,), normalised, from number `first`.
 
         In the place of images that are skipped, others of the batch are repeated.
         """
-        for batch in self.read(epoch):
+        for batch in self.read(epoch, first):
             if batch.broken:
                 if not len(batch.labels):
                     raise ValueError(f"{self.files.part.path}: not one image of a batch can be read")
@@ -326,9 +338,9 @@ class EvalStream(Stream):
         index = torch.arange(len(self.files))[self.rank :: self.world]
         return list(index.split(self.batch_size)) if len(index) else []
 
-    def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised batches of x (B, 3, S, S) float in channels_last layout and labels (B,), without broken images."""
-        for batch in self.read(epoch):
+        for batch in self.read(epoch, first):
             if len(batch.labels):
                 yield normalize(to_device(batch.images, device), MEAN, STD), to_device(batch.labels, device)
 

@@ -19,6 +19,7 @@ import torch
 
 from models.network import ImageNetConfig, ImageNetNetwork
 from training import distributed, steps
+from training.checkpoints import Checkpoints
 from training.flags import (
     ALREADY_SO,
     add_network_flags,
@@ -116,8 +117,8 @@ def check_training_flags(
 
     processes: the number of processes that share a batch. given: the flags that were given.
     """
-    check_data_flags(parser, args, given, args.accumulate * processes)
     args.schedule_epochs = args.schedule_epochs or args.epochs
+    check_data_flags(parser, args, given, args.accumulate * processes)
     optimizer_defaults(args, OPTIMIZERS, "lr")
     check_step_flags(parser, args, processes)
     check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes, given)
@@ -218,10 +219,10 @@ def free_shared_memory() -> int | None:
         return None
 
 
-def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device) -> Iterator:
-    """The batches of a stream; an image that cannot be read ends the script with one line that names it."""
+def readable(stream: TrainStream | EvalStream, epoch: int, device: torch.device, first: int = 0) -> Iterator:
+    """The batches of a stream from number `first`; an image that cannot be read ends the script with its name."""
     with user_input("--data", everywhere=True):  # each process reads other images
-        yield from stream.epoch(epoch, device)
+        yield from stream.epoch(epoch, device, first)
 
 
 # ------------------------------------------------------------------------------------------------ training and accuracy
@@ -233,21 +234,28 @@ def build_optimizer(network: ImageNetNetwork, args: argparse.Namespace) -> torch
 
 
 def train_epoch(
-    step: Step, stream: TrainStream, args: argparse.Namespace, epoch: int, device: torch.device
+    step: Step,
+    stream: TrainStream,
+    args: argparse.Namespace,
+    epoch: int,
+    device: torch.device,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train for one epoch: {"loss", "train_accuracy", "lr", "seconds", "data_wait": share of the time without data}.
 
     Every random stream starts anew from the seed and the epoch, so that a resumed run draws what the run would have.
     """
-    started, waited = time.monotonic(), stream.waited
+    checkpoints = checkpoints or Checkpoints(network=step.network)
+    started, waited, before = time.monotonic(), stream.waited, checkpoints.seconds
     set_seed(derive_seed(args.seed, epoch, stream.rank))  # for dropout and drop path of this process
     epoch_steps, lr = len(stream), args.lr * args.gamma ** (epoch // args.decay_period)
     first, all_steps = epoch * epoch_steps, args.schedule_epochs * epoch_steps
     progress = torch.arange(first + 1, first + epoch_steps + 1, device=device) / all_steps
     progress = progress.clamp(max=1)  # in epochs beyond the schedule, drop path stays as it is at its end
-    values = train_steps(step, readable(stream, epoch, device), progress, lambda _: lr, f"epoch {epoch + 1}")
+    batches = readable(stream, epoch, device, checkpoints.done)
+    values = train_steps(step, batches, progress, lambda _: lr, epoch, checkpoints)
     seconds = time.monotonic() - started
-    return values | {"lr": lr, "seconds": seconds, "data_wait": (stream.waited - waited) / seconds}
+    return values | {"lr": lr, "seconds": before + seconds, "data_wait": (stream.waited - waited) / seconds}
 
 
 def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
