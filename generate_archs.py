@@ -33,7 +33,7 @@ from build_nas_dataset.scoring import SupernetScorer, load_supernet
 from generation.evaluation import over_sampling_seeds, print_evaluation, print_over_sampling_seeds
 from generation.metrics import evaluate_cells, generation_metrics
 from generation.targets import LABEL_FLAGS, Limits, count, describe, wanted_labels
-from genotypes import NAG_SPACE, Genotype
+from genotypes import Genotype, SearchSpace
 from models.cost import genotype_cost
 from models.generator import Generator
 from models.network import CifarConfig
@@ -63,7 +63,9 @@ from utils import (
 # -------------------------------------------------------------------------------------------- drawing and ranking
 
 
-def read_nas_dataset(args: argparse.Namespace, checkpoint: dict, objectives: list[Objective]) -> list[Record] | None:
+def read_nas_dataset(
+    args: argparse.Namespace, checkpoint: dict, objectives: list[Objective], space: SearchSpace
+) -> list[Record] | None:
     """The NAS dataset, to tell which generated cells are new; None when it is not at hand.
 
     Ends the script when one that is named is not that of the GAN's training and --evaluate compares with it.
@@ -72,7 +74,7 @@ def read_nas_dataset(args: argparse.Namespace, checkpoint: dict, objectives: lis
     if not args.nasbench_data and path.endswith("data/nasdata.jsonl") and not Path(path).exists():
         path = shipped("data/nasdata.jsonl")  # it was trained in another folder
     try:
-        records = read_records(path)
+        records = read_records(path, space)
         if args.evaluate or not args.nasbench_data:
             check_nas_dataset(path, records, objectives)
         return records
@@ -125,8 +127,9 @@ def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[
             first.setdefault(canonical, genotype)
     entries = []
     for canonical, genotype in first.items():
-        params, macs = genotype_cost(genotype, *limits.network)
-        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical], "params": params, "macs": macs}
+        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical]}
+        if limits.counted:
+            entry |= genotype_cost(genotype, *limits.network)._asdict()
         entries.append(entry if known is None else {**entry, "novel": canonical not in known})
     return entries
 
@@ -135,7 +138,8 @@ def rank(entries: list[dict], predictor: Predictor, objectives: list[Objective],
     """Add what predictor and supernet expect of the entries, and put those of the highest accuracy first."""
     if not entries:
         return
-    names, genotypes = [objective.name for objective in objectives], [Genotype.from_dict(e) for e in entries]
+    names, space = [objective.name for objective in objectives], predictor.config.space
+    genotypes = [Genotype.from_dict(entry, space) for entry in entries]
     for entry, quantiles in zip(entries, predictor.quantiles(genotypes).tolist(), strict=True):
         entry["predicted_quantiles"] = {name: round(q, 4) for name, q in zip(names, quantiles, strict=True)}
     if scorer is not None:
@@ -159,17 +163,16 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
     within += f", {len(entries)} kept" if len(entries) < found else ""
     print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
     if entries:
-        print("  index   #params       MACs  vertices  drawn  new  predicted quantile")
+        costs = "   #params       MACs" if limits.counted else ""
+        print(f"  index{costs}  vertices  drawn  new  predicted quantile")
     for entry in entries[:10]:
-        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in NAG_SPACE.cells)
+        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in limits.space.cells)
         new = {True: "yes", False: "no", None: "?"}[entry.get("novel")]
         quantiles = ", ".join(f"{name} {q:.2f}" for name, q in entry["predicted_quantiles"].items())
         if "supernet_accuracy" in entry:
             quantiles += f"  supernet {entry['supernet_accuracy']:.4f}"
-        print(
-            f"  {entry['index']:5d} {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M {vertices:>9}"
-            f" {entry['count']:6d}  {new:>3}  {quantiles}"
-        )
+        costs = f" {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M" if limits.counted else ""
+        print(f"  {entry['index']:5d}{costs} {vertices:>9} {entry['count']:6d}  {new:>3}  {quantiles}")
     if len(entries) > 10:
         print(f"  ... {len(entries) - 10} more in the file")
 
@@ -257,12 +260,14 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         predictor = Predictor.from_checkpoint(args.checkpoint, device)
     objectives = [Objective.from_dict(objective) for objective in checkpoint["objectives"]]
     check_objectives(args, objectives, single)
-    max_vertices = generator.config.max_vertices
-    combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices)
+    max_vertices, space = generator.config.max_vertices, generator.space
+    combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices, space)
+    if args.supernet and not limits.counted:
+        fail(f"--supernet: expected with a GAN of NAG's cells, got one of the space {space.name}")
     within = labels_within(limits, combinations, objectives)
     folder = output_folder(args)
     refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")
-    records = read_nas_dataset(args, checkpoint, objectives)
+    records = read_nas_dataset(args, checkpoint, objectives, space)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective.name}: Kendall tau {value:.3f} on records that it was not trained on")
@@ -271,7 +276,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
             print(f"{describe(labels, objectives)} is left out: not within the limits")
 
     scorer = open_scorer(args, device, max_vertices) if args.supernet else None
-    source = RandomCells(max_vertices) if args.random else generator
+    source = RandomCells(max_vertices, space) if args.random else generator
     drawn = {labels: draw(source, labels, args, limits) for labels in within}
     measures = Measures(predictor, objectives, scorer)
     results = collect(args, drawn, known, limits, measures)
@@ -293,8 +298,9 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         highest = max(entry["labels"] for entry in results)
         arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
         visualize, train = shown(shipped("visualize.py")), shown(shipped("train_cifar.py"))
-        print(f"next: python {visualize} --arch {arch}")
-        print(f"      python {train} --arch {arch}{network_flags(args, scorer)}")
+        flags = network_flags(args, scorer)
+        train = f"\n      python {train} --arch {arch}{flags}" if limits.counted else ""
+        print(f"next: python {visualize} --arch {arch}{train}")
 
 
 def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:
@@ -394,7 +400,8 @@ def evaluate_and_print(
     for objective in objectives:
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)
-    seeds, baseline = [args.seed + i for i in range(args.sampling_seeds)], RandomCells(max_vertices)
+    seeds = [args.seed + i for i in range(args.sampling_seeds)]
+    baseline = RandomCells(max_vertices, predictor.config.space)
     results: dict[str, list[dict]] = {}
     for seed in seeds:
         if seed != args.seed:

@@ -336,12 +336,12 @@ def finish(
     result |= {"seconds": state["seconds"], "images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
-    evaluate = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
+    command = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"classify images by: {evaluate} --predict PATH\n"
-        f"next: {evaluate}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

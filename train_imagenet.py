@@ -322,12 +322,12 @@ def finish(
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
-    evaluate = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
+    command = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"classify images by: {evaluate} --predict PATH\n"
-        f"next: {evaluate}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

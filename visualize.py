@@ -5,7 +5,8 @@
     python visualize.py --arch runs/demo/archs/genotypes.json:0 --format png
 
 A cell is drawn as the network reads it, that is pruned: data flows from the outputs of the two previous cells (cell
-k-2 and k-1, on the left) to this cell's output (cell k, on the right). An input that the cell does not use is dashed.
+k-2 and k-1, on the left) to this cell's output (cell k, on the right). An input that the cell does not use is dashed,
+and so is an op that passes nothing on. Genotypes of any search space are drawn.
 
 No Graphviz has to be installed: the package graphviz-pure lays out and draws, and svglib makes a PDF of its SVG. Where
 graphviz-pure is missing, a system's `dot` takes its place. Without either, the .gv files are still written, one line
@@ -50,7 +51,8 @@ def to_graphviz(cell: CellSpec, name: str) -> graphviz.Digraph:
             used = {"fillcolor": INPUT_COLOR} if any(cell.matrix[v]) else UNUSED
             sources.node(str(v), rf"{cell.ops[v]}\ncell k-{inputs - v}", **used)
     for v, op in enumerate(cell.ops[inputs:-1], start=inputs):
-        graph.node(str(v), op, fillcolor=OP_COLORS[ops.index(op) % len(OP_COLORS)])
+        look = UNUSED if op == cell.space.none_op else {"fillcolor": OP_COLORS[ops.index(op) % len(OP_COLORS)]}
+        graph.node(str(v), op, **look)
     graph.node(str(cell.num_vertices - 1), rf"{cell.space.output}\ncell k", fillcolor=OUTPUT_COLOR)
     for dst in range(cell.num_vertices):
         for src in cell.predecessors(dst):

@@ -21,6 +21,7 @@ import numpy as np
 from build_nas_dataset.records import read_records
 from build_nas_dataset.statistics import bootstrap_interval, tau
 from genotypes import Genotype, read_genotypes
+from models.ops import check_has_network
 from utils import load_checkpoint
 
 
@@ -42,6 +43,7 @@ def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:
         candidates = [(records[i].genotype, records[i].to_dict()) for i in dict.fromkeys(index.tolist())]
     distinct = {}
     for i, (genotype, known) in enumerate(candidates):
+        check_has_network(genotype.space)
         canonical = genotype.canonical()
         if canonical is None:
             raise ValueError(f"{path}, genotype {i} is not valid: a cell has no path from an input to the output")

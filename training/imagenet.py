@@ -117,8 +117,8 @@ def check_training_flags(
 
     processes: the number of processes that share a batch. given: the flags that were given.
     """
-    args.schedule_epochs = args.schedule_epochs or args.epochs
     check_data_flags(parser, args, given, args.accumulate * processes)
+    args.schedule_epochs = args.schedule_epochs or args.epochs
     optimizer_defaults(args, OPTIMIZERS, "lr")
     check_step_flags(parser, args, processes)
     check_image_size(parser, args, ImageNetNetwork.auxiliary_sizes, given)
