@@ -1,6 +1,6 @@
 """One's own images: a tree of class folders without a test part, which is split, and sets that are small.
 
-    fit_batch(144, 96)     # 72: two steps an epoch, and no image is left over
+    fit_batch(144, 96)     # 18: eight steps an epoch, and no image is left over
 
 Where images are few, the values of flags that were not given follow them, and a line says so. A value that is given is
 kept. Nothing here changes what is done with CIFAR and ImageNet, whose defaults are the published ones.
@@ -22,6 +22,7 @@ from utils import number, user_input
 
 OF_A_SPLIT = ("test_share", "test_seed", "test_checksum")  # what checkpoints hold of it, among their "args"
 FEW_BATCHES = 20  # with fewer images than so many batches of the default size, the size of a batch is fitted
+FEWEST_STEPS, SMALLEST_BATCH = 8, 16  # of an epoch with a fitted batch; images of such a batch
 FEW_DROPPED = 0.02  # share of the images that may be left over in an epoch by a fitted batch
 HELD_OUT_SHARE, FEW_PER_CLASS = 5, 3  # at most one image in 5 is held out, but 3 of each class
 
@@ -145,8 +146,8 @@ def settle_batch_size(args: argparse.Namespace, images: Sized, unsettled: Unsett
     if args.batch_size != default:
         left_now = len(images) % args.batch_size
         say(
-            f"--batch_size {args.batch_size}: it leaves over {left_now} of {len(images)} training images in an epoch, "
-            f"the default of {default} would leave {left}"
+            f"--batch_size {args.batch_size}: an epoch has {len(images) // args.batch_size} steps and leaves over "
+            f"{left_now} of {len(images)} training images, the default of {default} would leave {left}"
         )
 
 
@@ -164,18 +165,21 @@ def settle_scoring(args: argparse.Namespace, available: int, unsettled: Unsettle
 
 
 def fit_batch(images: int, batch_size: int, parts: int = 1) -> int:
-    """A size of at most batch_size that leaves over few images in an epoch, and can be cut into equal parts.
+    """A size that leaves over few images in an epoch of at least FEWEST_STEPS steps, and can be cut into equal parts.
 
-    It is the largest that leaves over FEW_DROPPED of them at most, else the one that leaves over the fewest;
-    batch_size itself where there are many images, or too few for any.
+    Of the sizes up to batch_size that leave over FEW_DROPPED of the images at most, it is the one nearest to that of
+    FEWEST_STEPS steps (but SMALLEST_BATCH images); if there is none, the one that leaves over the fewest. Of many
+    images, or too few for any, it is batch_size itself.
     """
     if images >= FEW_BATCHES * batch_size:
         return batch_size
-    steps = -(-images // batch_size)
-    sizes = [images // n // parts * parts for n in range(steps, 2 * steps + 1)]
-    sizes = [size for size in (batch_size, *sizes) if 2 * parts <= size <= images]
+    wanted = min(batch_size, max(SMALLEST_BATCH, images // FEWEST_STEPS))
+    sizes = [images // steps // parts * parts for steps in range(1, 2 * images // wanted + 2)]
+    sizes = [size for size in (batch_size, *sizes) if 2 * parts <= size <= min(images, batch_size)]
     few = [size for size in sizes if images % size <= FEW_DROPPED * images]
-    return few[0] if few else min(sizes, key=lambda size: images % size, default=batch_size)
+    if few:
+        return min(few, key=lambda size: abs(size - wanted))
+    return min(sizes, key=lambda size: images % size, default=batch_size)
 
 
 def fit_holdout(labels: torch.Tensor, num_classes: int, holdout: int) -> int:
