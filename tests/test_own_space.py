@@ -38,9 +38,10 @@ def project(tmp_path_factory):
         if name.parts[0] not in ("runs", ".venv", "tests", "benchmarks"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
+    genotypes = Path(ROOT, "genotypes.py").read_text().splitlines(keepends=True)
     edits = {
         "models/ops.py": ("OPS = {\n", "OPS = {\n" + OP_ENTRY),
-        "genotypes.py": (next(line for line in Path(ROOT, "genotypes.py").open() if '"identity")' in line), OP_NAMES),
+        "genotypes.py": (next(line for line in genotypes if '"identity")' in line), OP_NAMES),
     }
     for name, (old, new) in edits.items():
         (folder / name).write_text(replaced((folder / name).read_text(), old, new))
