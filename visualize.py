@@ -8,7 +8,8 @@
     python visualize.py --arch runs/demo/archs/genotypes.json --sheet
 
 A cell is drawn as the network reads it, that is pruned: data flows from the outputs of the two previous cells (cell
-k-2 and k-1, on the left) to this cell's output (cell k, on the right). An input that the cell does not use is dashed.
+k-2 and k-1, on the left) to this cell's output (cell k, on the right). An input that the cell does not use is dashed,
+and so is an op that passes nothing on. Genotypes of any search space are drawn.
 In a notebook, `visualize.show(genotype)` as the last line of a block shows both cells.
 
 No Graphviz has to be installed: the package graphviz-pure lays out and draws, and svglib makes a PDF of its SVG. Where
@@ -90,8 +91,8 @@ def _add_cell(graph: graphviz.Digraph, cell: CellSpec, prefix: str, vertices: se
             pair = (f"{prefix}{v - 1}", f"{prefix}{v}")
             sources.edge(*(reversed(pair) if prefix else pair), style="invis")  # frames stack them the other way round
     for v, op in enumerate(cell.ops[inputs:-1], start=inputs):
-        marks = MARKED if v in vertices else {}
-        graph.node(f"{prefix}{v}", op, fillcolor=color_of(op, cell.space), **marks)
+        look = UNUSED if op == cell.space.none_op else {"fillcolor": color_of(op, cell.space)}
+        graph.node(f"{prefix}{v}", op, **(look | (MARKED if v in vertices else {})))
     graph.node(f"{prefix}{output}", rf"{cell.space.output}\ncell k", fillcolor=OUTPUT_COLOR)
     for dst in range(cell.num_vertices):
         for src in cell.predecessors(dst):
@@ -268,6 +269,8 @@ def sources_of(found: list[tuple[str, Genotype, dict]], folder: Path) -> list[Pa
 
 
 def main(args: argparse.Namespace) -> None:
+    utils.signals.listen()
+    utils.keep_printing()
     folder = utils.output_folder(args)
     if args.sheet:
         with utils.user_input("--arch"):
