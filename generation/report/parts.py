@@ -3,7 +3,6 @@
 A section says what one run, or one NAS dataset, shows. It holds plain data and SVG; page.html.j2 lays it out.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
