@@ -841,8 +841,14 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
 
     The file run.lock says who holds it. Ends the script, naming the flag, when another process does.
     """
+    if holder := try_to_hold_folder(folder, flag):
+        fail(f"{flag}: {folder} is in use: {holder} writes to it", everywhere=True)
+
+
+def try_to_hold_folder(folder: Path, flag: str) -> str:
+    """As hold_folder, but another process that holds the lock does not end the script: says who it is, else ""."""
     if (key := folder.resolve()) in _held:
-        return
+        return ""
     with user_input(flag):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
@@ -852,7 +858,7 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        fail(f"{flag}: {folder} is in use: {holder} writes to it")
+        return holder
     except OSError as error:  # file systems that have no locks
         print(f"note: {folder} cannot be locked ({error.strerror}); see to it that no other run uses it")
     with writes(folder / "run.lock"):
@@ -861,6 +867,7 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
     _held[key] = file
+    return ""
 
 
 def release_folder(folder: Path) -> None:

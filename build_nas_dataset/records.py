@@ -11,6 +11,7 @@ A file is JSON lines: a header object, then one object a record. The reference's
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -48,11 +49,12 @@ class Record:
 
 def write_records(path: str | Path, records: Iterable[Record], header: dict) -> None:
     """Write a NAS dataset, whole or not at all. header: how the accuracies came about; the search space is added."""
-    records = list(records)
-    space = {"search_space": records[0].genotype.space.name} if records else {}
+    records = iter(records)  # they need not fit in the memory
+    first = list(islice(records, 1))
+    space = {"search_space": first[0].genotype.space.name} if first else {}
     with writes(path), atomic_file(path) as file:
         file.write(to_json({"format": FORMAT, "version": VERSION, **space, **header}) + "\n")
-        for record in records:
+        for record in chain(first, records):
             file.write(to_json(record.to_dict()) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The other search spaces, from the NAS dataset to pictures: gan.py, generate_archs.py, visualize.py, refusals."""
+"""Other search spaces, from the NAS dataset to pictures: gan.py, generate_archs.py, visualize.py; what is refused."""
 
 import json
 from argparse import Namespace
@@ -71,23 +71,15 @@ def test_a_generator_of_the_space_is_trained_and_draws_its_cells(tmp_path, capsy
 def test_what_does_not_fit_the_space_is_refused_in_one_line(tmp_path, capsys):
     run, data = trained(tmp_path, NASBENCH201, "robust")
     other = write_dataset(tmp_path, NASBENCH101)
-    small = ["--output_dir", tmp_path / "other", "--device", "cpu"]
+    small, drawn = ["--output_dir", tmp_path / "other", "--device", "cpu"], ["--checkpoint", run]
     for script, flags, line in (
         (gan, ["--nasbench_data", data, "--space", "nag"], "of the space nasbench201, expected one of nag"),
         (gan, ["--nasbench_data", other, "--max_step", 8], "--max_step: expected 2 to 7, got 8"),
         (gan, ["--nasbench_data", data, "--max_step", 7], "--max_step: expected 8 to 8, got 7"),
         (gan, ["--nasbench_data", data, "--batch_size", 8, "--objectives", "params"], "no params for 24 of its 24"),
-        (
-            generate_archs,
-            ["--checkpoint", run, "--max_params", "1M"],
-            "--max_params: genotypes of the space nasbench201",
-        ),
-        (generate_archs, ["--checkpoint", run, "--nasbench_data", other], "nasbench101, expected one of nasbench201"),
-        (
-            generate_archs,
-            ["--checkpoint", run, "--supernet", "data/supernet.pt"],
-            "--supernet: expected with a GAN of NAG",
-        ),
+        (generate_archs, [*drawn, "--max_params", "1M"], "--max_params: genotypes of the space nasbench201"),
+        (generate_archs, [*drawn, "--nasbench_data", other], "nasbench101, expected one of nasbench201"),
+        (generate_archs, [*drawn, "--supernet", "data/supernet.pt"], "--supernet: expected with a GAN of NAG"),
     ):
         assert line in refused(capsys, script, [*flags, *small])
     assert not (tmp_path / "other").exists()
