@@ -205,7 +205,7 @@ def test_a_batch_size_that_was_given_is_kept_and_the_images_left_over_are_told(t
     args = train_cifar.parse_args([*flags, "--accumulate", "3"])
     load_data(args, CPU)
     assert args.batch_size == 24
-    assert "--batch_size 24: an epoch has 1 steps and leaves over 2 of 26 training images" in capsys.readouterr().out
+    assert "--batch_size 24: an epoch has 1 step and leaves over 2 of 26 training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
