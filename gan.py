@@ -11,7 +11,9 @@ robust, trains it by likelihood and a policy gradient: generation/likelihood.py.
 both side by side; each part is a flag of its own, on top of either recipe, and --adversarial_weight 1 adds the
 discriminator to the robust one.
 Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
-TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, sections 3.2 and 4.1.
+TensorBoard events, config.json and samples/*.json, cells drawn along the way; with --save_every N also the generator of
+every N-th epoch, since the published recipe swings and its last epoch is no better than others. NAG paper, sections 3.2
+and 4.1.
 """
 
 import argparse
@@ -30,6 +32,8 @@ from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
 from models.predictor import Predictor, train_predictor
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
@@ -47,7 +51,9 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
     shown,
+    signals,
     user_input,
     write_json,
 )
@@ -87,9 +93,10 @@ REFERENCE_FLAGS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the script, in groups. Those in a recipe have no default here."""
-    size, share = number(int, 1, 10**6), number(float, 0, 0.99)
+    size, share = number(int, 1, LARGEST), number(float, 0, 0.99)
     add = parser.add_argument_group("data and labels").add_argument
-    add("--nasbench_data", default="data/nasdata.jsonl", help="NAS dataset: JSON lines, or a file of the reference")
+    add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
+        "reference")  # fmt: skip
     add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
     add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
     for name, (classes, embedding) in OBJECTIVES.items():
@@ -117,6 +124,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile message passing and discriminator; needs a C++ compiler"
     )
     add_cuda_graphs_flag(run)
+    text = "epochs between snapshots generator-<epoch>.pt, which are kept (default: none)"
+    run.add_argument("--save_every", type=size, metavar="N", help=text)
     run.add_argument("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
 
@@ -141,12 +150,13 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the generator and the discriminator."""
-    size, share, switch = number(int, 1, 10**6), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    size, share, switch = number(int, 1, LARGEST), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    layers = number(int, 1, MOST_LAYERS)
     add = parser.add_argument_group("generator").add_argument
     add("--latent_dim", type=size, default=GeneratorConfig.latent_dim, help="width of the noise")
     add("--g_emb_size", type=size, help="width of a vertex state")
     add("--g_hidden_size", type=size, help="width of a graph state")
-    add("--g_num_layers", type=size, default=GeneratorConfig.num_layers, help="message-passing layers")
+    add("--g_num_layers", type=layers, default=GeneratorConfig.num_layers, help="message-passing layers")
     add("--g_dropout", type=share, help="share of a vertex state that is dropped in message passing")
     add("--g_aggr", default=GeneratorConfig.aggregation, choices=["gsum", "mean"], help="how vertex states become a "
         "graph state, in both networks: gated sum or mean")  # fmt: skip
@@ -157,8 +167,8 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("discriminator, where --adversarial_weight is above 0").add_argument
     add("--d_emb_size", type=size, help="width of a vertex state")
     add("--d_hidden_size", type=size, help="width of a graph state")
-    add("--d_gnn_num_layers", type=size, default=DiscriminatorConfig.num_layers, help="graph convolutions")
-    add("--d_mlp_num_layers", type=size, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
+    add("--d_gnn_num_layers", type=layers, default=DiscriminatorConfig.num_layers, help="graph convolutions")
+    add("--d_mlp_num_layers", type=layers, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
     add("--d_gnn_dropout", type=share, help="share of a vertex state that is dropped before a graph convolution")
     add("--d_mlp_dropout", type=share, help="share that is dropped before each layer of the score but the last")
     add("--straight_through", action=switch, help="show it hard decisions, not probabilities")
@@ -185,7 +195,7 @@ def parse_args(
     parser.set_defaults(objectives=objectives)
     recipe = recipes[parser.parse_args(argv).recipe]
     parser.set_defaults(**(recipe | {"warmup_epochs": None}))  # it depends on the epochs
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "compile", "cuda_graphs")
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "save_every", "compile", "cuda_graphs")
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
     args = parse_resumable(parser, argv, "gan", may_change, keys)
     if args.warmup_epochs is None:
@@ -369,9 +379,10 @@ def main(args: argparse.Namespace) -> None:
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
-        networks.predictor, predictor_tau = train_predictor(
-            data.cells, data.quantiles, args.batch_size, args.seed, data.space
-        )
+        with user_input("--nasbench_data"):
+            networks.predictor, predictor_tau = train_predictor(
+                data.cells, data.quantiles, args.batch_size, args.seed, data.space
+            )
     if args.compile:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
@@ -379,22 +390,25 @@ def main(args: argparse.Namespace) -> None:
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
-        values = train_one_epoch(trainer, epoch)
-        if epoch % args.eval_every == 0 or epoch == args.n_epochs:
-            quality, samples = sample_and_measure(
-                networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
-            )
-            write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
-            values |= quality
-            print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
-        state = state_of(networks, data, predictor_tau, epoch, args)
-        log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
-        save_checkpoint(folder / "checkpoint.pt", "gan", state)
+        with signals.held():  # until the epoch is saved
+            values = train_one_epoch(trainer, epoch)
+            if epoch % args.eval_every == 0 or epoch == args.n_epochs:
+                quality, samples = sample_and_measure(
+                    networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
+                )
+                write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
+                values |= quality
+                print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
+            state = state_of(networks, data, predictor_tau, epoch, args)
+            log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
+            if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
+                save_generator(state, folder / f"generator-{epoch:04d}.pt")
+            save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
     save_generator(state, folder / "generator.pt")
     script = "generate_archs.py" if len(args.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 def print_start(records: list[Record], data: TrainingData, networks: Networks, predictor_tau: list[float]) -> None:

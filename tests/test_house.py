@@ -30,6 +30,7 @@ OTHER_FLAGS = {
     "--logdir",
     "--index-url",
     "--shm-size",
+    "--signal",
 }  # of other programs
 PACKAGES = ("models", "generation", "training", "build_nas_dataset")
 SCRIPTS = (
@@ -42,6 +43,7 @@ SCRIPTS = (
     "visualize",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "build_nas_dataset.tabular",
     "generation.from_reference",
 )
 

@@ -23,6 +23,7 @@ from models.fast.cuda_graphs import Recorded
 from models.network import Network
 from models.ops import check_has_network
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.images import ImageSet
 from utils import (
     RunLog,
@@ -198,19 +199,25 @@ def train_steps(
     batches: Iterable[tuple[Tensor, Tensor]],
     progress: Tensor,
     learning_rate: Callable[[int], float],
-    title: str = "",
+    epoch: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train for one epoch. Returns the mean loss and the training accuracy over all processes.
 
-    batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,).
+    batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,), without those of the
+    checkpoints.done steps that were done before a stop.
     progress: (steps,), the share of the whole run that is done after each step, by which drop path grows.
-    learning_rate: the learning rate of each step of the epoch, which are numbered from 0. title: of the progress bar.
+    learning_rate: the learning rate of each step of the epoch, which are numbered from 0. epoch: its number, from 0.
     """
-    totals = torch.zeros(2, device=step.device)
+    checkpoints = checkpoints or Checkpoints(network=step.network)
+    done = checkpoints.done
+    totals = checkpoints.begin(epoch)
     step.network.train()
-    for i, (x, labels) in enumerate(progress_bar(batches, total=len(progress), desc=title)):
+    bar = progress_bar(batches, initial=done, total=len(progress), desc=f"epoch {epoch + 1}")
+    for i, (x, labels) in enumerate(bar, start=done):
         set_lr(step.optimizer, learning_rate(i))
         totals += step(x, labels, progress[i])
+        checkpoints.after_step(i + 1)
     distributed.average_buffers(step.network)
     loss, accuracy = (distributed.sum_over_ranks(totals) / (len(progress) * distributed.world())).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
