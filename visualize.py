@@ -30,7 +30,7 @@ from pathlib import Path
 import graphviz
 
 import utils
-from generation.cell_strips import (
+from generation.strips import (
     INPUT_COLOR,
     OUTPUT_COLOR,
     ascii_picture,

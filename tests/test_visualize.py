@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import visualize
-from generation.cell_strips import ascii_picture, codes_of, match, strip
+from generation.strips import ascii_picture, codes_of, match, strip
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace
 from tests.small_training import refused
 
