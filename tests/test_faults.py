@@ -317,6 +317,18 @@ def bench(tmp_path_factory):
     bench.close()
 
 
+def test_a_run_that_is_killed_goes_on_to_the_same_results(bench):
+    """A short form of the test below."""
+    after_a_step, before_a_file = ({"do": "SIGKILL", "at": at, "n": n} for at, n in (("step", 8), ("before", 4)))
+    assert bench.endure("train_cifar.py", after_a_step, KILLED) == KILLED
+    assert bench.endure("train_cifar.py", before_a_file, KILLED, ()) == KILLED
+
+
+def test_the_table_of_faults_is_that_of_the_last_run():
+    results = json.loads((ROOT / "docs" / "results" / "faults.json").read_text())
+    assert table(results["faults"]) in (ROOT / "docs" / "results.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_that_met_a_fault_goes_on_to_the_same_results(bench, name):
@@ -334,6 +346,18 @@ def all_faults(bench: Bench, name: str) -> Counter:
     return counts
 
 
+def table(faults: dict[str, dict[str, int]]) -> str:
+    """How many faults of each kind each script endured, in Markdown."""
+    kinds = sorted({kind for counts in faults.values() for kind in counts}, key=str.lower)
+    rows = [["fault", *faults, "all"]]
+    for kind in kinds:
+        counts = [found.get(kind, 0) for found in faults.values()]
+        rows.append([kind, *counts, sum(counts)])
+    rows.append(["all", *(sum(row[i] for row in rows[1:]) for i in range(1, len(rows[0])))])
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
 def main(names: list[str]) -> None:
     """With the name of a script: print how many faults of each kind it has endured. Without: try all, and write."""
     if names:
@@ -347,6 +371,7 @@ def main(names: list[str]) -> None:
     outputs = {name: process.communicate()[0] for name, process in processes.items()}
     found = {name: json.loads(output) for name, output in outputs.items() if output}
     write_json(ROOT / "docs" / "results" / "faults.json", {"faults": found, "versions": versions()})
+    print(table(found))
     sys.exit(len(found) < len(SCRIPTS))
 
 
