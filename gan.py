@@ -11,7 +11,9 @@ robust, trains it by likelihood and a policy gradient: generation/likelihood.py.
 both side by side; each part is a flag of its own, on top of either recipe, and --adversarial_weight 1 adds the
 discriminator to the robust one.
 Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
-TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, sections 3.2 and 4.1.
+TensorBoard events, config.json and samples/*.json, cells drawn along the way; with --save_every N also the generator of
+every N-th epoch, since the published recipe swings and its last epoch is no better than others. NAG paper, sections 3.2
+and 4.1.
 """
 
 import argparse
@@ -25,11 +27,13 @@ from build_nas_dataset.records import Record, read_records
 from generation.metrics import cell_statistics, sample_and_measure
 from generation.recipes import PAPER, ROBUST, warmup_for
 from generation.training import Networks, Trainer, TrainingData, compile_parts
-from genotypes import NAG_SPACE
+from genotypes import NAG_SPACE, SPACES, SearchSpace, find_space
 from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
 from models.predictor import Predictor, train_predictor
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
@@ -47,6 +51,7 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
     shown,
     signals,
     user_input,
@@ -88,9 +93,11 @@ REFERENCE_FLAGS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the script, in groups. Those in a recipe have no default here."""
-    size, share = number(int, 1, 10**6), number(float, 0, 0.99)
+    size, share = number(int, 1, LARGEST), number(float, 0, 0.99)
     add = parser.add_argument_group("data and labels").add_argument
-    add("--nasbench_data", default="data/nasdata.jsonl", help="NAS dataset: JSON lines, or a file of the reference")
+    add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
+        "reference")  # fmt: skip
+    add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
     add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
     for name, (classes, embedding) in OBJECTIVES.items():
         add(f"--{classes}", type=number(int, 2), default=3, help=f"classes that {name} is cut into")
@@ -117,6 +124,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile message passing and discriminator; needs a C++ compiler"
     )
     add_cuda_graphs_flag(run)
+    text = "epochs between snapshots generator-<epoch>.pt, which are kept (default: none)"
+    run.add_argument("--save_every", type=size, metavar="N", help=text)
     run.add_argument("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
 
@@ -141,25 +150,25 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the generator and the discriminator."""
-    size, share, switch = number(int, 1, 10**6), number(float, 0, 0.99), argparse.BooleanOptionalAction
-    vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
+    size, share, switch = number(int, 1, LARGEST), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    layers = number(int, 1, MOST_LAYERS)
     add = parser.add_argument_group("generator").add_argument
     add("--latent_dim", type=size, default=GeneratorConfig.latent_dim, help="width of the noise")
     add("--g_emb_size", type=size, help="width of a vertex state")
     add("--g_hidden_size", type=size, help="width of a graph state")
-    add("--g_num_layers", type=size, default=GeneratorConfig.num_layers, help="message-passing layers")
+    add("--g_num_layers", type=layers, default=GeneratorConfig.num_layers, help="message-passing layers")
     add("--g_dropout", type=share, help="share of a vertex state that is dropped in message passing")
     add("--g_aggr", default=GeneratorConfig.aggregation, choices=["gsum", "mean"], help="how vertex states become a "
         "graph state, in both networks: gated sum or mean")  # fmt: skip
-    add("--max_step", type=vertices, default=NAG_SPACE.max_vertices, help="vertices of a cell at most")
+    add("--max_step", type=number(int, 2), help="vertices of a cell at most (default: those of the search space)")
     add("--temperature", type=number(float, 0, 1000), help="0: decisions take the likelier side; 1: they are drawn")
     add("--chain_cells", action=switch, help="grow the reduction cell in view of the normal cell")
     add("--autoregressive_edges", action=switch, help="decide every edge in view of those decided before it")
     add = parser.add_argument_group("discriminator, where --adversarial_weight is above 0").add_argument
     add("--d_emb_size", type=size, help="width of a vertex state")
     add("--d_hidden_size", type=size, help="width of a graph state")
-    add("--d_gnn_num_layers", type=size, default=DiscriminatorConfig.num_layers, help="graph convolutions")
-    add("--d_mlp_num_layers", type=size, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
+    add("--d_gnn_num_layers", type=layers, default=DiscriminatorConfig.num_layers, help="graph convolutions")
+    add("--d_mlp_num_layers", type=layers, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
     add("--d_gnn_dropout", type=share, help="share of a vertex state that is dropped before a graph convolution")
     add("--d_mlp_dropout", type=share, help="share that is dropped before each layer of the score but the last")
     add("--straight_through", action=switch, help="show it hard decisions, not probabilities")
@@ -186,7 +195,7 @@ def parse_args(
     parser.set_defaults(objectives=objectives)
     recipe = recipes[parser.parse_args(argv).recipe]
     parser.set_defaults(**(recipe | {"warmup_epochs": None}))  # it depends on the epochs
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "compile", "cuda_graphs")
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "save_every", "compile", "cuda_graphs")
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
     args = parse_resumable(parser, argv, "gan", may_change, keys)
     if args.warmup_epochs is None:
@@ -231,9 +240,14 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace, given: set[str
 
 
 def read_training_records(args: argparse.Namespace, num_classes: dict[str, int]) -> list[Record]:
-    """The NAS dataset. Ends the script when it cannot be trained on."""
+    """The NAS dataset. Ends the script when it cannot be trained on. Sets --space and --max_step to its space's."""
     with user_input("--nasbench_data"):
-        records = read_records(args.nasbench_data)
+        records = read_records(args.nasbench_data, find_space(args.space) if args.space else None)
+    space = records[0].genotype.space
+    args.space, args.max_step = space.name, space.max_vertices if args.max_step is None else args.max_step
+    if not space.min_vertices <= args.max_step <= space.max_vertices:
+        fail(f"--max_step: expected {space.min_vertices} to {space.max_vertices}, got {args.max_step}")
+    with user_input("--nasbench_data"):
         needed = max(args.batch_size, 4, *num_classes.values())  # 4: two to train the predictor, two to measure it
         if len(records) < needed:
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least {needed} are needed")
@@ -243,9 +257,10 @@ def read_training_records(args: argparse.Namespace, num_classes: dict[str, int])
     return records
 
 
-def configs_of(args: argparse.Namespace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
+def configs_of(args: argparse.Namespace, space: SearchSpace) -> tuple[GeneratorConfig, DiscriminatorConfig]:
     """The settings of both networks that the flags give."""
-    labels = {
+    common = {
+        "space": space,
         "num_classes": tuple(getattr(args, OBJECTIVES[name][0]) for name in args.objectives),
         "label_sizes": tuple(getattr(args, OBJECTIVES[name][1]) for name in args.objectives),
     }
@@ -260,7 +275,7 @@ def configs_of(args: argparse.Namespace) -> tuple[GeneratorConfig, Discriminator
         chain_cells=args.chain_cells,
         autoregressive_edges=args.autoregressive_edges,
         temperature=args.temperature,
-        **labels,
+        **common,
     )
     discriminator = DiscriminatorConfig(
         vertex_size=args.d_emb_size,
@@ -270,14 +285,14 @@ def configs_of(args: argparse.Namespace) -> tuple[GeneratorConfig, Discriminator
         gcn_dropout=args.d_gnn_dropout,
         mlp_dropout=args.d_mlp_dropout,
         aggregation=args.g_aggr,
-        **labels,
+        **common,
     )
     return generator, discriminator
 
 
-def build_networks(args: argparse.Namespace, device: torch.device) -> Networks:
+def build_networks(args: argparse.Namespace, device: torch.device, space: SearchSpace = NAG_SPACE) -> Networks:
     """What the recipe trains, and nothing else. The predictor is added when it is trained or loaded."""
-    of_generator, of_discriminator = configs_of(args)
+    of_generator, of_discriminator = configs_of(args, space)
     generator = Generator(**asdict(of_generator)).to(device)
     networks = Networks(generator, {"generator": build_optimizer(generator, args)})
     if args.adversarial_weight:
@@ -356,7 +371,7 @@ def main(args: argparse.Namespace) -> None:
         data = TrainingData(records, num_classes, args.max_step, device)
     if args.n_critic > (steps := args.n_epochs * (len(data) // args.batch_size)):
         fail(f"--n_critic: expected at most the {steps} steps of the run, after which the generator has its first")
-    networks, start_epoch = build_networks(args, device), 0
+    networks, start_epoch = build_networks(args, device, data.space), 0
     if args.resume:
         state = go_on_from(args, networks, data, device)
         start_epoch, predictor_tau = state["epoch"], state["predictor_tau"]
@@ -364,7 +379,10 @@ def main(args: argparse.Namespace) -> None:
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
-        networks.predictor, predictor_tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
+        with user_input("--nasbench_data"):
+            networks.predictor, predictor_tau = train_predictor(
+                data.cells, data.quantiles, args.batch_size, args.seed, data.space
+            )
     if args.compile:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
@@ -383,12 +401,14 @@ def main(args: argparse.Namespace) -> None:
                 print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
             state = state_of(networks, data, predictor_tau, epoch, args)
             log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
+            if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
+                save_generator(state, folder / f"generator-{epoch:04d}.pt")
             save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
     save_generator(state, folder / "generator.pt")
     script = "generate_archs.py" if len(args.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 def print_start(records: list[Record], data: TrainingData, networks: Networks, predictor_tau: list[float]) -> None:

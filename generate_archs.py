@@ -6,18 +6,21 @@
     python generate_archs.py --target_acc 0.49                  # on the NAS dataset's own scale
     python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20
     python generate_archs.py --num_archs 300 --evaluate         # are they what was asked for?
+    python generate_archs.py --num_archs 300 --evaluate --sampling_seeds 8      # with mean and standard deviation
     python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
 Writes genotypes.json: the distinct valid genotypes with their class, how often each was drawn, exact #params and MACs,
 and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects; and config.json.
 With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it; these are kept.
---evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json.
+--evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json. One
+draw of cells is one sampling seed, --seed; with --sampling_seeds N, cells are drawn with --seed and the next N - 1 too.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.
 """
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +30,15 @@ from build_nas_dataset.objectives import Objective, objectives_of
 from build_nas_dataset.random_cells import RandomCells
 from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
+from generation.evaluation import over_sampling_seeds, print_evaluation, print_over_sampling_seeds
 from generation.metrics import evaluate_cells, generation_metrics
 from generation.targets import LABEL_FLAGS, Limits, count, describe, wanted_labels
-from genotypes import NAG_SPACE, Genotype
+from genotypes import Genotype, SearchSpace
 from models.cost import genotype_cost
 from models.generator import Generator
 from models.network import CifarConfig
 from models.predictor import Predictor
+from training.image_parts import TEST_SEED
 from utils import (
     UNREAD,
     ArgumentParser,
@@ -48,6 +53,7 @@ from utils import (
     progress_bar,
     refuse_used,
     release_folder,
+    shipped,
     shown,
     user_input,
     write_config,
@@ -57,14 +63,18 @@ from utils import (
 # -------------------------------------------------------------------------------------------- drawing and ranking
 
 
-def read_nas_dataset(args: argparse.Namespace, checkpoint: dict, objectives: list[Objective]) -> list[Record] | None:
+def read_nas_dataset(
+    args: argparse.Namespace, checkpoint: dict, objectives: list[Objective], space: SearchSpace
+) -> list[Record] | None:
     """The NAS dataset, to tell which generated cells are new; None when it is not at hand.
 
     Ends the script when one that is named is not that of the GAN's training and --evaluate compares with it.
     """
     path = args.nasbench_data or checkpoint["args"]["nasbench_data"]
+    if not args.nasbench_data and path.endswith("data/nasdata.jsonl") and not Path(path).exists():
+        path = shipped("data/nasdata.jsonl")  # it was trained in another folder
     try:
-        records = read_records(path)
+        records = read_records(path, space)
         if args.evaluate or not args.nasbench_data:
             check_nas_dataset(path, records, objectives)
         return records
@@ -117,8 +127,9 @@ def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[
             first.setdefault(canonical, genotype)
     entries = []
     for canonical, genotype in first.items():
-        params, macs = genotype_cost(genotype, *limits.network)
-        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical], "params": params, "macs": macs}
+        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical]}
+        if limits.counted:
+            entry |= genotype_cost(genotype, *limits.network)._asdict()
         entries.append(entry if known is None else {**entry, "novel": canonical not in known})
     return entries
 
@@ -127,7 +138,8 @@ def rank(entries: list[dict], predictor: Predictor, objectives: list[Objective],
     """Add what predictor and supernet expect of the entries, and put those of the highest accuracy first."""
     if not entries:
         return
-    names, genotypes = [objective.name for objective in objectives], [Genotype.from_dict(e) for e in entries]
+    names, space = [objective.name for objective in objectives], predictor.config.space
+    genotypes = [Genotype.from_dict(entry, space) for entry in entries]
     for entry, quantiles in zip(entries, predictor.quantiles(genotypes).tolist(), strict=True):
         entry["predicted_quantiles"] = {name: round(q, 4) for name, q in zip(names, quantiles, strict=True)}
     if scorer is not None:
@@ -151,44 +163,18 @@ def print_class(title: str, genotypes: list, known: set[Genotype] | None, entrie
     within += f", {len(entries)} kept" if len(entries) < found else ""
     print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
     if entries:
-        print("  index   #params       MACs  vertices  drawn  new  predicted quantile")
+        costs = "   #params       MACs" if limits.counted else ""
+        print(f"  index{costs}  vertices  drawn  new  predicted quantile")
     for entry in entries[:10]:
-        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in NAG_SPACE.cells)
+        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in limits.space.cells)
         new = {True: "yes", False: "no", None: "?"}[entry.get("novel")]
         quantiles = ", ".join(f"{name} {q:.2f}" for name, q in entry["predicted_quantiles"].items())
         if "supernet_accuracy" in entry:
             quantiles += f"  supernet {entry['supernet_accuracy']:.4f}"
-        print(
-            f"  {entry['index']:5d} {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M {vertices:>9}"
-            f" {entry['count']:6d}  {new:>3}  {quantiles}"
-        )
+        costs = f" {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M" if limits.counted else ""
+        print(f"  {entry['index']:5d}{costs} {vertices:>9} {entry['count']:6d}  {new:>3}  {quantiles}")
     if len(entries) > 10:
         print(f"  ... {len(entries) - 10} more in the file")
-
-
-def print_evaluation(title: str, result: dict, objectives: list[Objective]) -> None:
-    """One entry of evaluation.json, in words."""
-    shares = ", ".join(f"{name} {result[name]:.3f}" for name in ("validity", "uniqueness", "novelty"))
-    print(f"\n{title}: {result['drawn']} drawn; {shares}")
-    if "all" not in result:
-        return
-    for objective in objectives:
-        entry = result[objective.name]
-        low, high = entry["interval"]
-        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
-        share = f"controllability {entry['controllability']:.3f} ({low:.3f} to {high:.3f})"
-        print(f"  {objective.name} ({entry['by']}): {share}{ceiling}")
-        if "mean" in entry:
-            means = ", ".join("-" if value is None else f"{value:.4f}" for value in entry["mean"])
-            print(
-                f"    mean accuracy by class asked {means}; 80th percentile of real {entry['real_80th_percentile']:.4f}"
-            )
-        for label, row in enumerate(entry["asked_by_obtained"]):
-            print(f"    asked {label}: " + " ".join(f"{n:6d}" for n in row))
-    low, high = result["all"]["interval"]
-    print(f"  all labels at once: {result['all']['controllability']:.3f} ({low:.3f} to {high:.3f})")
-    distances = ", ".join(f"{name} {value:.3f}" for name, value in result["distance"].items())
-    print(f"  total-variation distance to the real cells of the class asked for: {distances}")
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -211,7 +197,7 @@ def parse_args(
     """The flags. checkpoint: the default of --checkpoint."""
     parser = ArgumentParser(description, reference_flags=REFERENCE_FLAGS)
     add = parser.add_argument_group("generator").add_argument
-    add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder")
+    add("--checkpoint", default=shipped(checkpoint), help="file of gan.py, or its run folder")
     add("--num_archs", type=number(int, 1, 10**7), default=100, help="cells to draw for each class (limits: to find)")
     temperature = number(float, 0, 1000)
     add("--temperature", type=temperature, help="of the decisions; lower: likelier cells (default: the generator's)")
@@ -236,6 +222,8 @@ def parse_args(
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
+    add("--sampling_seeds", type=number(int, 1, 10**4), default=1, help="with --evaluate: draw with as many seeds, "
+        "from --seed on, and write mean and standard deviation too")  # fmt: skip
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the generator was trained on)")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--data", default="data", help="folder of the images that --supernet was trained on")
@@ -247,6 +235,8 @@ def parse_args(
         parser.error(f"argument --max_draws: expected at least the {args.num_archs} of --num_archs")
     if args.evaluate and limited:
         parser.error("argument --evaluate: expected without limits, since it is about all cells that are drawn")
+    if args.sampling_seeds > 1 and not args.evaluate:
+        parser.error("argument --sampling_seeds: expected with --evaluate")
     return args
 
 
@@ -270,12 +260,14 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         predictor = Predictor.from_checkpoint(args.checkpoint, device)
     objectives = [Objective.from_dict(objective) for objective in checkpoint["objectives"]]
     check_objectives(args, objectives, single)
-    max_vertices = generator.config.max_vertices
-    combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices)
+    max_vertices, space = generator.config.max_vertices, generator.space
+    combinations, limits = wanted_labels(args, objectives), Limits(args, max_vertices, space)
+    if args.supernet and not limits.counted:
+        fail(f"--supernet: expected with a GAN of NAG's cells, got one of the space {space.name}")
     within = labels_within(limits, combinations, objectives)
     folder = output_folder(args)
     refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")
-    records = read_nas_dataset(args, checkpoint, objectives)
+    records = read_nas_dataset(args, checkpoint, objectives, space)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
         print(f"predictor of {objective.name}: Kendall tau {value:.3f} on records that it was not trained on")
@@ -284,7 +276,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
             print(f"{describe(labels, objectives)} is left out: not within the limits")
 
     scorer = open_scorer(args, device, max_vertices) if args.supernet else None
-    source = RandomCells(max_vertices) if args.random else generator
+    source = RandomCells(max_vertices, space) if args.random else generator
     drawn = {labels: draw(source, labels, args, limits) for labels in within}
     measures = Measures(predictor, objectives, scorer)
     results = collect(args, drawn, known, limits, measures)
@@ -296,7 +288,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     write_config(folder, args, device)
     write_json(path, results)
     if args.evaluate:
-        evaluation = evaluate_and_print(args, drawn, records, max_vertices, measures)
+        evaluation = evaluate_and_print(args, source, drawn, records, max_vertices, measures)
         write_json(path.with_name("evaluation.json"), evaluation)
     release_folder(folder)
     print(f"\nwrote {len(results)} genotypes to {path}")
@@ -305,7 +297,29 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     else:
         highest = max(entry["labels"] for entry in results)
         arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
-        print(f"next: python visualize.py --arch {arch}\n      python train_cifar.py --arch {arch}")
+        visualize, train = shown(shipped("visualize.py")), shown(shipped("train_cifar.py"))
+        flags = network_flags(args, scorer)
+        train = f"\n      python {train} --arch {arch}{flags}" if limits.counted else ""
+        print(f"next: python {visualize} --arch {arch}{train}")
+
+
+def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:
+    """The flags of train_cifar.py, if any, for the network that was counted and the images of --supernet."""
+    flags = []
+    for name in ("layers", "channels"):
+        if (value := getattr(args, name)) != getattr(CifarConfig, name):
+            flags += [f"--{name}", value]
+    if scorer:
+        images = {"dataset": "cifar10", "data": "data", "image_size": 32, "test_share": None, "test_seed": TEST_SEED}
+        found = vars(scorer.settings)
+        flags += [word for name in images if found[name] != images[name] for word in (f"--{name}", found[name])]
+        flags += ["--cache_dir", args.cache_dir] if args.cache_dir else []
+        flags += ["--skip_bad"] if found["skip_bad"] else []
+    elif args.num_classes == 100:
+        flags += ["--dataset", "cifar100"]
+    elif args.num_classes != CifarConfig.num_classes:
+        flags += ["--dataset", "folder", "--data", "DIR"]
+    return "".join(f" {shown(word)}" for word in flags)
 
 
 def check_objectives(args: argparse.Namespace, objectives: list[Objective], single: bool) -> None:
@@ -369,23 +383,44 @@ def collect(
 
 
 def evaluate_and_print(
-    args: argparse.Namespace, drawn: dict[tuple, list], records: list[Record], max_vertices: int, measures: Measures
-) -> dict[str, dict]:
-    """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them."""
+    args: argparse.Namespace,
+    source: Generator | RandomCells,
+    drawn: dict[tuple, list],
+    records: list[Record],
+    max_vertices: int,
+    measures: Measures,
+) -> dict:
+    """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them.
+
+    drawn: labels -> genotypes that `source` gave with --seed; with the other sampling seeds they are drawn here.
+    Returns {"sampling_seeds": all of them, title: the evaluation with the first one} and, of several sampling seeds,
+    also {"over sampling seeds": {title: measures}}.
+    """
     predictor, objectives, scorer = measures
     for objective in objectives:
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)
-    sets = {"random cells" if args.random else "generated cells": drawn}
-    if not args.random:  # dealt out to the labels
-        baseline = RandomCells(max_vertices)
-        seeds = {labels: derive_seed(args.seed, 10**6, *labels) for labels in drawn}
-        sets["random cells"] = {k: baseline.sample(k, len(v), seeds[k]) for k, v in drawn.items()}
-    results = {}
-    for title, genotypes in sets.items():
-        results[title] = evaluate_cells(genotypes, objectives, records, predictor, scorer)
-        print_evaluation(title, results[title], objectives)
-    return results
+    seeds = [args.seed + i for i in range(args.sampling_seeds)]
+    baseline = RandomCells(max_vertices, predictor.config.space)
+    results: dict[str, list[dict]] = {}
+    for seed in seeds:
+        if seed != args.seed:
+            n, t = args.num_archs, args.temperature
+            drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
+        sets = {"random cells" if args.random else "generated cells": drawn}
+        if not args.random:  # dealt out to the labels
+            keys = {labels: derive_seed(seed, 10**6, *labels) for labels in drawn}
+            sets["random cells"] = {k: baseline.sample(k, len(v), keys[k]) for k, v in drawn.items()}
+        for title, genotypes in sets.items():
+            results.setdefault(title, []).append(evaluate_cells(genotypes, objectives, records, predictor, scorer))
+    for title, (first, *_) in results.items():
+        print_evaluation(f"{title}, sampling seed {args.seed}", first, objectives)
+    evaluation = {"sampling_seeds": seeds, **{title: those[0] for title, those in results.items()}}
+    if len(seeds) > 1:
+        evaluation["over sampling seeds"] = {title: over_sampling_seeds(those) for title, those in results.items()}
+        for title, found in evaluation["over sampling seeds"].items():
+            print_over_sampling_seeds(title, found, seeds, results[title][0]["drawn"])
+    return evaluation
 
 
 if __name__ == "__main__":

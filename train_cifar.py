@@ -7,10 +7,12 @@
     python train_cifar.py --resume runs/train_cifar-...                          # go on after a stop
     python train_cifar.py --evaluate runs/train_cifar-.../checkpoint.pt
     python train_cifar.py --evaluate A.pt B.pt C.pt --voting hard                # an ensemble
+    python train_cifar.py --evaluate CHECKPOINT --predict PATH                   # classes of images, one or a folder
     python train_cifar.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
     torchrun --standalone --nproc_per_node=2 train_cifar.py ...                  # several GPUs, or CPU processes
 
-DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one.
+DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one; or DIR is such a
+folder or .zip itself, of which --test_share is kept to test on.
 --batch_size and --lr_max are those of one step, over all processes and --accumulate parts together. Every process draws
 the same augmented batch and takes its part of it, so that two processes equal one with --accumulate 2, but for dropout
 and drop path, which draw from a stream of each process, and for the running statistics of batch norms, which are
@@ -21,8 +23,8 @@ NAG paper, section 4.2.
 """
 
 import argparse
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,8 +44,10 @@ from training.cifar import (
     load_parts,
     train_epoch,
 )
-from training.flags import add_arch_flag, check_sync_bn, evaluation_args
+from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
 from training.images import ImageSet, check_classes, eval_batches
+from training.own_images import OF_A_SPLIT
+from training.predicting import Member, pixels_of, predict_and_write
 from training.steps import (
     Step,
     build_network,
@@ -73,8 +77,10 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     signals,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
@@ -98,11 +104,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
-        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"}
+        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "cifar", args.evaluate, of_the_images)
-    if args.export:
-        parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    for name in ("export", "predict"):
+        if getattr(args, name):
+            parser.error(f"argument --{name}: needs --evaluate CHECKPOINT")
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 
@@ -119,6 +126,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--evaluate", nargs="+", metavar="CHECKPOINT", help=evaluated)
     voting = "how an ensemble decides: hard, by majority; soft, by the mean of logits"
     add("--voting", default="hard", choices=["hard", "soft"], help=voting)
+    add_predict_flag(group)
     add("--export", metavar="FILE", help="with --evaluate: write the network to FILE.safetensors, .onnx or .pt2")
 
 
@@ -126,17 +134,38 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure the test error of a checkpoint, or of several and of their vote; export the network if asked for."""
-    path = output_folder(args) / "evaluation.json"
-    refuse_used(path.parent, path.name)
+    """Measure the test error of a checkpoint, or of several and of their vote, or classify the images of --predict, or
+    both; export the network if asked for.
+    """
+    folder = output_folder(args)
+    results = {"evaluation.json": args.data is not None, "predictions.csv": args.predict}
+    refuse_used(folder, *(name for name, wanted in results.items() if wanted))
     with user_input("--evaluate"):
         states = [load_checkpoint(checkpoint, "cifar") for checkpoint in args.evaluate]
-    _, test = load_parts(args, device)
-    with user_input("--data"):
-        for checkpoint, state in zip(args.evaluate, states, strict=True):
-            check_classes(test, state["classes"], checkpoint)
+    test = None if args.data is None else load_parts(args, device)[1]
+    for checkpoint, state in zip(args.evaluate, states, strict=True):
+        if state["classes"] != states[0]["classes"]:
+            fail(f"--evaluate: {checkpoint} was trained on other classes than {args.evaluate[0]}")
+    if test is not None:
+        with user_input("--data"):
+            check_classes(test, states[0]["classes"], args.evaluate[0])
     with user_input("--evaluate"):
         networks = [network_from_checkpoint(*found, device) for found in zip(states, args.evaluate, strict=True)]
+    if test is not None:
+        measure(args, states, networks, test, folder / "evaluation.json")
+    if args.predict:
+        pairs = zip(networks, states, strict=True)
+        members = [Member(network, state["mean"], state["std"]) for network, state in pairs]
+        prepare = partial(pixels_of, image_size=args.image_size)
+        predict_and_write(args, device, prepare, members, states[0]["classes"], folder / "predictions.csv")
+    if args.export and distributed.is_main():
+        export_trained(networks[0], states[0], args, "cifar", states[0]["mean"], states[0]["std"])
+
+
+def measure(
+    args: argparse.Namespace, states: list[dict], networks: list[CifarNetwork], test: ImageSet, path: Path
+) -> None:
+    """Measure the test error of networks, whose checkpoints are `states`, and write it to the file `path`."""
     *correct, correct_votes = count_correct(networks, states, test, args)
     if not distributed.is_main():
         return
@@ -152,8 +181,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if len(members) > 1:
         print(f"{args.voting} voting of {len(members)}: {describe(result)}")
     print(f"wrote {path}")
-    if args.export:
-        export_trained(networks[0], states[0], args, "cifar", states[0]["mean"], states[0]["std"])
 
 
 @torch.inference_mode()
@@ -240,8 +267,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     with signals.held():
         for epoch in range(reached["epoch"], args.epochs):
             values = train_epoch(step, images, args, epoch, device, checkpoints)
-            if not math.isfinite(values["loss"]):
-                fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
             last = epoch + 1 == args.epochs
             if args.holdout and (last or (epoch + 1) % args.eval_every == 0):
                 with checkpoints.interruptible():
@@ -310,10 +336,12 @@ def finish(
     result |= {"seconds": state["seconds"], "images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

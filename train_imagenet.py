@@ -2,12 +2,15 @@
 
     python train_imagenet.py --data DIR                                  # NAG_HIGH_ACC, as published
     torchrun --standalone --nproc_per_node=8 train_imagenet.py --data DIR --workers 12
-    python train_imagenet.py --data DIR --image_size 64 --auxiliary_weight 0 --layers 1 --channels 8 --epochs 2
+    python train_imagenet.py --data DIR --image_size 64 --layers 1 --channels 8 --epochs 2
     python train_imagenet.py --resume runs/train_imagenet-...            # go on after a stop
+    python train_imagenet.py --resume runs/train_imagenet-... --epochs 300       # or for more epochs
     python train_imagenet.py --evaluate runs/train_imagenet-.../best.pt
+    python train_imagenet.py --evaluate CHECKPOINT --predict PATH                   # classes of images, one or a folder
     python train_imagenet.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
 
-DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one, read in place.
+DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one, read in place; or
+DIR is such a folder or .zip itself, of which --test_share is kept to test on.
 --batch_size and --lr are those of one step, over all processes and --accumulate parts together.
 Writes checkpoint.pt (last epoch), best.pt (best on held-out training images), metrics.jsonl, TensorBoard events,
 config.json and, at the end, result.json. The test images are used after the last epoch only, unless --select_on_val.
@@ -15,7 +18,6 @@ NAG paper, section 4.3.
 """
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,19 +27,23 @@ from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import distributed
 from training.checkpoints import Checkpoints
-from training.flags import add_arch_flag, check_sync_bn, evaluation_args
-from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, open_images, workers_alive
+from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
+from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, workers_alive
 from training.imagenet import (
     REFERENCE_FLAGS,
     accuracy,
     add_training_flags,
     build_optimizer,
+    centre_crop,
     check_training_flags,
     load_data,
+    load_parts,
     stream_options,
     train_epoch,
 )
 from training.images import check_classes
+from training.own_images import OF_A_SPLIT
+from training.predicting import Member, predict_and_write
 from training.steps import (
     Step,
     build_network,
@@ -55,6 +61,7 @@ from utils import (
     add_checkpoint_minutes_flag,
     add_common_flags,
     device_name,
+    explicit_flags,
     fail,
     load_checkpoint,
     output_folder,
@@ -62,15 +69,17 @@ from utils import (
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     signals,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
 )
 
 MAY_CHANGE = """
-    data workers decoder eval_batch_size compile cuda_graphs accumulate
+    data workers decoder epochs eval_batch_size compile cuda_graphs accumulate
 """.split()  # the flags that a resumed run need not keep
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -85,11 +94,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     needed = ("network", "optimizer", "best", "skipped", "classes")
     args = parse_resumable(parser, argv, "imagenet", tuple(MAY_CHANGE), needed)
     if args.evaluate:
-        of_the_images = {"data", "image_size", "skip_bad", "amp"}
+        of_the_images = {"data", "image_size", "skip_bad", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "imagenet", [args.evaluate], of_the_images)
-    if args.export:
-        parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    for name in ("export", "predict"):
+        if getattr(args, name):
+            parser.error(f"argument --{name}: needs --evaluate CHECKPOINT")
+    if args.resume and args.schedule_epochs is None:  # a run of an older version
+        with user_input("--resume"):
+            args.schedule_epochs = load_checkpoint(args.resume, "imagenet")["args"]["epochs"]
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 
@@ -100,6 +113,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--resume", help="run folder, or its checkpoint.pt, to go on with")
     either.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure the test accuracy")
     add_checkpoint_minutes_flag(group)
+    add_predict_flag(group)
     exported = "with --evaluate: write the network to FILE.safetensors, .onnx or .pt2"
     group.add_argument("--export", metavar="FILE", help=exported)
 
@@ -108,17 +122,41 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure the test accuracy of a checkpoint; export the network if asked for."""
-    path = output_folder(args) / "evaluation.json"
-    refuse_used(path.parent, path.name)
+    """Measure the test accuracy of a checkpoint, or classify the images of --predict, or both; export the network if
+    asked for.
+    """
+    folder = output_folder(args)
+    results = {"evaluation.json": args.data is not None, "predictions.csv": args.predict}
+    refuse_used(folder, *(name for name, wanted in results.items() if wanted))
     with user_input("--evaluate"):
         state = load_checkpoint(args.evaluate, "imagenet")
-    with user_input("--data"):
-        _, test = open_images(args.data)
-        check_classes(test, state["classes"], args.evaluate)
-    stream = EvalStream(test, args.image_size, args.eval_batch_size, **stream_options(args, device))
+    stream = None
+    if args.data is not None:
+        with user_input("--data"):
+            _, test = load_parts(args)
+            check_classes(test, state["classes"], args.evaluate)
+        stream = EvalStream(test, args.image_size, args.eval_batch_size, **stream_options(args, device))
     with user_input("--evaluate"):
         network = network_from_checkpoint(state, args.evaluate, device)
+    if stream is not None:
+        measure(args, state, network, stream, device, folder / "evaluation.json")
+    if args.predict:
+        prepare = centre_crop(args.image_size, args.decoder)
+        members = [Member(network, MEAN, STD)]
+        predict_and_write(args, device, prepare, members, state["classes"], folder / "predictions.csv")
+    if args.export and distributed.is_main():
+        export_trained(network, state, args, "imagenet", MEAN, STD)
+
+
+def measure(
+    args: argparse.Namespace,
+    state: dict,
+    network: ImageNetNetwork,
+    stream: EvalStream,
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Measure the test accuracy of a network, whose checkpoint is `state`, and write it to the file `path`."""
     measured, skipped = accuracy(network, stream, device, args.amp), distributed.merged(stream.broken)
     if not distributed.is_main():
         return
@@ -128,8 +166,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     refuse_used(path.parent, path.name)  # again, as another evaluation may have been quicker
     write_json(path, result)
     print(f"{describe(measured)}, after epoch {state['epoch']}\nwrote {path}")
-    if args.export:
-        export_trained(network, state, args, "imagenet", MEAN, STD)
 
 
 def cost(genotype: Genotype, config: dict, image_size: int) -> dict[str, int]:
@@ -181,8 +217,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     with signals.held():
         for epoch in range(reached["epoch"], args.epochs):
             values = train_epoch(step, stream, args, epoch, device, checkpoints)
-            if not math.isfinite(values["loss"]):
-                fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
             with checkpoints.interruptible():
                 selected = accuracy(network, selecting, device, args.amp)
             reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
@@ -205,6 +240,8 @@ def resume(
 ) -> dict:
     """Load the checkpoint `state` of the run to resume. Returns what it has reached, as reached_after does."""
     check_training_images(images, state)
+    if state["epoch"] > args.epochs:
+        fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
     with user_input("--resume"):  # now and not at the end of the run, which needs the best network
         best = Path(args.output_dir) / "best.pt"
         epochs = state["best"].get("epoch"), state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
@@ -285,10 +322,12 @@ def finish(
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"next: python train_imagenet.py --evaluate {shown(folder / 'best.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

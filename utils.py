@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import struct
@@ -21,7 +22,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 try:
     import fcntl
@@ -35,6 +36,7 @@ from tqdm import tqdm
 CHECKPOINT_VERSION = 2
 DIGEST = b"sha256:"  # a checkpoint ends with this and the hash of what stands before
 RUNS = "runs"  # where results go without --output_dir
+HOME = Path(__file__).resolve().parent  # of the scripts and of what is shipped with them
 # By these files a run is known.
 RESULTS = ("checkpoint*.pt", "generator.pt", "supernet.pt", "nasdata.jsonl", "genotypes.json")
 
@@ -70,15 +72,73 @@ def fail(message: str, everywhere: bool = False):
 
     everywhere: of several processes under torchrun, each says what it met; else, as all read the same, the first only.
     """
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{script_path().name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if everywhere or this_process().rank == 0:
+        print(f"{script_path().name}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(text, most: int = 200) -> str:
+    """A text as one line, cut after `most` characters, since it may quote what a file holds.
+
+    The first four paths in it, which say where to look, are not counted.
+    """
+    kept, paths = [], 4
+    for word in str(text)[:100_000].split():
+        if paths and os.sep in word and len(word) < 1000:
+            paths -= 1
+        elif (most := most - len(word) - 1) < 0:
+            return " ".join([*kept, f"{word[: max(most + len(word) - 3, 0)]}..."])
+        kept.append(word)
+    return " ".join(kept)
 
 
 def script_path() -> Path:
     """The script that runs; of a package started by python -m, its folder."""
     script = Path(sys.argv[0])
     return script.parent if script.name == "__main__.py" else script
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
+
+
+class Process(NamedTuple):
+    """Which of several processes this one is.
+
+    rank: its number from 0, of `world` in all. local_rank: its number on this machine, of `local_world` there.
+    master: host:port where they meet. note: what else is to be said, if anything.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    master: str = ""
+    note: str = ""
+
+
+def this_process() -> Process:
+    """Whether this is one of several processes, and which: everything that depends on it asks here.
+
+    It is where all LAUNCHER_VARIABLES are set, as torchrun does. Where some are, left over in a shell or set by a
+    scheduler, it is process 0 of 1, and `note` says so. Ends the script where all are set to what cannot be.
+    """
+    names = (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE")  # the last one is not set by all other launchers
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    if missing := [name for name in LAUNCHER_VARIABLES if name not in found]:
+        if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:  # an address alone says nothing
+            return Process()
+        return Process(note=f"working as one process: {told} is set without {', '.join(missing)}; torchrun sets all")
+    values = {"LOCAL_WORLD_SIZE": "1", **found}
+    master = values.pop("MASTER_ADDR") + ":" + values["MASTER_PORT"]
+    if all(text.isascii() and text.isdecimal() and len(text) < 10 for text in values.values()):
+        number = {name: int(text) for name, text in values.items()}
+        rank, world, local_rank = (number[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if max(rank, local_rank) < world and 1 <= number["LOCAL_WORLD_SIZE"] <= world and number["MASTER_PORT"] < 2**16:
+            return Process(rank, world, local_rank, number["LOCAL_WORLD_SIZE"], master)
+    fail(f"environment: expected RANK and LOCAL_RANK below WORLD_SIZE, as torchrun sets them, got {told}", True)
 
 
 UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
@@ -114,12 +174,22 @@ class ArgumentParser(argparse.ArgumentParser):
         super().print_help(file)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does; an empty value is refused: a shell variable that is not set does not leave a flag out."""
+        """As argparse does, but that ~ at the start of a text or path stands for the home folder, as in a shell.
+
+        An empty value is refused: a shell variable that is not set does not leave a flag out.
+        """
         words = self._our_words(sys.argv[1:] if args is None else list(args))
         namespace, rest = super().parse_known_args(words, namespace)
         for action in self._actions:
-            if getattr(namespace, action.dest, None) == "":
+            value = getattr(namespace, action.dest, None)
+            if value == "":
                 self.error(f"argument {'/'.join(action.option_strings)}: expected a value, got an empty one")
+            try:
+                expanded = [expand_home(v) for v in value] if isinstance(value, list) else expand_home(value)
+            except ValueError as error:
+                self.error(f"argument {'/'.join(action.option_strings) or action.dest}: {error}")
+            if expanded != value:
+                setattr(namespace, action.dest, expanded)
         return namespace, rest
 
     def _our_words(self, words: list[str]) -> list[str]:
@@ -145,6 +215,21 @@ class ArgumentParser(argparse.ArgumentParser):
         return found
 
 
+def expand_home(value):
+    """A text or path that begins with ~ or ~name, with that home folder in its place; anything else as it is.
+
+    A shell does so only where ~ begins a word, which it does not in --output_dir=~/runs. Raises ValueError where there
+    is no such home folder.
+    """
+    if not isinstance(value, (str, Path)) or not str(value).startswith("~"):
+        return value
+    text = str(value)
+    expanded, own = os.path.expanduser(text), text.replace(os.sep, "/").split("/")[0] == "~"
+    if expanded.startswith("~") or not os.path.isabs(expanded) or (own and os.environ.get("HOME") == ""):
+        raise ValueError(f"there is no home folder for the ~ of {text}; a name that begins with ~ is written ./{text}")
+    return type(value)(expanded)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the docstring as it stands and, after each flag's help, the default that will be used."""
 
@@ -165,7 +250,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _as_typed(value) -> str:
-    """A flag's value as one types it."""
+    """A flag's value as one types it; the path of a shipped file as in the folder of the scripts."""
+    if isinstance(value, str) and Path(value).is_relative_to(HOME):
+        value = Path(value).relative_to(HOME).as_posix()
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value).replace("%", "%%")
@@ -292,8 +379,11 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     """
     signals.listen()
     keep_printing()
-    if not shared and os.environ.keys() >= {"RANK", "WORLD_SIZE"} and int(os.environ["WORLD_SIZE"]) > 1:
+    process = this_process()
+    if not shared and process.world > 1:
         fail("torchrun: this script works in one process; start it with python")
+    if process.note:
+        print(f"note: {process.note}")
     with user_input("--device"):
         device = select_device(args.device)
     with user_input("--output_dir"):
@@ -422,7 +512,7 @@ class Signals:
 
     def tell(self) -> None:
         """Say, in the first process, by which signal the script ends, and how to go on with the run if there is one."""
-        if os.environ.get("RANK", "0") != "0":
+        if this_process().rank:
             return
         line = f"{script_path().name}: ended by {signal.Signals(self.stop).name}"
         for folder in _held:
@@ -442,11 +532,12 @@ signals = Signals()  # of this process
 def command() -> str:
     """The command that this script was started by, without its flags: for example "python train_cifar.py"."""
     words = [word for word in sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1] if word != "-u"]
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    process = this_process()
+    if not process.master:
         return shlex.join(["python", *words])
-    local, world = os.environ["LOCAL_WORLD_SIZE"], os.environ["WORLD_SIZE"]
-    where = ["--standalone"] if local == world else [f"--nnodes={int(world) // int(local)}", "..."]
-    return " ".join(["torchrun", *where, f"--nproc_per_node={local}", shlex.join(words)])
+    nodes = process.world // process.local_world
+    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "..."]
+    return " ".join(["torchrun", *where, f"--nproc_per_node={process.local_world}", shlex.join(words)])
 
 
 def short(path: Path) -> Path:
@@ -598,6 +689,52 @@ def check_whole(content: bytes) -> None:
             raise ValueError(f"the checksum of its part {damaged} is wrong: a bit has flipped")
 
 
+MOST_LAYERS = 1000  # of a network, by a flag
+LARGEST = 10**6  # width of a layer, by a flag
+WIDTHS = re.compile("channels|latent_dim|.*(emb|hidden|embedding|vertex|graph|label)_sizes?")
+
+
+def tensors_in(value) -> Iterator[torch.Tensor]:
+    """All tensors in nested dictionaries, lists and tuples, each once."""
+    seen, waiting = set(), [value]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, (dict, list, tuple)):
+            waiting += part.values() if isinstance(part, dict) else part
+
+
+def check_tensors(value) -> None:
+    """Raise ValueError when a tensor, anywhere in what a file held, claims more elements than the file has for it."""
+    for tensor in tensors_in(value):
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"a tensor in it claims {tensor.numel()} elements, which it does not hold")
+
+
+def check_declared(state: dict) -> None:
+    """Raise ValueError when a checkpoint declares networks that it cannot hold, before anything is built.
+
+    state: its content. The numbers in its flags, its settings and its dictionaries ..._config are looked at: there is a
+    tensor for each layer, beyond 10; and a width w, beyond 256, takes matrices of the order of w x w numbers.
+    """
+    described = {key: value for key, value in state.items() if isinstance(value, dict) and str(key).endswith("_config")}
+    held = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in tensors_in(state)} if described else {}
+    sizes = list(held.values())
+    layers = min(MOST_LAYERS, max(10, len(sizes))) if described else MOST_LAYERS
+    width = max(256, math.isqrt(16 * sum(sizes))) if described else LARGEST
+    described |= {key: state[key] for key in ("args", "settings") if isinstance(state.get(key), dict)}
+    for name, value in ((str(name), value) for declared in described.values() for name, value in declared.items()):
+        high = layers if name.endswith("layers") else width if WIDTHS.fullmatch(name) else math.inf
+        high = max(256, *sizes) if name == "num_classes" and sizes else high
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not 0 <= number <= high:
+                raise ValueError(f"it declares {name[:40]} {str(number)[:40]}, expected 0 to {high:g}")
+
+
 def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
     """Read a checkpoint onto the CPU, without running any code from it.
 
@@ -613,6 +750,7 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
         content = path.read_bytes()
         check_whole(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        check_tensors(state)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a readable checkpoint (it holds more than tensors and plain data)") from None
     except Exception as error:  # truncated or foreign files: torch raises all sorts
@@ -628,6 +766,10 @@ def load_checkpoint(path: str | Path, kind: str, keys: tuple[str, ...] = ()) -> 
         raise ValueError(
             f"{path} has format version {str(state.get('version'))[:80]}, this code reads {CHECKPOINT_VERSION}"
         )
+    try:
+        check_declared(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
     if missing := [key for key in keys if key not in state]:
         raise ValueError(f"{path} is not a whole {kind} checkpoint: it lacks {', '.join(missing)}")
     return state
@@ -638,8 +780,8 @@ def of_this_version(path: str | Path) -> Iterator[None]:
     """Within it, networks are built and filled from a checkpoint. Raises ValueError when they have other parts now."""
     try:
         yield
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is of another version of these networks ({error})") from None
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is of another version of these networks ({one_line(error, 120)})") from None
 
 
 def versions() -> dict:
@@ -667,6 +809,18 @@ def output_folder(args: argparse.Namespace) -> Path:
     return Path(args.output_dir) if args.output_dir else Path(RUNS) / name
 
 
+def shipped(name: str) -> str:
+    """The path of a script or a file that is shipped with the scripts, such as "data/generator.pt" or "gan.py".
+
+    It is `name` itself where that is found from the working directory, and an absolute path elsewhere.
+    """
+    path = HOME / name
+    try:
+        return name if os.path.samefile(name, path) else str(path)
+    except OSError:
+        return str(path)
+
+
 def shown(path: str | Path) -> str:
     """A path as it is written in a command for the shell."""
     return shlex.quote(str(path))
@@ -690,8 +844,14 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
 
     The file run.lock says who holds it. Ends the script, naming the flag, when another process does.
     """
+    if holder := try_to_hold_folder(folder, flag):
+        fail(f"{flag}: {folder} is in use: {holder} writes to it", everywhere=True)
+
+
+def try_to_hold_folder(folder: Path, flag: str) -> str:
+    """As hold_folder, but another process that holds the lock does not end the script: says who it is, else ""."""
     if (key := folder.resolve()) in _held:
-        return
+        return ""
     with user_input(flag):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
@@ -701,7 +861,7 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        fail(f"{flag}: {folder} is in use: {holder} writes to it")
+        return holder
     except OSError as error:  # file systems that have no locks
         print(f"note: {folder} cannot be locked ({error.strerror}); see to it that no other run uses it")
     with writes(folder / "run.lock"):
@@ -710,6 +870,7 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"process {os.getpid()} on {platform.node()}, since {since},", file=file, flush=True)
     _held[key] = file
+    return ""
 
 
 def release_folder(folder: Path) -> None:
@@ -754,7 +915,7 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
     config = {
         "args": vars(args),
         "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": this_process().world,
         "versions": versions(),
         "device": device_name(device),
     }
@@ -767,7 +928,8 @@ class RunLog:
     step: where a resumed run goes on; lines of metrics.jsonl after it (from work that is done again) are dropped. So
     that none is missing, a step is logged before the checkpoint that has it is saved.
     None: a new run. Ends the script when the folder holds one already, or another process writes to it.
-    most: the number of lines that are kept at most, where several lines have the same step.
+    most: where several lines have the same step, the number of lines that there were when the checkpoint was saved:
+    those after them are dropped too.
     lines: how many lines there are.
     """
 
@@ -874,13 +1036,32 @@ def all_finite(*modules: torch.nn.Module | None) -> bool:
     return not flags or bool(torch.stack(flags).all())
 
 
+def stop_if_diverged(epoch: int, loss: float, *modules: torch.nn.Module | None, advice: str) -> None:
+    """End the script, before anything is saved, when training has diverged in an epoch (from 1).
+
+    loss: the mean over the epoch. modules: what is to be saved; the last step's update shows in no loss.
+    advice: which flag may help.
+    """
+    if not math.isfinite(loss):
+        fail(f"the loss is not finite in epoch {epoch}; {advice}")
+    if not all_finite(*modules):
+        fail(f"the weights are not all finite numbers after epoch {epoch}; {advice}")
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a state_dict, but keep what depends on the device that this optimizer was built for."""
+    """Load a state_dict, but keep what depends on the device that this optimizer was built for.
+
+    So a learning rate stays a tensor or a number, as it is here, with the value of the state.
+    """
     groups = [
-        saved | {name: own[name] for name in ("lr", "fused", "foreach", "capturable") if name in own}
+        saved | {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    rates = [own["lr"] for own in optimizer.param_groups]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, own, saved in zip(optimizer.param_groups, rates, state["param_groups"], strict=True):
+        rate = float(saved["lr"])
+        group["lr"] = torch.full_like(own, rate) if isinstance(own, torch.Tensor) else rate
 
 
 def autocast(amp: str, device: torch.device):

@@ -63,7 +63,7 @@ def run_script(script: str, args: argparse.Namespace) -> dict:
 
 def write(results: dict, data: Path, page: Path) -> None:
     """Write results[script][cpu or cuda] as JSON to `data`, and as tables to `page`."""
-    for path, text in ((data, json.dumps(results, indent=1) + "\n"), (page, render(results))):
+    for path, text in ((data, json.dumps(results, indent=1, allow_nan=False) + "\n"), (page, render(results))):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text)
         os.replace(temporary, path)

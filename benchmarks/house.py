@@ -59,6 +59,7 @@ SCRIPTS = (
     "report.py",
     "-m build_nas_dataset",
     "-m build_nas_dataset.eval_archs",
+    "-m build_nas_dataset.tabular",
     "-m generation.from_reference",
 )
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genotypes import SearchSpace
 from models.discriminator import Discriminator
 from models.generator import Generator, GeneratorConfig, forcing_noise, mlp
 from models.graph import CellBatch
@@ -19,10 +18,11 @@ from models.plain import PlainCellGenerator, PlainDiscriminator, PlainGenerator
 class PlainRobustCellGenerator(PlainCellGenerator):
     """Grows one cell per sample by noisy decisions."""
 
-    def __init__(self, condition_size: int, config: GeneratorConfig, space: SearchSpace):
-        super().__init__(condition_size, config, space)
+    def __init__(self, condition_size: int, config: GeneratorConfig):
+        super().__init__(condition_size, config)
         hidden = config.vertex_size + config.graph_size
-        self.earlier_edges = nn.Linear(config.vertex_size, hidden) if config.autoregressive_edges else None
+        decides = config.autoregressive_edges and config.space.wiring is None
+        self.earlier_edges = nn.Linear(config.vertex_size, hidden) if decides else None
 
     def draw(self, condition: Tensor, noise: Tensor | None) -> tuple[CellBatch, Tensor]:
         """condition (B, C), noise (B, V, T + V) -> B soft cells, and the log-likelihood (B,) of the hard decisions."""
@@ -33,7 +33,7 @@ class PlainRobustCellGenerator(PlainCellGenerator):
         for i, (tokens, edges) in enumerate(zip(self.logits_of_tokens, self.logits_of_edges, strict=True)):
             t = inputs + i
             of_token = tokens.log_softmax(1)[range(len(tokens)), hard.ops[:, t].argmax(1)]
-            of_edges = torch.where(hard.adj[:, :t, t] > 0, F.logsigmoid(edges), F.logsigmoid(-edges)).sum(1)
+            of_edges = torch.where(hard.adj[:, :t, t] > 0, F.logsigmoid(edges), F.logsigmoid(-edges)).sum(1)  # sure: 0
             log_likelihood = log_likelihood + torch.where(t < cells.num_nodes, of_token + of_edges, 0)
         return cells, log_likelihood
 
@@ -43,6 +43,9 @@ class PlainRobustCellGenerator(PlainCellGenerator):
         return logits if self.noise is None else logits + self.noise[:, t, : logits.shape[1]]
 
     def edge_logits(self, states: list[Tensor], new: Tensor, graph: Tensor, condition: Tensor) -> Tensor:
+        if self.space.wiring is not None:
+            self.logits_of_edges.append(super().edge_logits(states, new, graph, condition))
+            return self.logits_of_edges[-1]
         first, activation, second = self.add_edge
         t, tokens, before, plain, noisy = len(states), len(self.space.tokens), 0, [], []
         for j, state in enumerate(states):
@@ -61,12 +64,13 @@ class PlainRobustGenerator(PlainGenerator):
     cell_generator = PlainRobustCellGenerator
     draw_noise = Generator.draw_noise
 
-    def __init__(self, config: GeneratorConfig, space: SearchSpace):
-        super().__init__(config, space)
+    def __init__(self, config: GeneratorConfig):
+        super().__init__(config)
+        space = self.space
         self.summaries, condition_size = nn.ModuleDict(), config.latent_dim + sum(config.label_sizes)
         if config.chain_cells:
             for i, cell in enumerate(space.cells):
-                self.cells[cell] = self.cell_generator(condition_size + i * config.graph_size, config, space)
+                self.cells[cell] = self.cell_generator(condition_size + i * config.graph_size, config)
             flat = config.max_vertices * (config.max_vertices + len(space.tokens))
             for cell in space.cells[:-1]:
                 self.summaries[cell] = mlp(flat, config.vertex_size, config.graph_size)
@@ -98,7 +102,7 @@ class PlainRobustGenerator(PlainGenerator):
 
 def plain_generator(generator: Generator) -> PlainRobustGenerator:
     """The plain form of a generator, with copies of its weights, on its device and in its mode."""
-    plain = PlainRobustGenerator(generator.config, generator.space)
+    plain = PlainRobustGenerator(generator.config)
     return same_weights(plain, generator)
 
 

@@ -41,6 +41,7 @@ from build_nas_dataset.candidates import (
     read_candidates,
     read_parts,
     rounds_done,
+    said_of,
     unfinished_file,
     weights_file,
 )
@@ -60,12 +61,15 @@ from training.cifar import (
     train,
 )
 from training.images import ImageSet
+from training.own_images import fit_batch
 from training.steps import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
     RunLog,
     add_checkpoint_minutes_flag,
     add_common_flags,
+    all_finite,
+    explicit_flags,
     fail,
     load_checkpoint,
     number,
@@ -73,6 +77,8 @@ from utils import (
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
+    shown,
     signals,
     user_input,
     write_json,
@@ -86,8 +92,9 @@ MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags t
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, reference_flags=REFERENCE_FLAGS)
+    parser.prog = "python -m build_nas_dataset.eval_archs"
     group = parser.add_argument_group("genotypes")
-    group.add_argument("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset")
+    group.add_argument("--archs", default=shipped("data/nasdata.jsonl"), help="genotype file (.json) or NAS dataset")
     taken = "candidates: the first of a genotype file, evenly over the ranking of a NAS dataset; 0: all"
     group.add_argument("--num_archs", type=number(int, 0), default=50, help=taken)
     add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
@@ -98,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", tuple(MAY_CHANGE), ("results", "candidates"))
-    check_training_flags(parser, args, processes=1)
+    check_training_flags(parser, args, processes=1, given=explicit_flags(parser, argv))
     if args.sync_bn:
         parser.error("argument --sync_bn: not here, where each candidate is trained by one process")
     if args.halving and args.epochs < args.eta:
@@ -180,7 +187,7 @@ def train_candidate(
     this_round = {
         "epochs": args.epochs,
         "held_out_accuracy": measured,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": loss if math.isfinite(loss) and all_finite(network) else None,
         "seconds": earlier["seconds"] + time.monotonic() - started,
     }
     training = describe_training(genotype, images, held_out, args, [*earlier["rounds"], this_round])
@@ -291,7 +298,7 @@ class Run:
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s){said_of(training)}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:
@@ -333,8 +340,9 @@ def finish(run: Run) -> None:
     """Write and print the ranking."""
     ranked = by_accuracy(list(run.results.values()))
     if ranked[0]["training"]["loss"] is None:
-        fail("no candidate has a finite loss; a smaller --lr_max may help")
-    longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
+        fail("the training of every candidate diverged; a smaller --lr_max may help")
+    converged = [result for result in ranked if result["training"]["loss"] is not None]
+    longest = [result for result in converged if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(run.folder / "results.json", ranked)
     write_json(run.folder / "best.json", ranked[0])
@@ -346,16 +354,30 @@ def finish(run: Run) -> None:
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {run.folder / 'results.json'} and {run.folder / 'best.json'}")
-    print(f"next: {next_command(run.args, run.folder / 'best.json')}")
+    print(f"next: {next_command(run.args, run.folder / 'best.json', len(run.images))}")
 
 
-def next_command(args: argparse.Namespace, best: Path) -> str:
-    """The command that trains the best candidate in full, on the same images."""
-    flags, default = ["--arch", best], parse_args([])
-    for name in ("dataset", "data", "cache_dir", "skip_bad", "image_size", "auxiliary_weight"):
+TRAINED_ALIKE = """
+    dataset data cache_dir skip_bad image_size test_share test_seed cutout_size layers channels keep_prob
+    drop_path_keep_prob auxiliary_weight optimizer lr_max lr_min l2_reg grad_clip accumulate amp seed tf32
+""".split()  # the flags of train_cifar.py that a candidate's full training has in common with its brief one
+
+
+def next_command(args: argparse.Namespace, best: Path, num_images: int) -> str:
+    """The command that trains the best candidate in full, by the same flags on the same images.
+
+    num_images: those that the candidates were trained on.
+    """
+    default = parse_args(["--optimizer", args.optimizer])
+    default.optimizer, flags = "sgd", ["--arch", best]
+    if args.dataset == "folder":  # which the batch fits itself to again
+        default.batch_size = fit_batch(num_images, default.batch_size, args.accumulate)
+    for name in [*TRAINED_ALIKE, "batch_size"]:
         if (value := getattr(args, name)) != getattr(default, name):
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
-    return f"python train_cifar.py {shlex.join(map(str, flags))}"
+    if args.schedule_epochs != default.schedule_epochs:
+        flags += ["--epochs", args.schedule_epochs]
+    return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from build_nas_dataset.records import Record
+from genotypes import SearchSpace
+from models.ops import has_network
 
 
 def which_class(values, cuts: Sequence[float]):
@@ -66,6 +68,10 @@ class Objective:
         """The class of places in the NAS dataset's ranking, from 0 (lowest) to 1 (highest), see which_class."""
         return which_class(quantiles, self.quantiles)
 
+    def is_counted(self, space: SearchSpace) -> bool:
+        """Whether genotypes of a space are counted for it (#params, MACs), so that no predictor is needed."""
+        return self.name != "accuracy" and has_network(space)
+
     def of(self, record: Record) -> float:
         """The record's value."""
         return getattr(record, self.name)
@@ -92,11 +98,13 @@ def shares_below(values: Sequence[float], boundaries: Sequence[float]) -> list[f
 def objectives_of(records: Sequence[Record], num_classes: dict[str, int]) -> list[Objective]:
     """The objectives of a NAS dataset, each cut into the number of classes that num_classes has for its name.
 
-    Raises ValueError when a class would hold no record.
+    Raises ValueError when a class would hold no record, or a record lacks the column.
     """
     objectives = []
     for name, classes in num_classes.items():
         values = [getattr(record, name) for record in records]
+        if None in values:
+            raise ValueError(f"the NAS dataset has no {name} for {values.count(None)} of its {len(values)} records")
         boundaries = tuple(class_boundaries(values, classes))
         quantiles = tuple(shares_below(values, boundaries))
         objective = Objective(name, boundaries, quantiles, min(values), max(values))

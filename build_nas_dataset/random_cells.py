@@ -3,7 +3,7 @@
 They are drawn in two ways with the same distribution: random_cell, random_genotype and random_pool draw one after the
 other, as specs; random_cells and random_batch draw many at once, as tensors, for the training of the generator.
 A cell has V vertices with the chances of size_weights. A density b ~ U(0, 1) is drawn for it, every edge that may
-exist does so with probability b, and the ops are uniform.
+exist does so with probability b, and the ops are uniform. Where the wiring is fixed, only the ops are drawn.
 """
 
 import numpy as np
@@ -28,10 +28,12 @@ def random_cell(rng: np.random.Generator, space: SearchSpace = NAG_SPACE, max_ve
     """One cell as drawn, not pruned and perhaps not valid. max_vertices: of the largest; None: the space's."""
     weights = size_weights(space, max_vertices)
     size = space.min_vertices + int(rng.choice(len(weights), p=weights))
-    matrix = np.triu(rng.random((size, size)) < rng.random(), k=1)
-    matrix[: space.num_inputs, : space.num_inputs] = False
+    if space.wiring is None:
+        matrix = np.triu(rng.random((size, size)) < rng.random(), k=1)
+        matrix[: space.num_inputs, : space.num_inputs] = False
     ops = rng.choice(space.ops, size - space.num_inputs - 1)
-    return CellSpec(matrix.astype(int).tolist(), [*space.inputs, *map(str, ops), space.output], space)
+    matrix = space.wiring or matrix.astype(int).tolist()
+    return CellSpec(matrix, [*space.inputs, *map(str, ops), space.output], space)
 
 
 def random_cells(
@@ -50,8 +52,11 @@ def random_cells(
     tokens = torch.where(vertices == size - 1, space.token_id[space.output], tokens)  # (n, V)
     ops = F.one_hot(tokens, len(space.tokens)) * (vertices < size)[..., None]
     density = torch.rand(n, 1, 1, generator=source, device=device)
-    adj = (torch.rand(n, limit, limit, generator=source, device=device) < density).triu(1)
-    adj &= (vertices >= space.num_inputs) & (vertices < size)[:, None]  # by target; sources are below it
+    if space.wiring is None:
+        adj = (torch.rand(n, limit, limit, generator=source, device=device) < density).triu(1)
+        adj &= (vertices >= space.num_inputs) & (vertices < size)[:, None]  # by target; sources are below it
+    else:
+        adj = torch.tensor(space.wiring, device=device).expand(n, -1, -1)
     dtype = torch.get_default_dtype()
     return CellBatch(adj.to(dtype), ops.to(dtype), size.squeeze(1))
 
@@ -111,10 +116,10 @@ class RandomCells:
     max_vertices: vertices of the largest cells; None: those of the space.
     """
 
-    def __init__(self, max_vertices: int | None = None):
-        self.max_vertices = max_vertices
+    def __init__(self, max_vertices: int | None = None, space: SearchSpace = NAG_SPACE):
+        self.max_vertices, self.space = max_vertices, space
 
     def sample(self, labels: tuple[int, ...], n: int, seed: int, temperature: float | None = None) -> list[Genotype]:
         """n genotypes of random_genotype, whatever the labels and the temperature."""
         rng = np.random.default_rng(seed)
-        return [random_genotype(rng, max_vertices=self.max_vertices) for _ in range(n)]
+        return [random_genotype(rng, self.space, self.max_vertices) for _ in range(n)]

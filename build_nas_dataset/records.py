@@ -1,4 +1,4 @@
-"""The NAS dataset: records of (genotype, accuracy, #params, MACs), and their classes.
+"""The NAS dataset: records of (genotype, accuracy, #params, MACs, further columns).
 
 A file is JSON lines: a header object, then one object a record. The reference's torch files can be read too.
 
@@ -10,16 +10,18 @@ A file is JSON lines: a header object, then one object a record. The reference's
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
-from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace, find_space
 from models.cost import genotype_cost
-from utils import atomic_file, from_json, to_json, writes
+from utils import atomic_file, check_tensors, from_json, one_line, to_json, writes
 
 FORMAT, VERSION = "nas-dataset", 1
+COLUMNS = ("id", "space", "accuracy", "params", "macs")  # those that a Record has a place for, besides the cells
 TORCH_MAGIC = b"PK\x03\x04", b"\x80"  # how torch's files begin: a zip archive, or a pickle (torch before 1.6)
 
 
@@ -27,26 +29,32 @@ TORCH_MAGIC = b"PK\x03\x04", b"\x80"  # how torch's files begin: a zip archive, 
 class Record:
     """What is known of one genotype.
 
-    accuracy: fraction 0..1, by the supernet of the header. params, macs: of the stand-alone CIFAR-10 network with
-    6 layers, 36 channels, 32x32 pixels.
+    accuracy: fraction 0..1, by the supernet or the benchmark of the header. params, macs: of the stand-alone CIFAR-10
+    network with 6 layers, 36 channels, 32x32 pixels, or of the benchmark's; None: not known.
+    columns: what else the line says, such as {"test_accuracy": 0.93}; kept on reading and writing.
     """
 
     id: int
     genotype: Genotype
     accuracy: float
-    params: int
-    macs: int
+    params: int | None = None
+    macs: int | None = None
+    columns: dict = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict:
         numbers = {"accuracy": self.accuracy, "params": self.params, "macs": self.macs}
-        return {"id": self.id, **self.genotype.to_dict(), **numbers}
+        known = {name: number for name, number in numbers.items() if number is not None}
+        return {"id": self.id, **self.genotype.to_dict(), **known, **self.columns}
 
 
 def write_records(path: str | Path, records: Iterable[Record], header: dict) -> None:
-    """Write a NAS dataset, whole or not at all. header: how the accuracies came about."""
+    """Write a NAS dataset, whole or not at all. header: how the accuracies came about; the search space is added."""
+    records = iter(records)  # they need not fit in the memory
+    first = list(islice(records, 1))
+    space = {"search_space": first[0].genotype.space.name} if first else {}
     with writes(path), atomic_file(path) as file:
-        file.write(to_json({"format": FORMAT, "version": VERSION, **header}) + "\n")
-        for record in records:
+        file.write(to_json({"format": FORMAT, "version": VERSION, **space, **header}) + "\n")
+        for record in chain(first, records):
             file.write(to_json(record.to_dict()) + "\n")
 
 
@@ -57,26 +65,41 @@ def read_header(path: str | Path) -> dict:
     if header.get("format") != FORMAT:
         raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
     if header.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {header.get('version')}, this code reads {VERSION}")
+        raise ValueError(f"{path} has format version {header.get('version')!s:.60}, this code reads {VERSION}")
     return header
 
 
-def read_records(path: str | Path, space: SearchSpace = NAG_SPACE) -> list[Record]:
+def read_space(path: str | Path) -> SearchSpace:
+    """The search space that the header of a NAS dataset names; the published one if it names none."""
+    with open(path, "rb") as file:
+        if file.read(4).startswith(TORCH_MAGIC):
+            return NAG_SPACE
+    header = read_header(path)
+    try:
+        return find_space(header.get("search_space", NAG_SPACE.name))
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from None
+
+
+def read_records(path: str | Path, space: SearchSpace | None = None) -> list[Record]:
     """The records of a NAS dataset (JSON lines, or a torch file of the reference).
 
+    space: that the file must be of; None: whichever its header names.
     Raises ValueError naming the file, the line and what is wrong; OSError when it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such NAS dataset: {path}{' is a folder' if path.is_dir() else ''}")
+    named = read_space(path)
+    if space is not None and space.name != named.name:
+        raise ValueError(f"{path} is a NAS dataset of the space {named.name}, expected one of {space.name}")
     with open(path, "rb") as file:
         if file.read(4).startswith(TORCH_MAGIC):
             return _read_reference(path)
-    read_header(path)
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = enumerate(file, 1)
         next(lines)
-        records = [_parse_record(path, number, line, space) for number, line in lines if line.strip()]
+        records = [_parse_record(path, number, line, space or named) for number, line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path} holds no records")
     return records
@@ -100,19 +123,24 @@ def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Rec
     try:
         genotype = Genotype.from_dict(data, space).prune()
         if genotype is None:
-            raise ValueError("a cell has no path from an input to the output")
+            raise ValueError(f"a cell has no path from an input to the output{_or_too_many_edges(space)}")
         accuracy = data.get("accuracy")
         if not _is_number(accuracy) or not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r}")
+            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r:.60}")
         for name in ("params", "macs"):
-            if not _is_number(data.get(name), int) or not 0 <= data[name] < 1e15:
-                raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r}")
+            if name in data and (not _is_number(data[name], int) or not 0 <= data[name] < 1e15):
+                raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r:.60}")
         identity = data.get("id", number - 2)
         if not _is_number(identity, int):
-            raise ValueError(f"id must be a whole number, got {identity!r}")
+            raise ValueError(f"id must be a whole number, got {identity!r:.60}")
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
-    return Record(identity, genotype, float(accuracy), data["params"], data["macs"])
+    others = {name: value for name, value in data.items() if name not in (*COLUMNS, *space.cells)}
+    return Record(identity, genotype, float(accuracy), data.get("params"), data.get("macs"), others)
+
+
+def _or_too_many_edges(space: SearchSpace) -> str:
+    return "" if space.max_edges is None else f", or more than {space.max_edges} edges"
 
 
 def _is_number(value, kinds: type | tuple = (int, float)) -> bool:
@@ -127,8 +155,9 @@ def _read_reference(path: Path) -> list[Record]:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(data)
     except Exception as error:  # foreign or truncated files raise all sorts
-        reason = str(error).partition("\n")[0][:200]
+        reason = one_line(error, 120)
         raise ValueError(f"{path} is neither JSON lines nor a torch file of tensors ({reason})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of records, got {type(data).__name__}")
@@ -141,7 +170,7 @@ def _read_reference(path: Path) -> list[Record]:
                 raise ValueError(f"perf must be a percentage from 0 to 100, got {100 * accuracy}")
             genotype = None if None in cells else Genotype(*(_completed(*cell) for cell in cells)).prune()
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ValueError) as error:
-            raise ValueError(f"{path}, record {i}: {type(error).__name__} {error}") from None
+            raise ValueError(f"{path}, record {i}: {type(error).__name__} {one_line(error, 120)}") from None
         if genotype is not None:
             records.append(Record(i, genotype, accuracy, *genotype_cost(genotype)))
             completed += any(len(_missing_inputs(ops)) > 0 for _, ops in cells)

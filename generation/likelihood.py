@@ -41,15 +41,16 @@ def class_probabilities(
 
     #params and MACs are counted: one class is sure. The true quantile of the accuracy is taken to be normal around the
     predicted one, with the predictor's error on records that it was not trained on; a class has the mass between its
-    cuts.
+    cuts. So have #params and MACs in spaces where they cannot be counted.
     """
-    pruned, valid = zip(*(batch.prune() for batch in cells), strict=True)
-    names = [objective.name for objective in objectives]
-    predicted = predictor(pruned) if "accuracy" in names else None  # quantiles (B, K)
-    cost = batch_cost(*pruned) if set(names) - {"accuracy"} else None
+    space = predictor.config.space
+    pruned, valid = zip(*(batch.prune(space) for batch in cells), strict=True)
+    counted = [objective.is_counted(space) for objective in objectives]
+    predicted = None if all(counted) else predictor(pruned)  # quantiles (B, K)
+    cost = batch_cost(*pruned, space) if any(counted) else None
     probabilities = []
     for k, objective in enumerate(objectives):
-        if objective.name == "accuracy":
+        if not counted[k]:
             cuts = cuts_as_tensor(objective.quantiles, predicted.device, predicted.dtype)
             below = torch.special.ndtr((cuts - predicted[:, k, None]) / predictor.error[k])  # (B, C - 1)
             probabilities.append(F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=1))

@@ -18,7 +18,7 @@ from utils import derive_seed
 
 
 def generation_metrics(genotypes: Sequence[Genotype | None], known: Iterable[Genotype] = ()) -> dict[str, float]:
-    """Validity, uniqueness and novelty of generated genotypes, all up to isomorphism.
+    """Validity, uniqueness and novelty of generated genotypes; the same are those of equal canonical form.
 
     genotypes: as generated, pruned; None where a cell is not valid.
     known: canonical genotypes that are not new (the NAS dataset), best as a set.
@@ -49,20 +49,22 @@ def obtained_classes(
 ) -> np.ndarray:
     """The classes that pruned genotypes are in, one for each objective (n, K); -1 for None, an invalid one.
 
-    #params and MACs are counted; for accuracy the predictor says which quantile a genotype has.
+    #params and MACs are counted; for accuracy, and where they cannot be, the predictor says which quantile a genotype
+    has.
     """
     obtained = np.full((len(genotypes), len(objectives)), -1)
     valid = [i for i, genotype in enumerate(genotypes) if genotype is not None]
     if not valid:
         return obtained
     genotypes = [genotypes[i] for i in valid]
-    costs = np.array([genotype_cost(genotype) for genotype in genotypes])
+    counted = [objective.is_counted(genotypes[0].space) for objective in objectives]
+    costs = [genotype_cost(genotype) for genotype in genotypes] if any(counted) else []
     predicted = predictor.quantiles(genotypes)
     for k, objective in enumerate(objectives):
-        if objective.name == "accuracy":
-            obtained[valid, k] = objective.class_of_quantile(predicted[:, k])
+        if counted[k]:
+            obtained[valid, k] = objective.class_of(np.array([getattr(cost, objective.name) for cost in costs]))
         else:
-            obtained[valid, k] = objective.class_of(costs[:, ("params", "macs").index(objective.name)])
+            obtained[valid, k] = objective.class_of_quantile(predicted[:, k])
     return obtained
 
 
@@ -137,7 +139,7 @@ def evaluate_cells(
         return result
     obtained = obtained_classes(flat, objectives, predictor)  # (n, K)
     for k, objective in enumerate(objectives):
-        entry = {"by": "predictor" if objective.name == "accuracy" else "exact count"}
+        entry = {"by": "exact count" if objective.is_counted(records[0].genotype.space) else "predictor"}
         if objective.name == "accuracy" and scorer is not None:
             accuracies = scorer([genotype for genotype in flat if genotype is not None])
             obtained[valid, k] = scorer.classes(accuracies)
@@ -177,7 +179,7 @@ def distances_to_real(drawn: dict[tuple, list], records: list[Record], real_labe
         real = [record.genotype for record, own in zip(records, real_labels, strict=True) if tuple(own) == labels]
         made = [genotype for genotype in genotypes if genotype is not None]
         if real and made:
-            a, b = cell_distributions(real), cell_distributions(made)
+            a, b = (cell_distributions(genotypes, made[0].space) for genotypes in (real, made))
             for name in distances:
                 distances[name].append(total_variation(a[name], b[name]))
     return {name: float(np.mean(values)) for name, values in distances.items() if values}

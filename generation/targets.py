@@ -4,8 +4,9 @@ import argparse
 from itertools import product
 
 from build_nas_dataset.objectives import Objective
-from genotypes import NAG_SPACE, CellSpec, Genotype
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.cost import genotype_cost
+from models.ops import OPS, has_network
 from utils import fail
 
 RECORDS_NETWORK = (10, 6, 36)  # classes, layers and channels, whose counts the NAS dataset has
@@ -48,21 +49,27 @@ def wanted_classes(args: argparse.Namespace, objective: Objective) -> list[int]:
 class Limits:
     """Hard limits on the exact #params and MACs of a CIFAR network, from the flags.
 
-    Ends the script when no cell of up to max_vertices vertices can keep them.
+    Ends the script when no cell of up to max_vertices vertices can keep them, and where there are limits in a space
+    whose genotypes have no such network.
     """
 
-    def __init__(self, args: argparse.Namespace, max_vertices: int):
+    def __init__(self, args: argparse.Namespace, max_vertices: int, space: SearchSpace = NAG_SPACE):
+        self.space, self.counted = space, has_network(space)
         self.network = (args.num_classes, args.layers, args.channels)
         self.bounds = {
             "params": (args.min_params or 0, args.max_params or float("inf")),
             "macs": (args.min_macs or 0, args.max_macs or float("inf")),
         }
         self.given = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
+        if self.given and not self.counted:
+            names = [f"--{end}_{name}" for name in self.bounds for end in ("min", "max")]
+            flags = ", ".join(flag for flag in names if getattr(args, flag[2:]))
+            fail(f"{flags}: genotypes of the space {space.name} have no #params and MACs that could be counted")
         if self.given:
             self._check_reachable(max_vertices)
 
     def _check_reachable(self, max_vertices: int) -> None:
-        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices)]
+        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices, self.space)]
         _, layers, channels = self.network
         for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
             low, high = self.bounds[name]
@@ -87,29 +94,30 @@ class Limits:
 
     def keep(self, genotype: Genotype) -> bool:
         """Whether the genotype is within the limits."""
+        if not self.given:
+            return True
         counts = genotype_cost(genotype, *self.network)
         return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
 
 
-def extreme_genotypes(max_vertices: int) -> list[Genotype]:
+def extreme_genotypes(max_vertices: int, space: SearchSpace = NAG_SPACE) -> list[Genotype]:
     """Genotypes among which are those of least and most #params and MACs: tiny ones, and the full one."""
-    space, cells = NAG_SPACE, []
+    cells, kinds = [], {(OPS[op].pointwise, OPS[op].depthwise, OPS[op].pointwise_at(2)): op for op in space.ops}
     size = min(space.num_inputs + 2, max_vertices)
     free = [(i, j) for i in range(size - 1) for j in range(max(i + 1, space.num_inputs), size)]
-    for op in ("maxpool3x3", "identity"):
+    for op in (op for kind, op in kinds.items() if kind[:2] == min(kinds)[:2]):  # they differ at stride 2
         for chosen in product((0, 1), repeat=len(free)):
             matrix = [[0] * size for _ in range(size)]
             for (i, j), edge in zip(free, chosen, strict=True):
                 matrix[i][j] = edge
             interior = [op] * (size - space.num_inputs - 1)
-            cells.append(CellSpec(matrix, [*space.inputs, *interior, space.output]).prune())
+            cells.append(CellSpec(matrix, [*space.inputs, *interior, space.output], space).prune())
     cells = list({cell.canonical(): cell for cell in cells if cell is not None}.values())
     size = max_vertices
     matrix = [[int(j > i and j >= space.num_inputs) for j in range(size)] for i in range(size)]
-    full = CellSpec(matrix, [*space.inputs, *["seqconv5x5"] * (size - space.num_inputs - 1), space.output])
-    return [Genotype(*pair) for pair in product(cells, repeat=len(space.cells))] + [
-        Genotype(*[full] * len(space.cells))
-    ]
+    full = CellSpec(matrix, [*space.inputs, *[kinds[max(kinds)]] * (size - space.num_inputs - 1), space.output], space)
+    pairs = [*product(cells, repeat=len(space.cells)), [full] * len(space.cells)]
+    return [Genotype(*pair, space=space) for pair in pairs]
 
 
 def count(text: str) -> int:

@@ -16,7 +16,6 @@ from build_nas_dataset.random_cells import random_batch
 from build_nas_dataset.records import Record
 from generation.adversarial import discriminator_loss, generate, generator_loss, update
 from generation.likelihood import ExamplePool, choose_for_labels, likelihood_pass, policy_gradient_loss, reward
-from genotypes import NAG_SPACE
 from models.discriminator import Discriminator
 from models.fast.cuda_graphs import Recorded, can_record, side_by_side
 from models.generator import Generator, Request
@@ -28,7 +27,7 @@ from utils import cosine, derive_seed, progress_bar, set_lr, set_seed
 class TrainingData:
     """The NAS dataset as tensors on a device.
 
-    cells: one CellBatch of N cells for each cell of the space. max_vertices: of the largest cell in it.
+    space: the search space. cells: one CellBatch of N cells for each cell of it. max_vertices: of the largest cell.
     objectives: how each is cut into classes. labels: (N, K) long. quantiles: places in the ranking, (N, K) in 0..1.
     """
 
@@ -37,9 +36,10 @@ class TrainingData:
 
         Raises ValueError when a class would hold no record.
         """
+        self.space = records[0].genotype.space
         self.cells = tuple(
             CellBatch.encode([record.genotype[name] for record in records], max_vertices).to(device)
-            for name in NAG_SPACE.cells
+            for name in self.space.cells
         )
         self.max_vertices = max(int(cells.num_nodes.max()) for cells in self.cells)
         self.objectives = objectives_of(records, num_classes)
@@ -186,10 +186,9 @@ class Trainer:
 
         Its cells have no more vertices than those of the NAS dataset, since the predictor knows no larger ones.
         """
-        args, data = self.args, self.data
-        drawn = random_batch(args.pool_size, source, max_vertices=data.max_vertices)
-        cells, labels = tuple(batch.pad(args.max_step) for batch in drawn), data.random_labels(n, source)
-        predictor = self.networks.predictor
+        args, data, predictor = self.args, self.data, self.networks.predictor
+        drawn, size = random_batch(args.pool_size, source, data.space, data.max_vertices), data.cells[0].adj.shape[1]
+        cells, labels = tuple(batch.pad(size) for batch in drawn), data.random_labels(n, source)
         return choose_for_labels(cells, labels, args.inverse_temperature, data.objectives, predictor, source)
 
     def _discriminator_step(self, real: LabelledCells, request: Request) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.graph import CellBatch
 from models.network import CifarConfig, halved_inputs, is_reduction, vertex_stride
-from models.ops import OPS
+from models.ops import OPS, check_has_network
 
 
 def genotype_cost(
@@ -25,8 +25,9 @@ def genotype_cost(
     """(#params, MACs) of CifarNetwork for one genotype, its auxiliary head left out. image_size: in pixels.
 
     The numbers are those of count_parameters and count_macs, thousands of times sooner: for pools and hard limits.
-    Raises ValueError when the genotype is not valid.
+    Raises ValueError when the genotype is not valid, or of a space without networks.
     """
+    check_has_network(genotype.space)
     pruned = genotype.prune()
     if pruned is None:
         raise ValueError("the genotype is not valid: a cell has no path from an input to the output")
@@ -34,12 +35,12 @@ def genotype_cost(
     return stack_cost(normal, reduction, CifarConfig(num_classes, layers, channels), image_size)
 
 
-def batch_cost(normal: CellBatch, reduction: CellBatch) -> "Cost":
+def batch_cost(normal: CellBatch, reduction: CellBatch, space: SearchSpace = NAG_SPACE) -> "Cost":
     """genotype_cost of B valid genotypes at once: (B,) long tensors of #params and of MACs, at the default sizes.
 
     normal, reduction: their cells, hard and pruned (see CellBatch.prune).
     """
-    counts = CellCounts.of_batch(normal, False), CellCounts.of_batch(reduction, True)
+    counts = CellCounts.of_batch(normal, False, space), CellCounts.of_batch(reduction, True, space)
     return stack_cost(*counts, CifarConfig(), image_size=32)
 
 

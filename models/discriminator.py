@@ -17,7 +17,7 @@ class DiscriminatorConfig:
 
     vertex_size, graph_size: widths of vertex and graph states. num_layers: graph convolutions. mlp_layers: linear
     layers that make the score. aggregation: from vertex states to a graph state, "gsum" or "mean", see GraphState.
-    num_classes, label_sizes: classes and width of the label embedding of each objective.
+    num_classes, label_sizes: classes and width of the label embedding of each objective. space: of the cells.
     """
 
     vertex_size: int = 250
@@ -29,6 +29,10 @@ class DiscriminatorConfig:
     aggregation: str = "gsum"
     num_classes: tuple[int, ...] = (3,)
     label_sizes: tuple[int, ...] = (10,)
+    space: SearchSpace = NAG_SPACE
+
+    def __post_init__(self):
+        object.__setattr__(self, "space", SearchSpace.of(self.space))
 
 
 class CellEncoder(nn.Module):
@@ -64,9 +68,10 @@ class Discriminator(nn.Module):
     models/plain.py has the same in obvious loops. The keywords are the fields of DiscriminatorConfig.
     """
 
-    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__()
         self.config = config = DiscriminatorConfig(*args, **kwargs)
+        space = config.space
         self.encoders = nn.ModuleDict({cell: CellEncoder(len(space.tokens), config) for cell in space.cells})
         self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         layers = []

@@ -37,7 +37,7 @@ class GeneratorConfig:
     latent_dim: width of the noise z. vertex_size, graph_size: widths of vertex and graph states. num_layers, dropout:
     of message passing. aggregation: from vertex states to a graph state, "gsum" or "mean", see GraphState.
     num_classes, label_sizes: classes and width of the label embedding of each objective.
-    max_vertices: at which growth ends; None is the limit of the search space.
+    max_vertices: at which growth ends; None is the limit of the search space. space: the search space of the cells.
     Not in the paper: chain_cells (a cell is grown in view of the finished cells before it), autoregressive_edges (the
     edges into a vertex are decided one after the other, each in view of those before it; decided independently, as
     published, "exactly one of these" cannot be said), temperature (0, as published: every decision takes the likelier
@@ -56,12 +56,16 @@ class GeneratorConfig:
     chain_cells: bool = False
     autoregressive_edges: bool = False
     temperature: float = 0.0
+    space: SearchSpace = NAG_SPACE
 
     @staticmethod
-    def of(settings: dict, space: SearchSpace) -> "GeneratorConfig":
-        """The config with these settings in a space. Raises ValueError when the space has no cells of max_vertices."""
-        limit = settings.get("max_vertices")
-        settings = settings | {"max_vertices": space.max_vertices if limit is None else limit}
+    def of(settings: dict) -> "GeneratorConfig":
+        """The config with these settings, of which asdict may have made the space a dict.
+
+        Raises ValueError when the space has no cells of max_vertices.
+        """
+        limit, space = settings.get("max_vertices"), SearchSpace.of(settings.get("space", NAG_SPACE))
+        settings = settings | {"max_vertices": space.max_vertices if limit is None else limit, "space": space}
         config = GeneratorConfig(**settings)
         if not space.min_vertices <= config.max_vertices <= space.max_vertices:
             limits = f"{space.min_vertices} to {space.max_vertices}"
@@ -103,17 +107,25 @@ class Request(NamedTuple):
 
 
 class CellGenerator(nn.Module):
-    """Grows one cell per sample (NAG paper, section 3.2). Sizes: D vertex state, S graph state, C condition."""
+    """Grows one cell per sample (NAG paper, section 3.2). Sizes: D vertex state, S graph state, C condition.
 
-    def __init__(self, condition_size: int, config: GeneratorConfig, space: SearchSpace):
+    Where the wiring of the space is fixed, no edge is decided, and the last vertex is the output.
+    """
+
+    def __init__(self, condition_size: int, config: GeneratorConfig):
         super().__init__()
+        space = config.space
         vertex_size, graph_size, tokens = config.vertex_size, config.graph_size, len(space.tokens)
         hidden = vertex_size + graph_size
         self.max_vertices = config.max_vertices
         self.num_inputs = space.num_inputs
         self.output_token = space.token_id[space.output]
         self.input_tokens = slice(1, 1 + space.num_inputs)  # space.tokens = (output, *inputs, *ops)
+        # What is not drawn: an input, and where the wiring is fixed, the output before the last vertex.
+        self.impossible_tokens = self.input_tokens if space.wiring is None else slice(0, 1 + space.num_inputs)
         self.register_buffer("one_hot", torch.eye(tokens), persistent=False)
+        wiring = None if space.wiring is None else torch.tensor(space.wiring, dtype=torch.get_default_dtype())
+        self.register_buffer("wiring", wiring, persistent=False)  # (V, V)
 
         self.tokens = nn.Embedding(tokens, vertex_size)
         self.start = mlp(vertex_size + condition_size, hidden, vertex_size)
@@ -122,8 +134,9 @@ class CellGenerator(nn.Module):
         self.graph_state_init = GraphState(vertex_size, graph_size, config.aggregation)
         self.add_vertex = mlp(graph_size + condition_size, graph_size, tokens)
         self.init_vertex = mlp(vertex_size + graph_size + condition_size, hidden, vertex_size)
-        self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1)
-        self.earlier_edges = nn.Linear(vertex_size, hidden) if config.autoregressive_edges else None
+        free = space.wiring is None
+        self.add_edge = mlp(2 * vertex_size + graph_size + condition_size, hidden, 1) if free else None
+        self.earlier_edges = nn.Linear(vertex_size, hidden) if free and config.autoregressive_edges else None
 
     def forward(
         self,
@@ -186,17 +199,19 @@ class CellGenerator(nn.Module):
         token = noisy[..., :tokens].argmax(-1, keepdim=True)  # (B, N, 1)
         is_output = token == self.output_token
         present = is_output.cumsum(1) <= is_output  # (B, N, 1) up to the first output
-        vertices = torch.arange(size, device=logits.device)
-        possible = present & (vertices < vertices[self.num_inputs :, None])  # (B, N, V) edges, from vertices before
-
         of_token = logits[..., :tokens].log_softmax(-1).gather(2, token)  # (B, N, 1)
-        edge_logits, edges = logits[..., tokens:], noisy[..., tokens:] > 0
-        of_edges = -F.binary_cross_entropy_with_logits(edge_logits, edges.to(logits.dtype), reduction="none")
-        likelihood = torch.where(present, of_token, 0).sum((1, 2)) + torch.where(possible, of_edges, 0).sum((1, 2))
-
+        likelihood = torch.where(present, of_token, 0).sum((1, 2))
         inputs = self.one_hot[self.input_tokens].expand(len(logits), -1, -1)
         ops = torch.cat([inputs, torch.where(present, noisy[..., :tokens].softmax(-1), 0)], dim=1)  # (B, V, T)
-        adj = F.pad(torch.where(possible, noisy[..., tokens:].sigmoid(), 0).mT, (self.num_inputs, 0))  # (B, V, V)
+        if self.wiring is None:
+            vertices = torch.arange(size, device=logits.device)
+            possible = present & (vertices < vertices[self.num_inputs :, None])  # (B, N, V) edges, from vertices before
+            edge_logits, edges = logits[..., tokens:], noisy[..., tokens:] > 0
+            of_edges = -F.binary_cross_entropy_with_logits(edge_logits, edges.to(logits.dtype), reduction="none")
+            likelihood = likelihood + torch.where(possible, of_edges, 0).sum((1, 2))
+            adj = F.pad(torch.where(possible, noisy[..., tokens:].sigmoid(), 0).mT, (self.num_inputs, 0))  # (B, V, V)
+        else:
+            adj = self.wiring.expand(len(logits), -1, -1)
         return CellBatch(adj, ops, self.num_inputs + present.sum((1, 2))), likelihood
 
     def _start_states(self, condition: Tensor) -> Tensor:
@@ -223,12 +238,13 @@ class CellGenerator(nn.Module):
     def _token_logits(self, graph: Tensor, condition: Tensor, last: bool) -> Tensor:
         """Graph states (b, S) -> logits of the token of the vertex that is added (b, T).
 
-        It is never an input. last: no vertex may follow, so it is the output for sure.
+        It is never an input. last: no vertex may follow, so it is the output for sure. Where the wiring is fixed, the
+        output is the last vertex.
         """
         if last:
             return self.one_hot[self.output_token].log().expand(len(graph), -1)
         logits = self.add_vertex(torch.cat([graph, condition], dim=-1))
-        logits[:, self.input_tokens] = -math.inf
+        logits[:, self.impossible_tokens] = -math.inf
         return logits
 
     def _edge_logits(self, states: Tensor, context: Tensor, noise: Tensor, forced: Tensor | None) -> Tensor:
@@ -239,7 +255,11 @@ class CellGenerator(nn.Module):
         (The reference takes the contexts of other samples here, which cuts the edges off from the labels.)
         With autoregressive edges, every edge also sees the sum over the sources of the edges decided before it. These
         are decided here with the noise (b, t), or they are `forced` (b, t) of 0/1.
+        Where the wiring is fixed, they are those of its edges, infinite.
         """
+        if self.wiring is not None:
+            vertex = states.shape[1]
+            return ((self.wiring[:vertex, vertex] - 0.5) * math.inf).expand(len(states), -1)
         first, activation, second = self.add_edge
         of_state, of_context = first.weight.split([states.shape[-1], context.shape[-1]], dim=1)
         hidden = F.linear(states, of_state) + F.linear(context, of_context, first.bias)[:, None]  # (b, t, D + S)
@@ -268,7 +288,7 @@ class CellGenerator(nn.Module):
 class Generator(nn.Module):
     """Noise and labels -> genotypes: one CellGenerator for each cell of the space, on a common condition.
 
-    The keywords are the fields of GeneratorConfig, the space apart.
+    The keywords are the fields of GeneratorConfig.
 
     fixed_shape (attribute): True for shapes that depend on no value and a forward pass that never waits for the
     device; False for less work, since finished samples leave the batch; None for whichever suits the device.
@@ -276,16 +296,16 @@ class Generator(nn.Module):
 
     fixed_shape: bool | None = None
 
-    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__()
         names = [field.name for field in fields(GeneratorConfig)]
-        self.config = config = GeneratorConfig.of(dict(zip(names, args, strict=False)) | kwargs, space)
-        self.space = space
+        self.config = config = GeneratorConfig.of(dict(zip(names, args, strict=False)) | kwargs)
+        self.space = space = config.space
         self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         self.cells, self.summaries = nn.ModuleDict(), nn.ModuleDict()
         condition_size = config.latent_dim + sum(config.label_sizes)
         for i, cell in enumerate(space.cells):
-            self.cells[cell] = CellGenerator(condition_size, config, space)
+            self.cells[cell] = CellGenerator(condition_size, config)
             if config.chain_cells and i < len(space.cells) - 1:  # the cells after this one see a summary of it
                 flat = config.max_vertices * (config.max_vertices + len(space.tokens))
                 self.summaries[cell] = mlp(flat, config.vertex_size, config.graph_size)
@@ -376,13 +396,11 @@ class Generator(nn.Module):
         return z, tuple(noise)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | Path, device: torch.device | str = "cpu", space: SearchSpace = NAG_SPACE
-    ) -> "Generator":
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "Generator":
         """The generator of a GAN checkpoint, in eval mode. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("generator", "generator_config"))
         with of_this_version(path):
-            generator = cls(**checkpoint["generator_config"], space=space)
+            generator = cls(**checkpoint["generator_config"])
             generator.load_state_dict(checkpoint["generator"])
         return generator.to(device).eval()
 

@@ -68,15 +68,21 @@ class CellBatch:
         """CellSpec.prune for hard cells: without the vertices on no path from an input to the output; and (B,) bool,
         whether there is one, of no more edges than the space allows.
 
-        Vertices keep their places, and those that fall out leave rows and columns of zeros there.
+        Vertices keep their places, and those that fall out leave rows and columns of zeros there. Where the wiring is
+        fixed, all stay.
         """
         vertices = torch.arange(self.adj.shape[1], device=self.adj.device)
         is_input = (vertices < space.num_inputs).expand(len(self), -1)  # (B, V)
         is_output = self.ops[..., space.token_id[space.output]] > 0
         reached, needed = is_input, is_output
+        adj = self.adj  # the edges that something is passed on by
+        if space.none_op is not None:
+            adj = adj * (self.ops[..., space.token_id[space.none_op]] == 0)[:, None]
         for _ in range(space.num_inputs, len(vertices)):  # one edge farther each time
-            reached = reached | ((reached[:, None].to(self.adj.dtype) @ self.adj).squeeze(1) > 0)
-            needed = needed | ((self.adj @ needed[:, :, None].to(self.adj.dtype)).squeeze(2) > 0)
+            reached = reached | ((reached[:, None].to(adj.dtype) @ adj).squeeze(1) > 0)
+            needed = needed | ((adj @ needed[:, :, None].to(adj.dtype)).squeeze(2) > 0)
+        if space.wiring is not None:
+            return self, (reached & is_output).any(1)
         keep = (is_input | is_output | (reached & needed)).to(self.adj.dtype)
         pruned = CellBatch(self.adj * keep[:, :, None] * keep[:, None], self.ops * keep[:, :, None], self.num_nodes)
         valid = (reached & is_output).any(1)

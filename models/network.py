@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genotypes import CellSpec, Genotype
 from models.fast.cpu import BatchNorm2d
-from models.ops import FactorizedReduce, ReLUConvNorm, drop_path, make_op
+from models.ops import FactorizedReduce, ReLUConvNorm, check_has_network, drop_path, make_op
 
 
 class CellBase(nn.Module):
@@ -230,7 +230,7 @@ class Network(Stack):
 
     stem_channels: channels of s0 and s1. halve_first: whether s0 has twice the resolution of s1. pool_stride: stride
     of the pooling in the auxiliary head.
-    Raises ValueError when the genotype is not valid.
+    Raises ValueError when the genotype is not valid, or of a space without networks.
     """
 
     def __init__(
@@ -242,6 +242,7 @@ class Network(Stack):
         pool_stride: int,
     ):
         super().__init__()
+        check_has_network(genotype.space)
         pruned = genotype.prune()
         if pruned is None:
             raise ValueError("the genotype is not valid: a cell has no path from an input to the output")

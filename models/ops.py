@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genotypes import NAG_SPACE, SearchSpace
 from models.fast.cpu import BatchNorm2d, DepthwiseConv2d, average_pool, even_and_odd_pixels, max_pool
 
 
@@ -118,6 +119,17 @@ def make_op(name: str, channels: int, strided: bool, norm: type[nn.Module] = Bat
     if name not in OPS:
         raise ValueError(f"no module for op {name!r}")
     return OPS[name].build(channels, strided, norm)
+
+
+def has_network(space: SearchSpace) -> bool:
+    """Whether networks can be built of a space's genotypes: those of NAG, and others with its cells, inputs and ops."""
+    return (space.cells, space.inputs) == (NAG_SPACE.cells, NAG_SPACE.inputs) and OPS.keys() >= set(space.ops)
+
+
+def check_has_network(space: SearchSpace) -> None:
+    """Raise ValueError for a space of whose genotypes no networks can be built."""
+    if not has_network(space):
+        raise ValueError(f"no network can be built of a genotype of the space {space.name}, only of one of NAG's")
 
 
 class ReLUConvNorm(nn.Sequential):

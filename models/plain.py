@@ -16,11 +16,12 @@ edges are decided by and one that a new vertex is initialised with.
 Sizes in the comments: B samples, V vertices, T tokens, D vertex state, S graph state, C condition.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genotypes import NAG_SPACE, SearchSpace
 from models.discriminator import DiscriminatorConfig
 from models.generator import GeneratorConfig, mlp
 from models.graph import CellBatch, GraphState, LabelEmbedding
@@ -51,10 +52,10 @@ class PlainMessagePassing(nn.Module):
 class PlainCellGenerator(nn.Module):
     """Grows one cell per sample, vertex by vertex. Growth follows hard decisions; what it returns is soft."""
 
-    def __init__(self, condition_size: int, config: GeneratorConfig, space: SearchSpace):
+    def __init__(self, condition_size: int, config: GeneratorConfig):
         super().__init__()
-        self.space, self.max_vertices = space, config.max_vertices
-        vertex, graph, tokens = config.vertex_size, config.graph_size, len(space.tokens)
+        self.space, self.max_vertices = config.space, config.max_vertices
+        vertex, graph, tokens = config.vertex_size, config.graph_size, len(config.space.tokens)
         self.tokens = nn.Embedding(tokens, vertex)
         self.start = mlp(vertex + condition_size, vertex + graph, vertex)
         self.layers = nn.ModuleList(PlainMessagePassing(vertex, config.dropout) for _ in range(config.num_layers))
@@ -62,7 +63,8 @@ class PlainCellGenerator(nn.Module):
         self.graph_state_init = GraphState(vertex, graph, config.aggregation)
         self.add_vertex = mlp(graph + condition_size, graph, tokens)
         self.init_vertex = mlp(vertex + graph + condition_size, vertex + graph, vertex)
-        self.add_edge = mlp(2 * vertex + graph + condition_size, vertex + graph, 1)
+        if config.space.wiring is None:  # else no edge is decided
+            self.add_edge = mlp(2 * vertex + graph + condition_size, vertex + graph, 1)
 
     def forward(self, condition: Tensor) -> CellBatch:
         """condition (B, C): noise and embedded labels -> B soft cells."""
@@ -104,17 +106,28 @@ class PlainCellGenerator(nn.Module):
         return list(torch.stack(kept).unbind(1))
 
     def token_logits(self, graph: Tensor, condition: Tensor, t: int) -> Tensor:
-        """What vertex t is to be, (B, T): never an input; the last vertex is the output for sure."""
+        """What vertex t is to be, (B, T): never an input; the last vertex is the output for sure.
+
+        Where the wiring of the space is fixed, no other vertex is.
+        """
         logits = self.add_vertex(torch.cat([graph, condition], dim=1))
         if t == self.max_vertices - 1:
             impossible, logits = set(self.space.tokens) - {self.space.output}, torch.zeros_like(logits)
-        else:
+        elif self.space.wiring is None:
             impossible = self.space.inputs
+        else:
+            impossible = {*self.space.inputs, self.space.output}
         forbidden = torch.tensor([token in impossible for token in self.space.tokens], device=logits.device)
         return logits.masked_fill(forbidden, -torch.inf)
 
     def edge_logits(self, states: list[Tensor], new: Tensor, graph: Tensor, condition: Tensor) -> Tensor:
-        """Whether each existing vertex is a source of the new one, (B, t). All four inputs are of the same sample."""
+        """Whether each existing vertex is a source of the new one, (B, t). All four inputs are of the same sample.
+
+        Where the wiring of the space is fixed, it says so.
+        """
+        if self.space.wiring is not None:
+            sure = [math.inf if row[len(states)] else -math.inf for row in self.space.wiring[: len(states)]]
+            return torch.tensor(sure).to(new).expand(len(new), -1)
         logits = [self.add_edge(torch.cat([state, new, graph, condition], dim=1)) for state in states]
         return torch.cat(logits, dim=1)
 
@@ -124,12 +137,13 @@ class PlainGenerator(nn.Module):
 
     cell_generator = PlainCellGenerator  # benchmarks/plain_gan.py has another, with what the robust recipe adds
 
-    def __init__(self, config: GeneratorConfig, space: SearchSpace = NAG_SPACE):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
-        self.config, self.space = config, space
+        self.config, self.space = config, config.space
         self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         condition_size = config.latent_dim + sum(config.label_sizes)
-        self.cells = nn.ModuleDict({cell: self.cell_generator(condition_size, config, space) for cell in space.cells})
+        cells = {cell: self.cell_generator(condition_size, config) for cell in config.space.cells}
+        self.cells = nn.ModuleDict(cells)
 
     def forward(self, z: Tensor, labels: Tensor) -> tuple[CellBatch, ...]:
         """z (B, latent_dim), labels (B, objectives) -> B soft cells for each cell of the space."""
@@ -140,10 +154,10 @@ class PlainGenerator(nn.Module):
 class PlainCellEncoder(nn.Module):
     """Soft or hard cells -> graph states (B, S), by graph convolutions over the undirected cell with self-loops."""
 
-    def __init__(self, config: DiscriminatorConfig, space: SearchSpace):
+    def __init__(self, config: DiscriminatorConfig):
         super().__init__()
         width, layers = config.vertex_size, config.num_layers
-        self.tokens = nn.Linear(len(space.tokens), width, bias=False)
+        self.tokens = nn.Linear(len(config.space.tokens), width, bias=False)
         self.convs = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
         self.dropout = nn.Dropout(config.gcn_dropout)
         self.graph_state = GraphState(width, config.graph_size, config.aggregation)
@@ -167,9 +181,10 @@ class PlainCellEncoder(nn.Module):
 class PlainDiscriminator(nn.Module):
     """Scores genotypes against labels: it is trained to give 1 to real ones and 0 to generated ones."""
 
-    def __init__(self, config: DiscriminatorConfig, space: SearchSpace = NAG_SPACE):
+    def __init__(self, config: DiscriminatorConfig):
         super().__init__()
-        self.encoders = nn.ModuleDict({cell: PlainCellEncoder(config, space) for cell in space.cells})
+        space = config.space
+        self.encoders = nn.ModuleDict({cell: PlainCellEncoder(config) for cell in space.cells})
         self.labels = LabelEmbedding(config.num_classes, config.label_sizes)
         layers, width = [], len(space.cells) * config.graph_size + sum(config.label_sizes)
         for _ in range(config.mlp_layers - 1):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch
-from utils import derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
+from utils import all_finite, derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
 
 HELD_OUT = 0.1  # share of the records that the predictor is measured on, and not trained on
 EPOCHS = 20
@@ -25,12 +25,16 @@ PEAK_LR, WEIGHT_DECAY = 3e-3, 0.1  # of AdamW, in one cycle
 class PredictorConfig:
     """The settings of a predictor, which go into checkpoints as they are.
 
-    num_objectives: K. vertex_size: width of a vertex state, D. num_layers: rounds of messages.
+    num_objectives: K. vertex_size: width of a vertex state, D. num_layers: rounds of messages. space: of the cells.
     """
 
     num_objectives: int
     vertex_size: int = 64
     num_layers: int = 3
+    space: SearchSpace = NAG_SPACE
+
+    def __post_init__(self):
+        object.__setattr__(self, "space", SearchSpace.of(self.space))
 
 
 class DirectedEncoder(nn.Module):
@@ -62,9 +66,10 @@ class Predictor(nn.Module):
     quantile (K,) on records that it was not trained on.
     """
 
-    def __init__(self, *args, space: SearchSpace = NAG_SPACE, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__()
         self.config = config = PredictorConfig(*args, **kwargs)
+        space = config.space
         encoders = {cell: DirectedEncoder(space, config.vertex_size, config.num_layers) for cell in space.cells}
         self.encoders = nn.ModuleDict(encoders)
         width = 2 * config.vertex_size * len(space.cells)
@@ -81,13 +86,11 @@ class Predictor(nn.Module):
         return self.head(torch.cat(states, dim=-1))
 
     @classmethod
-    def from_checkpoint(
-        cls, path: str | Path, device: torch.device | str = "cpu", space: SearchSpace = NAG_SPACE
-    ) -> "Predictor":
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "Predictor":
         """The predictor of a GAN checkpoint. Raises ValueError when the file is no such checkpoint."""
         checkpoint = load_checkpoint(path, "gan", ("predictor", "predictor_config"))
         with of_this_version(path):
-            predictor = cls(**checkpoint["predictor_config"], space=space)
+            predictor = cls(**checkpoint["predictor_config"])
             predictor.load_state_dict(checkpoint["predictor"])
         return predictor.requires_grad_(False).to(device)
 
@@ -100,12 +103,12 @@ class Predictor(nn.Module):
 
 
 def train_predictor(
-    cells: tuple[CellBatch, ...], quantiles: Tensor, batch_size: int, seed: int
+    cells: tuple[CellBatch, ...], quantiles: Tensor, batch_size: int, seed: int, space: SearchSpace = NAG_SPACE
 ) -> tuple[Predictor, list[float]]:
     """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
 
     cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K).
-    Its root mean square error on the records held out is kept in it.
+    Its root mean square error on the records held out is kept in it. Raises ValueError when the training diverges.
     """
     device = quantiles.device
     set_seed(derive_seed(seed, 2))
@@ -113,11 +116,11 @@ def train_predictor(
     num_held_out = max(2, int(HELD_OUT * len(quantiles)))
     held_out, train = order[:num_held_out], order[num_held_out:]
     batch_size = min(batch_size, len(train))
-    predictor = Predictor(quantiles.shape[1]).to(device)
+    predictor = Predictor(quantiles.shape[1], space=space).to(device)
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=steps)
-    for _ in progress_bar(range(EPOCHS), desc="predictor"):
+    for epoch in progress_bar(range(EPOCHS), desc="predictor"):
         shuffled = train[torch.randperm(len(train), device=device)]
         for index in shuffled[: len(train) // batch_size * batch_size].split(batch_size):
             loss = F.mse_loss(predictor(tuple(batch[index] for batch in cells)), quantiles[index])
@@ -125,6 +128,8 @@ def train_predictor(
             loss.backward()
             optimizer.step()
             schedule.step()
+        if not all_finite(predictor):
+            raise ValueError(f"the predictor's training diverged in epoch {epoch + 1}; another --batch_size may help")
     predictor.requires_grad_(False)
     predicted, truth = predictor(tuple(batch[held_out] for batch in cells)).cpu(), quantiles[held_out].cpu()
     predictor.error.copy_((predicted - truth).square().mean(0).sqrt())

@@ -17,6 +17,7 @@ from generation.metrics import evaluate_cells
 from genotypes import GENOTYPES, Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork, count_macs, count_parameters
+from models.predictor import PredictorConfig
 from utils import derive_seed
 
 SHIPPED = Path(__file__).parent.parent / "data" / "generator.pt"
@@ -112,7 +113,8 @@ def test_draws_end_at_their_maximum():
 
 def predictor_of(quantiles: dict):
     """Expects these quantiles, of every objective."""
-    return SimpleNamespace(quantiles=lambda genotypes: np.array([[quantiles[g], quantiles[g]] for g in genotypes]))
+    found = lambda genotypes: np.array([[quantiles[g], quantiles[g]] for g in genotypes])  # noqa: E731
+    return SimpleNamespace(quantiles=found, config=PredictorConfig(2))
 
 
 def test_the_supernet_ranks_before_the_predictor_and_the_best_cell_is_first():

@@ -1,14 +1,29 @@
 """Cells and genotypes: validation, pruning, canonical form, files."""
 
 import json
-from itertools import combinations
+from dataclasses import asdict, replace
+from itertools import combinations, product
 
 import networkx as nx
 import numpy as np
 import pytest
 
 from build_nas_dataset.random_cells import random_cell, random_pool
-from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace, load_genotype, read_genotypes
+from genotypes import (
+    GENOTYPES,
+    NAG_SPACE,
+    NASBENCH101,
+    NASBENCH201,
+    SPACES,
+    CellSpec,
+    Genotype,
+    SearchSpace,
+    find_space,
+    from_nasbench201,
+    load_genotype,
+    read_genotypes,
+    to_nasbench201,
+)
 
 OPS = ["input0", "input1", "identity", "output"]
 
@@ -179,3 +194,128 @@ def test_genotype_needs_every_cell_of_its_space():
     with pytest.raises(ValueError, match="no reduction cell"):
         Genotype.from_dict({"normal": GENOTYPES["NAG_HIGH_ACC"].normal.to_dict()})
     assert NAG_SPACE.tokens[:4] == ("output", "input0", "input1", "seqconv3x3")
+
+
+# ------------------------------------------------------------------------------------------------ tabular benchmarks
+
+
+def cells_of_nasbench101(vertices):
+    """Every cell of NAS-Bench-101 with that many vertices, all of them on a path from input to output."""
+    pairs = list(combinations(range(vertices), 2))
+    for bits in product((0, 1), repeat=len(pairs)):
+        matrix = np.zeros((vertices, vertices), dtype=int)
+        matrix[tuple(zip(*pairs, strict=True))] = bits
+        interior = vertices - 2
+        for i, ops in enumerate(product(NASBENCH101.ops, repeat=interior)):
+            cell = CellSpec(matrix.tolist(), ["input", *ops, "output"], NASBENCH101)
+            if i == 0 and ((pruned := cell.prune()) is None or pruned.num_vertices < vertices):
+                break  # whatever the ops
+            yield cell
+
+
+@pytest.mark.parametrize(("most", "number"), [(2, 1), (3, 7), (4, 91), pytest.param(5, 2532, marks=pytest.mark.slow)])
+def test_nasbench101_has_as_many_small_cells_as_published(most, number):
+    assert len({cell.canonical() for v in range(2, most + 1) for cell in cells_of_nasbench101(v)}) == number
+
+
+def test_nasbench101_has_at_most_nine_edges():
+    full = [[int(dst > src) for dst in range(5)] for src in range(5)]  # 10 edges
+    ops = ["input", *["maxpool3x3"] * 3, "output"]
+    assert not CellSpec(full, ops, NASBENCH101).is_valid
+    full[0][4] = 0
+    assert CellSpec(full, ops, NASBENCH101).prune().num_edges == 9
+
+
+def nasbench201(*ops):
+    return Genotype(CellSpec(NASBENCH201.wiring, ["input", *ops, "output"], NASBENCH201), space=NASBENCH201)
+
+
+def computed(genotype, rng_seed=0):
+    """What a cell of NAS-Bench-201 computes, node by node as its paper says; every op is a random nonlinear map of its
+    own, which gives 0 for what is not there: an oracle that knows nothing of terms."""
+    rng = np.random.default_rng(rng_seed)
+    maps = {op: rng.normal(size=(4, 4)) for op in NASBENCH201.ops}
+    ops, nodes = iter(genotype["cell"].ops[1:]), [rng.normal(size=4)]
+    for node in (1, 2, 3):
+        total = np.zeros(4)
+        for source in range(node):
+            op, value = next(ops), nodes[source]
+            if op == "skip_connect":
+                total = total + value
+            elif op != "none" and value.any():
+                total = total + np.sin(maps[op] @ value + 1)
+        nodes.append(total)
+    return tuple(nodes[-1].round(6) + 0.0)
+
+
+def test_nasbench201_has_4930_functions():
+    forms, missing, values = set(), 0, {}
+    for i, ops in enumerate(product(NASBENCH201.ops, repeat=6)):
+        form = nasbench201(*ops)["cell"].canonical()
+        forms.add(form)
+        missing += form is None
+        if i % 8 == 0:
+            value = computed(nasbench201(*ops))
+            assert values.setdefault(value, form) == form  # equal values, equal forms
+    assert (len(forms), missing) == (4930, 341)
+    assert len(values) == len(set(values.values()))  # equal forms, equal values
+
+
+def test_a_cell_of_fixed_wiring_keeps_all_vertices_and_takes_no_other_wiring():
+    cell = nasbench201("none", "none", "nor_conv_3x3", "skip_connect", "none", "avg_pool_3x3")["cell"]
+    assert cell.prune() == cell and cell.is_valid
+    assert cell.canonical() == (("input",),) and hash(cell.canonical()) is not None
+    assert not nasbench201("none", *["skip_connect"] * 2, "none", "skip_connect", "none")["cell"].is_valid
+    other = [list(row) for row in NASBENCH201.wiring]
+    other[0][7] = 1
+    with pytest.raises(ValueError, match="wiring of the space nasbench201"):
+        CellSpec(other, cell.ops, NASBENCH201)
+    with pytest.raises(ValueError, match="8 to 8 vertices"):
+        CellSpec([[0, 1], [0, 0]], ["input", "output"], NASBENCH201)
+
+
+def test_nasbench201_strings_are_read_and_written():
+    text = "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+|nor_conv_1x1~0|skip_connect~1|none~2|"
+    genotype = from_nasbench201(text)
+    first, second = "avg_pool_3x3 nor_conv_1x1 skip_connect", "nor_conv_1x1 skip_connect none"
+    assert genotype["cell"].ops == ("input", *first.split(), *second.split(), "output")
+    assert to_nasbench201(genotype) == text
+    for wrong in ("", "none", text[:-9], text.replace("connect~1", "connect~0", 1), text + "+|none~0|"):
+        with pytest.raises(ValueError, match="expected an architecture"):
+            from_nasbench201(wrong)
+    with pytest.raises(ValueError, match="max_pool_3x3"):
+        from_nasbench201(text.replace("avg", "max"))
+
+
+def test_genotypes_of_all_spaces_say_which_space_they_are_of(tmp_path):
+    for space in SPACES.values():
+        genotype = random_pool(1, seed=1, space=space)[0]
+        assert Genotype.from_dict(genotype.to_dict()) == Genotype.from_dict(genotype.to_dict(), space) == genotype
+        path = tmp_path / "genotypes.json"
+        path.write_text(json.dumps(genotype.to_dict()))
+        assert load_genotype(str(path)) == genotype
+        assert SearchSpace(**asdict(space)) == space == find_space(space.name)
+    with pytest.raises(ValueError, match="is of the space nasbench101, expected one of nasbench201"):
+        Genotype.from_dict(random_pool(1, 1, NASBENCH101)[0].to_dict(), NASBENCH201)
+    with pytest.raises(ValueError, match="unknown search space 'darts'; known: nag, nasbench101, nasbench201"):
+        Genotype.from_dict({"space": "darts", "cell": {}})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ops": ()}, "an op at least"),
+        ({"ops": ("none", "none")}, "a name twice"),
+        ({"ops": ("none", "input")}, "a name twice"),
+        ({"none_op": "zero"}, "must be among its ops"),
+        ({"max_vertices": 1}, "1 inputs and max_vertices = 1"),
+        ({"max_vertices": 9}, "8 rows, its cells have 9 vertices"),
+        ({"max_edges": 0}, "max_edges = 0"),
+        ({"max_edges": 5}, "more than max_edges"),
+        ({"wiring": ((0, 0),) * 8}, "square"),
+        ({"wiring": ((0,) * 8,) * 8}, "no path"),
+    ],
+)
+def test_a_space_whose_limits_contradict_each_other_is_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        replace(NASBENCH201, **change)

@@ -6,21 +6,24 @@ import random
 import pytest
 import torch
 
-from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
+from genotypes import GENOTYPES, NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, SearchSpace
 from models.graph import CellBatch
 
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)
 LIMITED_SPACE = dataclasses.replace(TOY_SPACE, name="limited", max_edges=6)
 
 
+SKIPPING_SPACE = dataclasses.replace(TOY_SPACE, name="skipping", ops=("conv3x3", "none"), none_op="none")
+
+
 def random_cell(rng, space):
     size = rng.randint(space.min_vertices, space.max_vertices)
     matrix = [[int(s < t and t >= space.num_inputs and rng.random() < 0.5) for t in range(size)] for s in range(size)]
     interior = [rng.choice(space.ops) for _ in range(size - space.num_inputs - 1)]
-    return CellSpec(matrix, [*space.inputs, *interior, space.output], space)
+    return CellSpec(space.wiring or matrix, [*space.inputs, *interior, space.output], space)
 
 
-@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE], ids=lambda space: space.name)
+@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE, NASBENCH201], ids=lambda space: space.name)
 def test_decoding_inverts_encoding(space):
     rng = random.Random(0)
     cells = [random_cell(rng, space) for _ in range(200)]
@@ -31,7 +34,9 @@ def test_decoding_inverts_encoding(space):
     assert soft.decode(space) == cells
 
 
-@pytest.mark.parametrize("space", [NAG_SPACE, TOY_SPACE, LIMITED_SPACE], ids=lambda space: space.name)
+@pytest.mark.parametrize(
+    "space", [NAG_SPACE, TOY_SPACE, LIMITED_SPACE, SKIPPING_SPACE, NASBENCH101], ids=lambda space: space.name
+)
 def test_pruning_a_batch_is_pruning_its_cells(space):
     rng = random.Random(1)
     cells = [random_cell(rng, space) for _ in range(400)]
@@ -48,6 +53,15 @@ def test_pruning_a_batch_is_pruning_its_cells(space):
     closed = kept.close_up()
     for name in ("adj", "ops", "num_nodes"):
         assert torch.equal(getattr(closed, name), getattr(expected, name))
+
+
+def test_pruning_a_batch_of_fixed_wiring_leaves_its_cells_and_tells_which_have_a_path():
+    rng = random.Random(1)
+    cells = [random_cell(rng, NASBENCH201) for _ in range(400)]
+    batch = CellBatch.encode(cells)
+    pruned, valid = batch.prune(NASBENCH201)
+    assert pruned.decode(NASBENCH201) == cells
+    assert valid.tolist() == [cell.is_valid for cell in cells] and 0 < valid.sum() < 400
 
 
 def test_tensors_hold_edges_tokens_and_zeros_beyond_the_cell():

@@ -43,6 +43,7 @@ SCRIPTS = (
     "visualize",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "build_nas_dataset.tabular",
     "generation.from_reference",
 )
 

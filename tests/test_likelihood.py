@@ -16,10 +16,23 @@ from models.graph import CellBatch, LabelledCells
 from models.predictor import Predictor
 
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=4)
+FIXED_SPACE = SearchSpace(
+    "fixed",
+    ("cell",),
+    ("input",),
+    ("conv3x3", "maxpool", "none"),
+    5,
+    wiring=((0, 1, 1, 0, 1), (0, 0, 0, 1, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1), (0,) * 5),
+    none_op="none",
+)
 
 
 def all_cells(space):
     """Every cell that growth can end with, valid or not."""
+    if space.wiring is not None:
+        for ops in product(space.ops, repeat=space.max_vertices - space.num_inputs - 1):
+            yield CellSpec(space.wiring, [*space.inputs, *ops, space.output], space)
+        return
     for size in range(space.min_vertices, space.max_vertices + 1):
         free = [(i, j) for j in range(space.num_inputs, size) for i in range(j)]
         for ops in product(space.ops, repeat=size - space.num_inputs - 1):
@@ -30,15 +43,14 @@ def all_cells(space):
                 yield CellSpec(matrix, [*space.inputs, *ops, space.output], space)
 
 
-@pytest.mark.parametrize("autoregressive_edges", [False, True])
-def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(autoregressive_edges):
+@pytest.mark.parametrize(
+    ("space", "autoregressive_edges"), [(TOY_SPACE, False), (TOY_SPACE, True), (FIXED_SPACE, True)]
+)
+def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(space, autoregressive_edges):
     torch.manual_seed(0)
-    generator = (
-        Generator(5, 12, 6, label_sizes=(4,), autoregressive_edges=autoregressive_edges, space=TOY_SPACE)
-        .double()
-        .eval()
-    )
-    cells, n = list(all_cells(TOY_SPACE)), 20_000
+    generator = Generator(5, 12, 6, label_sizes=(4,), autoregressive_edges=autoregressive_edges, space=space)
+    generator = generator.double().eval()
+    cells, n = list(all_cells(space)), 20_000
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.mul_(3)
@@ -47,11 +59,11 @@ def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(auto
         values = generator.log_likelihood(z.expand(len(cells), -1), labels.expand(len(cells), -1), given)
         _, noise = generator.draw_noise(n, torch.Generator().manual_seed(0), temperature=1.0)
         drawn = generator(z.expand(n, -1), labels.expand(n, -1), tuple(part.double() for part in noise))[0]
-    assert values.shape == (len(cells),) and len(cells) == 2 + 2 * 8 + 4 * 64
+    assert values.shape == (len(cells),) and len(cells) == (3**3 if space is FIXED_SPACE else 2 + 2 * 8 + 4 * 64)
     share = values.exp()
     assert share.sum().item() == pytest.approx(1, abs=1e-9)
     assert share.max() < 0.9  # not all on one cell
-    counts = Counter(drawn.decode(TOY_SPACE))
+    counts = Counter(drawn.decode(space))
     assert counts.keys() <= set(cells)
     found = torch.tensor([counts[cell] for cell in cells]) / n
     assert ((found - share).abs() < 5 * (share / n).sqrt() + 1 / n).all()

@@ -7,7 +7,7 @@ from test_generator import golden as golden_generator
 
 from benchmarks.plain_gan import plain_discriminator, plain_generator
 from build_nas_dataset.random_cells import random_pool
-from genotypes import NAG_SPACE
+from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201
 from models.discriminator import Discriminator
 from models.generator import Generator
 from models.graph import CellBatch
@@ -19,6 +19,10 @@ VARIANTS = {
     "drawn": {"temperature": 1.0},
     "mean": {"aggregation": "mean", "temperature": 1.0},
     "additions": {"chain_cells": True, "autoregressive_edges": True, "temperature": 1.0},
+    "nasbench101": {"space": NASBENCH101},
+    "nasbench201": {"space": NASBENCH201},
+    "nasbench101 additions": {"space": NASBENCH101, "autoregressive_edges": True, "temperature": 1.0},
+    "nasbench201 additions": {"space": NASBENCH201, "autoregressive_edges": True, "temperature": 1.0},
 }
 
 
@@ -53,7 +57,9 @@ def test_plain_growth_gives_the_same_cells(changes, dtype, atol):
     generator, inputs = generator_and_inputs(dtype, **changes)
     with torch.no_grad():
         cells = generator(*inputs)
-        assert dtype == torch.float32 or len(torch.cat([batch.num_nodes for batch in cells]).unique()) > 3
+        sizes = torch.cat([batch.num_nodes for batch in cells]).unique()
+        varied = (sizes == 8).all() if generator.space is NASBENCH201 else len(sizes) > 3
+        assert dtype == torch.float32 or varied
         assert_equal_cells(plain_generator(generator)(*inputs), cells, atol)
 
 
@@ -61,7 +67,7 @@ def test_plain_growth_gives_the_same_cells(changes, dtype, atol):
 def test_plain_growth_and_scores_give_the_same_gradients(changes):
     generator, inputs = generator_and_inputs(torch.float64, **changes)
     torch.manual_seed(1)
-    shared = {name: SIZES[name] for name in ("label_sizes", "num_classes")}
+    shared = {name: SIZES[name] for name in ("label_sizes", "num_classes")} | {"space": generator.space}
     discriminator = Discriminator(12, 6, gcn_dropout=0.0, mlp_dropout=0.0, **shared).double()
     outcomes = []
     for g, d in (
@@ -72,7 +78,7 @@ def test_plain_growth_and_scores_give_the_same_gradients(changes):
         (scores - 1).square().mean().backward()
         grads = {name: p.grad for n in (g, d) for name, p in n.named_parameters() if p.grad is not None}
         outcomes.append({"scores": scores} | grads)
-    assert len(outcomes[0]) > 60
+    assert len(outcomes[0]) > 30
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-9, atol=1e-12)
 
 
@@ -80,8 +86,8 @@ def test_plain_growth_and_scores_give_the_same_gradients(changes):
 def test_plain_growth_gives_the_same_likelihoods(changes):
     generator, (z, labels, noise) = generator_and_inputs(torch.float64, **changes)
     plain = plain_generator(generator)
-    pool = random_pool(len(z), seed=0)
-    cells = tuple(CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in ("normal", "reduction"))
+    pool = random_pool(len(z), seed=0, space=generator.space)
+    cells = tuple(CellBatch.encode([g[name] for g in pool], dtype=torch.float64) for name in generator.space.cells)
     with torch.no_grad():
         own, likelihood = generator.draw(z, labels, noise)
         plain_own, plain_likelihood = plain.draw(z, labels, noise)

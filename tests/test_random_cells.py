@@ -6,7 +6,19 @@ import torch
 
 from build_nas_dataset.random_cells import random_batch, random_genotype
 from generation.metrics import cell_distributions, total_variation
-from genotypes import NAG_SPACE, Genotype
+from genotypes import NAG_SPACE, SPACES, Genotype
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_random_batches_of_all_spaces_are_pruned_valid_and_distinct(space):
+    batch = random_batch(5000, torch.Generator().manual_seed(0), space)
+    drawn = [Genotype(*specs, space=space) for specs in zip(*(cells.decode(space) for cells in batch), strict=True)]
+    assert len(set(drawn)) == len(drawn) > 500 and all(genotype.prune() == genotype for genotype in drawn[:500])
+    others, rng = {}, np.random.default_rng(0)
+    while len(others) < 500:
+        others[random_genotype(rng, space)] = None
+    found, expected = cell_distributions(drawn[:500], space), cell_distributions(others, space)
+    assert max(total_variation(found[name], expected[name]) for name in found) < 0.08
 
 
 @pytest.mark.parametrize("max_vertices", [None, 6])

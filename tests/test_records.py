@@ -8,8 +8,8 @@ import torch
 
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
-from build_nas_dataset.records import Record, read_header, read_records, write_records
-from genotypes import NAG_SPACE, CellSpec, Genotype, read_genotypes
+from build_nas_dataset.records import Record, read_header, read_records, read_space, write_records
+from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, Genotype, read_genotypes
 from models.cost import genotype_cost
 
 
@@ -24,6 +24,26 @@ def test_records_survive_the_file(tmp_path, records):
     write_records(path, records, {"pool_seed": 1})
     assert read_records(path) == records
     assert read_header(path)["pool_seed"] == 1
+
+
+@pytest.mark.parametrize("space", [NASBENCH101, NASBENCH201], ids=lambda space: space.name)
+def test_records_of_other_spaces_may_lack_costs_and_carry_further_columns(tmp_path, space):
+    path = tmp_path / "nasdata.jsonl"
+    truth = [{"test_accuracy": i / 10, "repeats": [0.1, 0.2]} for i in range(5)]
+    records = [Record(i, g, 0.5 + i / 20, columns=truth[i]) for i, g in enumerate(random_pool(5, 1, space))]
+    write_records(path, records, {"epochs": 12})
+    assert read_records(path) == read_records(path, space) == records
+    assert (read_space(path), read_header(path)["epochs"]) == (space, 12)
+    line = json.loads(path.read_text().splitlines()[1])
+    assert not {"params", "macs"} & line.keys() and line["test_accuracy"] == 0
+    assert objectives_of(records, {"accuracy": 3})[0].num_classes == 3
+    with pytest.raises(ValueError, match="no params for 5 of its 5 records"):
+        objectives_of(records, {"params": 2})
+    with pytest.raises(ValueError, match=f"of the space {space.name}, expected one of nag"):
+        read_records(path, NAG_SPACE)
+    path.write_text(path.read_text().replace(f'"search_space": "{space.name}"', '"search_space": "darts"'))
+    with pytest.raises(ValueError, match="line 1: unknown search space 'darts'"):
+        read_records(path)
 
 
 @pytest.mark.parametrize(

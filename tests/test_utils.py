@@ -98,6 +98,69 @@ def test_checking_takes_a_small_part_of_loading(tmp_path):
     assert min(times["check"]) < min(times["load"])
 
 
+def described(**declared) -> dict:
+    """The content of a checkpoint of a network of 12 tensors with 1,200 numbers in all, which declares these sizes."""
+    return {"net_config": declared, "net": {str(i): torch.zeros(10, 10) for i in range(12)}}
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"layers": 100_000},
+        {"num_layers": 13},
+        {"mlp_layers": -1},
+        {"vertex_size": 257},
+        {"label_sizes": (10, 10**9)},
+        {"channels": math.nan},
+        {"num_classes": 10**6},
+    ],
+)
+def test_a_checkpoint_that_declares_more_than_it_holds_is_refused_before_anything_is_built(tmp_path, declared):
+    utils.save_checkpoint(tmp_path / "a.pt", "test", described(**declared))
+    with pytest.raises(ValueError, match=rf"a\.pt is not a readable checkpoint: it declares {next(iter(declared))} "):
+        utils.load_checkpoint(tmp_path / "a.pt", "test")
+
+
+def test_flags_in_a_checkpoint_are_bounded_too_and_sizes_that_its_tensors_bear_out_are_not(tmp_path):
+    for args, refused in (({"layers": 13}, True), ({"batch_size": 10**6, "layers": 12}, False)):
+        utils.save_checkpoint(tmp_path / "a.pt", "test", described(layers=12, channels=256) | {"args": args})
+        if refused:
+            with pytest.raises(ValueError, match="it declares layers 13, expected 0 to 12"):
+                utils.load_checkpoint(tmp_path / "a.pt", "test")
+        else:
+            assert utils.load_checkpoint(tmp_path / "a.pt", "test")["args"] == args
+
+
+def test_a_tensor_that_claims_more_than_it_holds_and_a_knot_of_lists_are_refused_at_once(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pt", "test", {"deep": [{"w": torch.zeros(1).expand(10**6, 10**6)}]})
+    with pytest.raises(ValueError, match=r"a\.pt .*claims 1000000000000 elements"):
+        utils.load_checkpoint(tmp_path / "a.pt", "test")
+    knot = [torch.ones(2)]
+    for _ in range(40):  # 2**40 ways to the tensor
+        knot = [knot, knot]
+    utils.save_checkpoint(tmp_path / "b.pt", "test", {"knot": knot})
+    assert len(list(utils.tensors_in(utils.load_checkpoint(tmp_path / "b.pt", "test")))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("content", ["x" * 10**7, "x y\n" * 10**6, "a/b " * 10**6])
+def test_what_a_message_quotes_is_cut_to_a_line(content, capsys):
+    with pytest.raises(SystemExit):
+        utils.fail(f"--arch: /a/long/{'path/' * 60}a.json, genotype 3: unknown op {content}")
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "a.json, genotype 3: unknown op " in line and len(line) < 320 + 250
+    assert line.endswith("...\n")
+
+
+def test_a_message_of_usual_length_is_whole(capsys):
+    text = f"--output_dir: {'/folder' * 30} holds another run; go on with that run by --resume {'/folder' * 30}"
+    with pytest.raises(SystemExit):
+        utils.fail(text)
+    assert text in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------- locks, strict JSON
 
 HOLD = "import utils, time, sys; utils.hold_folder(utils.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"

@@ -7,7 +7,7 @@
             totals = checkpoints.begin(epoch)
             for i, batch in enumerate(islice(batches(epoch), checkpoints.done, None), start=checkpoints.done):
                 totals += step(batch)
-                checkpoints.after_step(i + 1, totals)
+                checkpoints.after_step(i + 1)
 
 A run that goes on from such a checkpoint computes what it would have without a stop. What an epoch draws from a seed of
 its own, the order of the images and their augmentation, is drawn again, so that of random numbers only the place in

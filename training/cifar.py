@@ -27,6 +27,15 @@ from training.flags import (
     shown_defaults,
 )
 from training.images import ImageSet, balanced_batch, check_classes, eval_batches, load_images, split, train_batches
+from training.own_images import (
+    add_split_flags,
+    asked_split,
+    check_data_flags,
+    settle_batch_size,
+    settle_holdout,
+    settle_split,
+    take_unsettled,
+)
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
 from utils import UNREAD, cosine, derive_seed, fail, number, set_lr, set_seed, user_input
 
@@ -63,12 +72,15 @@ def add_data_flags(group: argparse._ActionsContainer, holdout: int) -> None:
     """The flags about images. holdout: default of --holdout."""
     add, count = group.add_argument, number(int, 0)
     add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="which images to use")
-    add("--data", default="data", help="folder of the images; CIFAR is downloaded into it")
+    add("--data", default="data", help="folder of the images; CIFAR is downloaded into it. One's own: a folder or .zip "
+        "of class folders, or train and test of these")  # fmt: skip
+    add_split_flags(group)
     add("--cache_dir", help="folder that keeps decoded images (default: beside the images)")
     add("--skip_bad", action="store_true", help="leave out images that cannot be read")
     add("--image_size", type=number(int, 8), default=32, help="side of the images in pixels")
     add("--num_images", type=count, default=0, help="training images to use, as many of each class; 0: all")
-    add("--holdout", type=count, default=holdout, help="training images held out, to select on; 0: none")
+    fitted = f" (default: {holdout}, or what fits a small set)" if holdout else ""
+    add("--holdout", type=count, default=holdout, help=f"training images held out, to select on; 0: none{fitted}")
     add("--cutout_size", type=count, default=16, help="side of cutout's square in pixels; 0: no cutout")
 
 
@@ -80,7 +92,8 @@ def add_schedule_flags(group: argparse._ActionsContainer, epochs: int, schedule_
     length = "epochs over which the learning rate falls and drop path grows"
     length += "" if schedule_epochs else " (default: as --epochs)"
     add("--schedule_epochs", type=count, default=schedule_epochs, help=length)
-    add("--batch_size", type=number(int, 2), default=96, help="images of a step, over all processes")
+    size = "images of a step, over all processes (default: 96, or what fits a small set)"
+    add("--batch_size", type=number(int, 2), default=96, help=size)
     add("--eval_batch_size", type=count, default=500, help="images of a batch in evaluations")
     highest = f"learning rate at the start, for a whole batch {shown_defaults(OPTIMIZERS, 0)}"
     add("--lr_max", type=positive, help=highest)
@@ -89,15 +102,18 @@ def add_schedule_flags(group: argparse._ActionsContainer, epochs: int, schedule_
     add("--grad_clip", type=positive, default=5.0, help="largest L2 norm of the gradient; longer ones are scaled down")
 
 
-def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int) -> None:
+def check_training_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, processes: int, given: set[str]
+) -> None:
     """Settle the defaults that depend on other flags, and refuse what flags do not allow together.
 
-    processes: the number of processes that share a batch.
+    processes: the number of processes that share a batch. given: the flags that were given.
     """
+    check_data_flags(parser, args, given, args.accumulate * processes)
     args.schedule_epochs = args.schedule_epochs or args.epochs
     optimizer_defaults(args, OPTIMIZERS, "lr_max")
     check_step_flags(parser, args, processes)
-    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
     if args.lr_min > args.lr_max:
         parser.error("argument --lr_min: expected at most --lr_max")
     if args.epochs > args.schedule_epochs:
@@ -114,15 +130,18 @@ def load_data(
 
     classes: of a resumed run, the classes that the images must have. Ends the script on bad input.
     """
+    unsettled = take_unsettled(args)
     images, test = load_parts(args, device)
     if classes:
         with user_input("--data"):
             check_classes(images, classes, args.resume)
+    settle_holdout(args, images, unsettled)
     with user_input("--holdout"):
         images, held_out = split(images, args.holdout, args.seed)
     if args.num_images:
         with user_input("--num_images"):
             images = balanced_batch(images, args.num_images, args.seed)
+    settle_batch_size(args, images, unsettled)
     if args.batch_size > len(images):
         fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
     return images, held_out, test
@@ -131,7 +150,11 @@ def load_data(
 def load_parts(args: argparse.Namespace, device: torch.device) -> tuple[ImageSet, ImageSet]:
     """The training part and the test part of the images. Process 0 downloads and decodes them for all others."""
     with user_input("--data"), distributed.first_process_first():
-        return load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
+        source = (args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad)
+        parts = load_images(*source, device, asked_split(args))
+    with user_input("--data"):
+        settle_split(args, *parts)
+    return parts
 
 
 # ---------------------------------------------------------------------------------------- training and accuracy

@@ -13,8 +13,8 @@ import atexit
 import contextlib
 import functools
 import gc
-import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,26 +25,37 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported before there is a process group, see finish
 from torch import nn
 
-from utils import fail
+from utils import fail, this_process
 
 LONGEST_WAIT = timedelta(days=7)  # a candidate takes long; when a process dies, torchrun itself ends the others
+PATIENCE = 30  # seconds, after which a process says that it waits for the others to start
 
 _alone = False  # see alone
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other processes, if torchrun started this one. Returns the device of this process.
+    """Join the other processes, if there are any: see this_process. Returns the device of this process.
 
-    device: the device of --device; of several GPUs, each process takes the one with its LOCAL_RANK.
+    device: the device of --device; of several GPUs, each process takes the one with its local rank.
     """
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    process = this_process()
+    if process.world == 1:
         return device
     if device.type != "cpu":
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        device = torch.device(device.type, process.local_rank)
         if device.index >= (there := torch.accelerator.device_count()):
             fail(f"torchrun: --nproc_per_node: expected at most the {there} GPUs of this machine", everywhere=True)
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=LONGEST_WAIT)
+    who = f"process {process.rank} of {process.world}"
+    waiting = threading.Timer(PATIENCE, print, [f"{who} is waiting for the others at {process.master}"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=LONGEST_WAIT)
+    except (dist.DistError, ValueError) as error:
+        fail(f"torchrun: {who} does not find the others at {process.master}: {error}", everywhere=True)
+    finally:
+        waiting.cancel()
     if device.type == "cpu":
         atexit.register(finish)  # after a failure too; not with NCCL, which would wait for the other processes
     return device
@@ -66,7 +77,7 @@ def finish() -> None:
 
 def planned_world() -> int:
     """The number of processes, which is known before `start` too, for the checks of flags."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return this_process().world
 
 
 def world() -> int:

@@ -31,7 +31,8 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from training.image_decoding import MAX_PIXELS, decode_rgb, short_reason, shown_text, without_pil_warnings
-from training.image_files import Part, as_bytes, list_parts, reader, refuse_broken
+from training.image_files import Part, PlainSplit, as_bytes, reader, refuse_broken
+from training.image_parts import TEST_SEED, list_parts
 from training.images import normalize
 from utils import derive_seed, fail
 
@@ -63,6 +64,11 @@ class ImageFiles:
     def classes(self) -> list[str]:
         return self.part.classes
 
+    @property
+    def plain_split(self) -> PlainSplit | None:
+        """How training and test images were split, where they are from one plain tree of class folders."""
+        return self.part.split
+
     def subset(self, index: Tensor) -> "ImageFiles":
         """The images at `index` (M,), in that order."""
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
@@ -71,15 +77,18 @@ class ImageFiles:
         return self.names[index].decode("utf-8", "surrogateescape")
 
 
-def open_images(data: str | Path) -> tuple[ImageFiles, ImageFiles]:
+def open_images(
+    data: str | Path, test_split: tuple[float | None, int] = (None, TEST_SEED)
+) -> tuple[ImageFiles, ImageFiles]:
     """The training and the test (val, valid, validation) images of a folder, each a tree of class folders or a .zip.
 
+    test_split: share of each class to test on and seed, for a plain tree; see image_parts.list_parts.
     Only names are read. Raises ValueError or OSError with one line that names what is wrong.
     """
     files = []
-    for part in list_parts(Path(data)):
-        names = np.array([as_bytes(name) for name in part.members])
-        files.append(ImageFiles(replace(part, members={}), names, part.labels()))
+    for part in list_parts(Path(data), *test_split):
+        names = np.array([as_bytes(name) for name in part.members], dtype=np.bytes_)
+        files.append(ImageFiles(replace(part, members={}, whole=None), names, part.labels()))
     return files[0], files[1]
 
 
@@ -102,11 +111,14 @@ class Batch(NamedTuple):
 class Decoded(Dataset):
     """Decodes and crops the images of a batch, in a worker.
 
-    random_crop: whether a random part of an image is resized, as in training; else its centre.
+    random_crop: whether a random part of an image is resized, as in training; else its centre. files: None where only
+    `prepared` is used.
     decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
     """
 
-    def __init__(self, files: ImageFiles, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None):
+    def __init__(
+        self, files: ImageFiles | None, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None
+    ):
         self.files, self.image_size, self.seed, self.decode_jpeg = files, image_size, seed, decode_jpeg
         self.random_crop = random_crop
         resize = v2.Resize(round(image_size * TEST_MARGIN))
@@ -141,7 +153,11 @@ class Decoded(Dataset):
 
     def image(self, index: int) -> Tensor:
         """One image, decoded and cropped: (3, S, S) uint8."""
-        image = decode_rgb(self.read(self.files.name(index)), self.decode_jpeg)
+        return self.prepared(self.read(self.files.name(index)))
+
+    def prepared(self, content: bytes) -> Tensor:
+        """The image of a file's content, decoded and cropped: (3, S, S) uint8."""
+        image = decode_rgb(content, self.decode_jpeg)
         height, width = transforms.get_size(image)
         if not self.random_crop and self.image_size**2 * max(height, width) > MAX_PIXELS * min(height, width):
             raise ValueError(f"{width} x {height} pixels, expected less unequal sides")  # it would be resized whole

@@ -21,6 +21,7 @@ from genotypes import Genotype, load_genotype
 from models.export import export_network, rebuild
 from models.fast.cuda_graphs import Recorded
 from models.network import Network
+from models.ops import check_has_network
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.images import ImageSet
@@ -46,6 +47,7 @@ def genotype_to_train(args: argparse.Namespace, state: dict | None) -> Genotype:
     """The genotype of --arch or, with --resume, of the checkpoint `state`. Ends the script when it is not valid."""
     with user_input("--resume" if args.resume else "--arch"):
         genotype = Genotype.from_dict(state["genotype"]) if state else load_genotype(args.arch)
+        check_has_network(genotype.space)
         if not genotype.is_valid:
             raise ValueError(f"{args.arch} is not valid: a cell has no path from an input to the output")
     return genotype
