@@ -906,7 +906,7 @@ if hasattr(os, "register_at_fork"):
 
 def clear_temporary(folder: Path) -> None:
     """Delete what killed processes have left of files that they were writing. The folder's lock is held."""
-    for path in folder.rglob(".*.tmp"):
+    for path in folder.rglob(".*.[0-9]*.tmp"):  # as atomic_file names them
         path.unlink(missing_ok=True)
 
 
