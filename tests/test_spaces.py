@@ -9,6 +9,7 @@ import torch
 import gan
 import generate_archs
 import visualize
+from benchmarks.nasbench201 import Truth, measure
 from build_nas_dataset.candidates import read_candidates
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
@@ -115,3 +116,33 @@ def test_a_checkpoint_holds_its_space_whatever_spaces_there_are_now(tmp_path, mo
     assert all(entry["novel"] in (True, False) for entry in entries)  # the NAS dataset was read
     assert torch.load(run / "generator.pt", weights_only=True)["generator_config"]["space"]["ops"] == own.ops
     assert load_genotype("NAG_HIGH_ACC").space.name == "nag"
+
+
+def test_the_truth_of_a_table_judges_what_is_drawn():
+    """By a source that draws what is asked for, one that draws the opposite, and random cells."""
+    pool = list({g.canonical(): g for g in random_pool(300, 3, NASBENCH201)}.values())
+    truth = {g: i / 300 for i, g in enumerate(pool)}
+    table = [Record(i, g, 1 - value, columns={"truth": value}) for i, (g, value) in enumerate(truth.items())]
+    classes = Truth(table, "truth", 3)
+    assert classes.agreement == pytest.approx(1 / 3)  # the signal runs the other way: the middle class is the same
+    assert [classes.cells(k, {g.canonical() for g in pool[:10]}) for k in range(3)] == [90, 100, 100]
+    args = Namespace(seed=0, num_archs=20, max_draws=60)
+
+    class Source:
+        def __init__(self, shift):
+            self.shift = shift
+
+        def sample(self, labels, n, seed):
+            first = 100 * ((labels[0] + self.shift) % 3)
+            return [*pool[first : first + 30], None, *pool[first : first + n - 31]]
+
+    known = {g.canonical() for g in pool[:10]}
+    found = measure(Source(0), classes, 3, known, args)
+    assert found["controllability"] == 1 and found["cells_by_class"] == [20] * 3
+    assert found["draws_by_class"] == [30, 20, 20] and found["asked_by_obtained"][1] == [0, 20, 0]
+    assert found["coverage_by_class"] == pytest.approx([20 / 90, 0.3, 0.3])
+    assert found["novelty"] == pytest.approx((10 / 20 + 2) / 3) and found["validity"] == 1
+    assert measure(Source(1), classes, 3, known, args)["controllability"] == 0
+    same = [Record(i, g, 0.5, columns={"truth": 0.5}) for i, g in enumerate(pool[:9])]
+    whole = Truth(same, "truth", 3)
+    assert set(whole.of.values()) == {2}  # a value on a boundary belongs to the class above
