@@ -43,6 +43,7 @@ from utils import (
     UNREAD,
     ArgumentParser,
     add_common_flags,
+    clear_temporary,
     derive_seed,
     fail,
     hold_folder,
@@ -285,6 +286,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
     path = folder / "genotypes.json"
     hold_folder(folder)
     refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")  # again: another run may have been quicker
+    clear_temporary(folder)
     write_config(folder, args, device)
     write_json(path, results)
     if args.evaluate:

@@ -449,7 +449,8 @@ class Signals:
     SIGINT (Ctrl-C) and SIGTERM end the script by one line, with exit status 130 and 143: at once or, within `held`,
     where the loop that trains asks for `stop` after a step. A second one, from a second after the first, ends the
     process at once (programs that pass a signal on often send it twice).
-    SIGUSR1 asks for a checkpoint: `save`. SIGHUP, of a terminal that was closed, is ignored.
+    SIGUSR1 asks for a checkpoint: `save`. SIGHUP, of a terminal that was closed, is ignored; under torchrun, which ends
+    by it, it is as SIGTERM.
 
     stop: the number of the signal that the script is to end by, or 0.
     """
@@ -463,6 +464,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
             return
         handlers = {"SIGINT": self._stop, "SIGTERM": self._stop, "SIGUSR1": self._save, "SIGHUP": signal.SIG_IGN}
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends with its terminal, and its processes 30 s later
+            handlers["SIGHUP"] = self._stop
         for name, handler in handlers.items():
             number = getattr(signal, name, None)  # Windows lacks some
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -903,7 +906,7 @@ if hasattr(os, "register_at_fork"):
 
 def clear_temporary(folder: Path) -> None:
     """Delete what killed processes have left of files that they were writing. The folder's lock is held."""
-    for path in folder.rglob(".*.tmp"):
+    for path in folder.rglob(".*.[0-9]*.tmp"):  # as atomic_file names them
         path.unlink(missing_ok=True)
 
 

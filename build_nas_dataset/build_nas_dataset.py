@@ -299,7 +299,7 @@ class Run:
         if missing := int(scores.isnan().sum()):
             there = f"{len(work.items) - missing} of {len(work.items)} scores are there"
             if not self.args.score_only:
-                fail(f"--resume: {there}; the others are found by {work.command()}")
+                fail(f"--resume: {there}; find the others with --score_only, or --score_only --shard I/N")
             print(f"{there}; the last shard merges them")
             return
         if note:

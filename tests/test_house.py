@@ -31,6 +31,7 @@ OTHER_FLAGS = {
     "--index-url",
     "--shm-size",
     "--signal",
+    "--array",
 }  # of other programs
 PACKAGES = ("models", "generation", "training", "build_nas_dataset")
 SCRIPTS = (

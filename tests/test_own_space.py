@@ -6,14 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.small_training import ROOT
 
+pytestmark = pytest.mark.slow  # seven starts of scripts; tests/test_spaces.py has the same in small
+
 PAGE = (ROOT / "docs" / "own_space.md").read_text()
-OP_ENTRY, OP_NAMES, MADE_UP, OWN_SPACE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+OP_ENTRY, NAG_WITH_OP, MADE_UP, OWN_SPACE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 OF_THE_OP, OF_THE_SPACE = re.findall(r"^```\n(python made_up.py.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 # Runs command lines one after the other in one process, which saves the start of Python and torch.
 DRIVER = """
@@ -38,15 +39,12 @@ def project(tmp_path_factory):
         if name.parts[0] not in ("runs", ".venv", "tests", "benchmarks"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
-    genotypes = Path(ROOT, "genotypes.py").read_text().splitlines(keepends=True)
-    edits = {
-        "models/ops.py": ("OPS = {\n", "OPS = {\n" + OP_ENTRY),
-        "genotypes.py": (next(line for line in genotypes if '"identity")' in line), OP_NAMES),
-    }
-    for name, (old, new) in edits.items():
-        (folder / name).write_text(replaced((folder / name).read_text(), old, new))
+    text = (folder / "models" / "ops.py").read_text()
+    (folder / "models" / "ops.py").write_text(replaced(text, "\ndef make_op(", f"\n{OP_ENTRY}\n\ndef make_op("))
     text = (folder / "genotypes.py").read_text()
-    (folder / "genotypes.py").write_text(replaced(text, "\ndef find_space(", f"\n{OWN_SPACE}\n\ndef find_space("))
+    (published,) = re.findall(r"^NAG_SPACE = .*?^\)\n", text, re.MULTILINE | re.DOTALL)
+    text = replaced(text, "\ndef find_space(", f"\n{OWN_SPACE}\n\ndef find_space(")
+    (folder / "genotypes.py").write_text(replaced(text, published, NAG_WITH_OP))
     (folder / "made_up.py").write_text(MADE_UP)
     (folder / "runs").mkdir()
     commands = [shlex.split(line)[1:] for line in (OF_THE_OP + OF_THE_SPACE).splitlines()]

@@ -413,10 +413,16 @@ def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, 
     assert "novelty is not computed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [["gan.py"], ["-m", "build_nas_dataset"]])
-def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (["gan.py"], "torchrun: this script works in one process"),
+        (["-m", "build_nas_dataset"], "torchrun: one process trains"),
+    ],
+)
+def test_scripts_of_one_process_refuse_torchrun(script, message, monkeypatch):
     as_by_torchrun(monkeypatch, rank=0, world=2)
-    assert "torchrun: this script works in one process" in run(*script, ok=False)
+    assert message in run(*script, ok=False)
 
 
 BAD_INPUT = [

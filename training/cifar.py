@@ -39,7 +39,7 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, fail, number, set_lr, set_seed, user_input, writes
+from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, fail, number, set_seed, user_input, writes
 
 MOST_WRONG = 24  # images that are kept in predictions.npz
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
@@ -219,7 +219,6 @@ def train_epoch(
         return cosine(first + i, all_steps, args.lr_max, args.lr_min)
 
     values = train_steps(step, own_parts, progress, learning_rate, epoch, checkpoints)
-    set_lr(step.optimizer, learning_rate(epoch_steps - 1))  # for an epoch whose steps were all done before a stop
     lr = float(step.optimizer.param_groups[0]["lr"])
     return values | {"lr": lr, "seconds": time.monotonic() - started}
 

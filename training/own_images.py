@@ -11,7 +11,6 @@ import os
 from collections.abc import Sized
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -40,13 +39,6 @@ def add_split_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--test_seed", type=number(int, 0, 2**63 - 1), default=TEST_SEED, help=seed)
 
 
-class Unsettled(NamedTuple):
-    """The flags of a new run that were not given, and the equal parts that a batch is cut into."""
-
-    flags: frozenset[str]
-    parts: int
-
-
 def check_data_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], parts: int = 1
 ) -> None:
@@ -67,7 +59,7 @@ def check_data_flags(
         parser.error("argument --test_share: expected with --dataset folder; CIFAR has test images")
     if args.test_share == 1:
         parser.error("argument --test_share: expected less than 1 to train, 1 is for --evaluate")
-    args.unsettled = Unsettled(frozenset(vars(args)) - given, parts)
+    args.unsettled = {"flags": sorted(vars(args).keys() - given), "parts": parts}
 
 
 def holds_images(data: Path) -> bool:
@@ -118,47 +110,50 @@ def settle_split(args: argparse.Namespace, train, test) -> None:
 # --------------------------------------------------------------------------------------- defaults that fit few images
 
 
-def take_unsettled(args: argparse.Namespace) -> Unsettled | None:
-    """What check_data_flags noted, which is no flag and goes into no file; None where nothing is to be settled."""
+def take_unsettled(args: argparse.Namespace) -> dict | None:
+    """The flags that check_data_flags noted, {"flags": names of those that were not given, "parts"}, which then is no
+    longer among the flags; None where nothing is to be settled.
+    """
     unsettled = vars(args).pop("unsettled", None)
     return unsettled if getattr(args, "dataset", "folder") == "folder" else None
 
 
-def settle_holdout(args: argparse.Namespace, images, unsettled: Unsettled | None) -> None:
+def settle_holdout(args: argparse.Namespace, images, unsettled: dict | None) -> None:
     """Lower a default of --holdout that is too much for the images (an ImageSet or ImageFiles), and say so."""
-    if unsettled and "holdout" in unsettled.flags and args.holdout:
+    if unsettled and "holdout" in unsettled["flags"] and args.holdout:
         default, args.holdout = args.holdout, fit_holdout(images.labels, len(images.classes), args.holdout)
         if args.holdout != default:
             say(f"--holdout {args.holdout}: the default, {default}, is too much of {len(images)} images")
 
 
-def settle_batch_size(args: argparse.Namespace, images: Sized, unsettled: Unsettled | None) -> None:
+def settle_batch_size(args: argparse.Namespace, images: Sized, unsettled: dict | None) -> None:
     """Fit a default of --batch_size to few images; of a size that was given, say how many images are left over."""
     if unsettled is None:
         return
     default, left = args.batch_size, len(images) % args.batch_size
-    if "batch_size" not in unsettled.flags:
+    if "batch_size" not in unsettled["flags"]:
         if left and default <= len(images):
             which = f"{left} of {len(images)} training images, others in every epoch"
             say(f"--batch_size {default}: {which}, are left over")
         return
-    args.batch_size = fit_batch(len(images), default, unsettled.parts)
+    args.batch_size = fit_batch(len(images), default, unsettled["parts"])
     if args.batch_size != default:
         left_now = len(images) % args.batch_size
+        steps = len(images) // args.batch_size
         say(
-            f"--batch_size {args.batch_size}: an epoch has {len(images) // args.batch_size} steps and leaves over "
+            f"--batch_size {args.batch_size}: an epoch has {steps} step{'s' * (steps > 1)} and leaves over "
             f"{left_now} of {len(images)} training images, the default of {default} would leave {left}"
         )
 
 
-def settle_scoring(args: argparse.Namespace, available: int, unsettled: Unsettled | None) -> None:
+def settle_scoring(args: argparse.Namespace, available: int, unsettled: dict | None) -> None:
     """Lower the defaults of --score_images and --score_batch_size to the images that there are, and say so.
 
     available: class-balanced images among the held-out ones.
     """
-    if unsettled and "score_images" in unsettled.flags and 0 < available < args.score_images:
+    if unsettled and "score_images" in unsettled["flags"] and 0 < available < args.score_images:
         args.score_images = available
-        if "score_batch_size" in unsettled.flags:
+        if "score_batch_size" in unsettled["flags"]:
             args.score_batch_size = available
         args.score_images -= available % args.score_batch_size
         say(f"--score_images {args.score_images} --score_batch_size {args.score_batch_size}: there are no more of them")
