@@ -200,11 +200,7 @@ def pack(cell: CellSpec) -> str:
 def strips_of(genotype: Genotype) -> list[tuple[str, Markup]]:
     """(name of a cell, its small picture) of a genotype."""
     cells = zip(genotype.space.cells, genotype.cells, strict=True)
-    pictures = [(name, strip_svg(cell.prune() or cell)) for name, cell in cells]  # which escapes text
-    # They are the faces of buttons, which have names of their own.
-    return [
-        (name, Markup(re.sub('role="img" aria-label="[^"]*"', 'aria-hidden="true"', svg))) for name, svg in pictures
-    ]
+    return [(name, Markup(strip_svg(cell.prune() or cell))) for name, cell in cells]  # which escapes text
 
 
 def outside(x: Sequence[float], low: float, high: float) -> int:
