@@ -3,7 +3,6 @@
 A section says what one run, or one NAS dataset, shows. It holds plain data and SVG; page.html.j2 lays it out.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -201,11 +200,7 @@ def pack(cell: CellSpec) -> str:
 def strips_of(genotype: Genotype) -> list[tuple[str, Markup]]:
     """(name of a cell, its small picture) of a genotype."""
     cells = zip(genotype.space.cells, genotype.cells, strict=True)
-    pictures = [(name, strip_svg(cell.prune() or cell)) for name, cell in cells]  # which escapes text
-    # They are the faces of buttons, which have names of their own.
-    return [
-        (name, Markup(re.sub('role="img" aria-label="[^"]*"', 'aria-hidden="true"', svg))) for name, svg in pictures
-    ]
+    return [(name, Markup(strip_svg(cell.prune() or cell))) for name, cell in cells]  # which escapes text
 
 
 def outside(x: Sequence[float], low: float, high: float) -> int:
