@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -793,6 +794,28 @@ def versions() -> dict:
     }
 
 
+def code_version() -> dict[str, str | bool | None]:
+    """The git commit of the code, and whether its tracked files are "clean": those of that commit.
+
+    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 2 s.
+    Files that git does not track do not count, since nothing that is tracked imports them. The repository is named, not
+    searched for, so that it may belong to another user; nothing is written to it.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of other programs
+    command = ["git", "--no-optional-locks", f"--git-dir={HOME / '.git'}", f"--work-tree={HOME}"]
+    command += ["-c", "core.fsmonitor=false", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    command += ["--no-ahead-behind", "--no-renames"]
+    options = {"env": variables, "cwd": HOME, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        found = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=2, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    commits = [line.split()[2].decode() for line in found if line.startswith(b"# branch.oid ")]
+    if not commits or commits == ["(initial)"]:
+        return {"commit": None, "clean": None}
+    return {"commit": commits[0], "clean": all(line.startswith(b"#") for line in found)}
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called, for records of a run."""
     if device.type == "cuda":
@@ -917,6 +940,7 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
         "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
         "processes": this_process().world,
         "versions": versions(),
+        **code_version(),
         "device": device_name(device),
     }
     write_json(folder / "config.json", config)
