@@ -39,6 +39,7 @@ PACKAGE_SCRIPTS = {
     "build_nas_dataset.__main__",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "build_nas_dataset.brief_scores",
     "generation.from_reference",
     "generation.search_benchmark",
 }

@@ -3,6 +3,7 @@
 A section says what one run, or one NAS dataset, shows. It holds plain data and SVG; page.html.j2 lays it out.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -200,7 +201,11 @@ def pack(cell: CellSpec) -> str:
 def strips_of(genotype: Genotype) -> list[tuple[str, Markup]]:
     """(name of a cell, its small picture) of a genotype."""
     cells = zip(genotype.space.cells, genotype.cells, strict=True)
-    return [(name, Markup(strip_svg(cell.prune() or cell))) for name, cell in cells]  # strip_svg escapes text
+    pictures = [(name, strip_svg(cell.prune() or cell)) for name, cell in cells]  # which escapes text
+    # They are the faces of buttons, which have names of their own.
+    return [
+        (name, Markup(re.sub('role="img" aria-label="[^"]*"', 'aria-hidden="true"', svg))) for name, svg in pictures
+    ]
 
 
 def outside(x: Sequence[float], low: float, high: float) -> int:
