@@ -144,6 +144,7 @@ COMMANDS = {
     "truth_seed2.jsonl": f"{TRAIN}/truth_cells.json --seed 2 --results docs/results/truth_seed2.jsonl",
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",
+    "sampling_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/sampling_seeds.json",
 }
 
 
@@ -173,12 +174,13 @@ def read(root: Path, file: str) -> Any:
 
 def commands_of(file: str, data: Any) -> list[str]:
     """The commands that make a result file. Raises ValueError when neither the file nor COMMANDS says them."""
-    found = COMMANDS.get(file, [])
+    found: str | list = []
     if isinstance(data, dict):
-        found = data.get("command") or [run["command"] for run in data.get("runs", []) if "command" in run] or found
+        found = data.get("command") or [run["command"] for run in data.get("runs", []) if "command" in run]
+    found = [*([found] if isinstance(found, str) else found), *([COMMANDS[file]] if file in COMMANDS else [])]
     if not found and is_rebuilt(data):
         raise ValueError(f'{path_of(file)}: expected the "command" that makes it, there or in benchmarks/tables.py')
-    return [found] if isinstance(found, str) else found
+    return found
 
 
 def is_rebuilt(data: Any) -> bool:
