@@ -142,7 +142,11 @@ def this_process() -> Process:
     fail(f"environment: expected RANK and LOCAL_RANK below WORLD_SIZE, as torchrun sets them, got {told}", True)
 
 
-UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
+class Refused(str):
+    """Why a flag of the reference is refused here, in the place of the words that say the same."""
+
+
+UNREAD = Refused("the reference has this flag but never reads it")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -152,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
     recipes: name of a recipe -> its values by flag; the first is the one used by default. --help shows a default that
         differs between them as "robust 0.002, paper 0.0002".
     reference_flags: a flag of the reference (github.com/kunjing96/NAG), without its dashes -> the words that say the
-        same here, with {} in the place of its value; or UNREAD, and then it is refused. They are not shown in --help.
+        same here, with {} in the place of its value; or why it is Refused. They are not shown in --help.
         Example: {"gpu": "--device cuda:{}", "use_aux_head": "--auxiliary_weight 0", "n_cpu": UNREAD}.
     """
 
@@ -204,8 +208,8 @@ class ArgumentParser(argparse.ArgumentParser):
             ours = self.reference_flags.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
             if known or ours is None:
                 found.append((known or flag) + equals + value)
-            elif ours == UNREAD:
-                self.error(f"argument {flag}: the reference has this flag but never reads it; leave it out")
+            elif isinstance(ours, Refused):
+                self.error(f"argument {flag}: {ours}; leave it out")
             elif "{}" not in ours:
                 found += ours.split()
             else:
