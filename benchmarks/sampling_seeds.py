@@ -38,11 +38,12 @@ def entry_of(config: dict, evaluation: dict) -> dict:
 
 
 def rounded(found: dict) -> dict:
-    """A {"mean", "std", "values"} with a few digits."""
-    return {
-        name: [round(v, DIGITS) for v in value] if isinstance(value, list) else round(value, DIGITS)
-        for name, value in found.items()
-    }
+    """A {"mean", "std", "values"} with a few digits. A number that is not defined is None, and stays so."""
+
+    def few(value):
+        return None if value is None else round(value, DIGITS)
+
+    return {name: [few(v) for v in value] if isinstance(value, list) else few(value) for name, value in found.items()}
 
 
 def gather(folders: list[Path]) -> dict:
