@@ -46,7 +46,7 @@ from benchmarks import all as speed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FOLDER = "docs/results.md", "docs/results"  # in the project
-MARKED = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"^<!-- table: (\S+) -->\n((?:(?!<!-- ).*\n)*)<!-- end -->$", re.MULTILINE)
 CAPTION = re.compile(r"^\*\*Table (\d+)\.\*\* \S", re.MULTILINE)
 
 Rows = list[list[str]]  # the first is the head

@@ -63,6 +63,13 @@ def test_a_number_that_is_changed_in_a_file_changes_that_cell_of_the_table(proje
     assert (project / tables.PAGE).read_text() == PAGE.replace("| 1.000 | 0.957 | 0.774", "| 1.000 | 0.500 | 0.774")
 
 
+def test_nothing_is_taken_for_a_table_where_an_end_is_missing(project, capsys):
+    page = PAGE.replace("<!-- end -->\n", "", 1)
+    (project / tables.PAGE).write_text(page)
+    assert tables.main([], project) == 1 and (project / tables.PAGE).read_text() == page
+    assert "a marker stands alone" in capsys.readouterr().err
+
+
 def test_a_new_table_takes_a_caption_two_markers_and_a_file(project):
     number = len(MARKED) + 1
     new = f"\n**Table {number}.** New.\n\n<!-- table: new -->\n<!-- end -->\n"
@@ -107,6 +114,7 @@ TABLE = "**Table 1.** A caption.\n\n<!-- table: a -->\n| a |\n|---|\n<!-- end --
         (TABLE.replace("**", ""), r"table a: expected a caption"),
         (TABLE.replace("<!-- end -->\n", ""), "a marker stands alone"),
         (TABLE.replace("<!-- table: a -->\n", ""), "a marker stands alone"),
+        (TABLE.replace("<!-- end -->\n", "") + "\n" + TABLE.replace("1.", "2."), "a marker stands alone"),
     ],
 )
 def test_tables_without_caption_marker_or_number_are_named(page, expected):
