@@ -1,5 +1,6 @@
 # make demo      set up, train a small generator, draw cells with it, write a page about it: runs/demo/report.html
 # make test      the tests, 5 minutes on 2 quiet cores      make test-all   with those that take minutes each
+# make tables    the tables of docs/results.md and docs/speed.md, from the result files; needs no packages
 # make lint      ruff, as in CI                   make clean      remove the environment and caches; runs/ stays
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=FOLDER the virtual environment, WORKERS=8 the processes of the tests.
@@ -10,7 +11,7 @@ WORKERS ?= 2
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all tables lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(WORKERS) --durations=10 -m ""
+
+tables:
+	$(PYTHON) benchmarks/tables.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check

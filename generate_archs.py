@@ -42,6 +42,7 @@ from training.image_parts import TEST_SEED
 from utils import (
     UNREAD,
     ArgumentParser,
+    Refused,
     add_common_flags,
     clear_temporary,
     derive_seed,
@@ -189,7 +190,11 @@ UNUSED = (
     "n_epochs batch_size lr b1 b2 n_cpu img_size sample_interval d_emb_size d_gnn_num_layers d_mlp_num_layers "
     "d_gnn_dropout d_mlp_dropout d_hidden_size n_critic clip_value"
 ).split()
-REFERENCE_FLAGS = {"gpu": "--device cuda:{}"} | dict.fromkeys([*IN_CHECKPOINT, *UNUSED], UNREAD)
+REFERENCE_FLAGS = {
+    "gpu": "--device cuda:{}",
+    **dict.fromkeys(IN_CHECKPOINT, Refused("the reference has to be told what --checkpoint holds here")),
+    **dict.fromkeys(UNUSED, UNREAD),
+}
 
 
 def parse_args(

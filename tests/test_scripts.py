@@ -19,6 +19,7 @@ from PIL import Image
 from small_training import as_by_torchrun
 
 import generate_archs
+from benchmarks import sampling_seeds
 from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.objectives import Objective
@@ -320,6 +321,9 @@ def test_several_sampling_seeds_give_the_mean_and_deviation_of_their_evaluations
         assert found[title] == alone[0][title]
         assert f"{title} over the 3 sampling seeds 5 to 7, 36 drawn with each:" in out
     assert f"  all controllability: {value['mean']:.3f} +- {value['std']:.3f}" in out
+    (gathered,) = sampling_seeds.gather([tmp_path / "all"])["runs"]
+    assert (gathered["training_seed"], gathered["cells_of_each_sampling_seed"]) == (1997, 36)
+    assert gathered["over sampling seeds"]["random cells"]["all controllability"]["mean"] == round(value["mean"], 5)
     assert "--sampling_seeds: expected with --evaluate" in run("generate_archs.py", "--sampling_seeds", 2, ok=False)
 
 
