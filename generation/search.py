@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from build_nas_dataset.objectives import Objective
-from build_nas_dataset.random_cells import random_batch
+from build_nas_dataset.random_cells import random_batch, random_genotype
 from generation.likelihood import choose_for_labels, likelihood_pass
 from genotypes import Genotype, SearchSpace
 from models.generator import Generator
@@ -68,21 +68,24 @@ def run_search(
     start: Sequence[Genotype],
     evaluate: Callable[[list[Genotype]], list[float]],
     queries: int,
+    after_round: Callable[[], None] = lambda: None,
 ) -> None:
     """The loop. start: what is queried first. evaluate: gives a score for each genotype, the higher the better.
 
     It goes on from what `search` has queried already, and ends after `queries` evaluations, or when no new genotype is
-    found.
+    found. after_round: is called when the scores of a round are there.
     """
     if not search.genotypes:
         first = list(start)[:queries]
         search.add(first, evaluate(first))
+        after_round()
     while len(search.genotypes) < queries:
         search.learn()
         found = search.propose(min(search.settings.batch, queries - len(search.genotypes)))
         if not found:
             return
         search.add(found, evaluate(found))
+        after_round()
 
 
 def computed_cells(cells: CellBatch, space: SearchSpace) -> CellBatch:
@@ -93,29 +96,28 @@ def computed_cells(cells: CellBatch, space: SearchSpace) -> CellBatch:
     function get one prediction. (With 32, 64 and 128 random cells of NAS-Bench-201, Kendall's tau with the rest is
     0.54, 0.65 and 0.68, and 0.42, 0.48 and 0.57 with the cells as they are written.)
     """
-    adj, ops = cells.adj, cells.ops
-    for label, passes_on in ((space.none_op, False), (space.skip_op, True)):
-        if label is None:
-            continue
-        for vertex in range(space.num_inputs, adj.shape[1] - 1):
-            is_it = ops[:, vertex, space.token_id[label], None]  # (B, 1)
-            if passes_on:
-                adj = adj + is_it[:, None] * adj[:, :, vertex, None] * adj[:, None, vertex]
-            keep = torch.ones_like(ops[..., 0]).index_fill(1, torch.tensor([vertex]), 0.0).maximum(1 - is_it)  # (B, V)
-            adj, ops = adj * keep[:, :, None] * keep[:, None], ops * keep[..., None]
-    return CellBatch(adj, ops, cells.num_nodes) if space.wiring is None else _live(adj, ops, cells, space)
+    if space.none_op is None and space.skip_op is None:
+        return cells
+    adj, ops, size = cells.adj, cells.ops, cells.adj.shape[1]
 
+    def without(dropped: Tensor) -> tuple[Tensor, Tensor]:  # (B, V) of 0 and 1
+        keep = 1 - dropped
+        return adj * keep[:, :, None] * keep[:, None], ops * keep[..., None]
 
-def _live(adj: Tensor, ops: Tensor, cells: CellBatch, space: SearchSpace) -> CellBatch:
-    """Without the vertices on no path from an input to the output."""
-    vertices = torch.arange(adj.shape[1])
-    reached = (vertices < space.num_inputs).expand(len(cells), -1)  # (B, V)
-    needed = output = ops[..., space.token_id[space.output]] > 0
-    for _ in vertices[1:]:  # one edge farther each time
+    if space.none_op is not None:
+        adj, ops = without(ops[..., space.token_id[space.none_op]])
+    if space.skip_op is not None:
+        skips = ops[..., space.token_id[space.skip_op]]
+        for v in range(space.num_inputs, size - 1):
+            adj = adj + skips[:, v, None, None] * adj[:, :, v, None] * adj[:, None, v]
+        adj, ops = without(skips)
+    inputs, output = torch.arange(size) < space.num_inputs, ops[..., space.token_id[space.output]] > 0
+    reached, needed = inputs.expand(len(cells), -1), output
+    for _ in range(size):  # one edge farther each time
         reached = reached | ((reached[:, None].to(adj.dtype) @ adj).squeeze(1) > 0)
         needed = needed | ((adj @ needed[:, :, None].to(adj.dtype)).squeeze(2) > 0)
-    keep = ((vertices < space.num_inputs) | output | (reached & needed)).to(adj.dtype)
-    return CellBatch(adj * keep[:, :, None] * keep[:, None], ops * keep[..., None], cells.num_nodes)
+    adj, ops = without(1 - (inputs | output | (reached & needed)).to(adj.dtype))
+    return CellBatch(adj, ops, cells.num_nodes)
 
 
 class Ensemble(nn.Module):
@@ -141,8 +143,9 @@ class Ensemble(nn.Module):
 class PredictorSearch:
     """A search by the predictor alone: it ranks all the candidates that there are. The generator is left out.
 
-    candidates: all genotypes of the space, or of a table. They are queried once each, and of those that compute the
-    same (canonical form) only one.
+    candidates: all genotypes of the space, or of a table. Of those that are the same, as strings of NAS-Bench-201 that
+    compute the same function, one is queried: a second query would tell little more than the noise of the training, and
+    take the place of something new.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class PredictorSearch:
         return tuple(CellBatch.encode([g[name] for g in genotypes], self.max_vertices) for name in self.space.cells)
 
     def propose(self, n: int) -> list[Genotype]:
-        """n genotypes to query next; fewer when there are no more."""
+        """n genotypes to query next; fewer where so many new ones are not found, see new_genotypes."""
         ranked = self.new_genotypes()
         explore = min(self.settings.explore, n // 4)
         chosen, rest = ranked[: n - explore], ranked[n - explore :]
@@ -338,9 +341,15 @@ class GeneratorSearch(PredictorSearch):
                 seen.add(key)
                 found.append(genotype)
         if not found:
-            return []
-        order = np.argsort(-self.predict(self.encode(found)), kind="stable")
+            found = self.random_new_genotypes(seen)
+        order = np.argsort(-self.predict(self.encode(found)), kind="stable") if found else []
         return [found[i] for i in order]
+
+    def random_new_genotypes(self, known: set[Genotype]) -> list[Genotype]:
+        """Where the generator draws nothing new any more: random genotypes that were not queried, or none at all."""
+        rng = np.random.default_rng([self.seed, self.rounds, 1])
+        drawn = {g.canonical(): g for g in (random_genotype(rng, self.space, self.max_vertices) for _ in range(1000))}
+        return [genotype for key, genotype in drawn.items() if key not in known and self.is_candidate(genotype)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from functools import cached_property
 from itertools import combinations
 
 import numpy as np
-import torch
 
 from build_nas_dataset.tabular import Benchmark
 from genotypes import CellSpec, Genotype, SearchSpace
@@ -47,11 +46,6 @@ class SearchTable:
     def cells(self) -> CellBatch:
         """All rows, padded to max_vertices."""
         return CellBatch.encode([genotype["cell"] for genotype in self.genotypes], self.max_vertices)
-
-    @cached_property
-    def valid(self) -> np.ndarray:
-        """Whether each row has a path from the input to the output (rows,)."""
-        return np.array([genotype.is_valid for genotype in self.genotypes])
 
     def neighbours(self, row: int) -> list[int]:
         """The rows that one change leads to, see changed_cells, in ascending order."""
@@ -107,8 +101,3 @@ def _with_vertex(cell: CellSpec, src: int, dst: int, op: str) -> CellSpec:
     matrix.insert(place, [0] * (cell.num_vertices + 1))
     matrix[src][place] = matrix[place][dst + 1] = 1
     return CellSpec(matrix, (*cell.ops[:place], op, *cell.ops[place:]), cell.space)
-
-
-def positions(cells: CellBatch, rows: list[int]) -> CellBatch:
-    """The cells of some rows."""
-    return cells[torch.as_tensor(rows, dtype=torch.long)]
