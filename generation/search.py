@@ -39,7 +39,7 @@ class SearchSettings:
     random from the new genotypes; the others are the best by the predictor.
     num_classes: equal parts of what was queried, by score; the highest one is asked for.
     members: predictors whose mean is taken. first_steps, steps: training steps in the first and in a later round, of
-    the predictors and of the generator. batch_size: of both.
+    the predictors and of the generator, each on so many genotypes (batch).
     pool_size: random genotypes of a round, from which the generator's examples are chosen. draws: genotypes that the
     generator draws in a round.
     """
@@ -51,14 +51,15 @@ class SearchSettings:
     members: int = 2
     predictor_size: int = 64
     predictor_lr: float = 1e-2
-    predictor_steps: tuple[int, int] = (80, 30)
+    predictor_steps: tuple[int, int] = (80, 25)
     generator_size: int = 32
     graph_size: int = 16
     latent_dim: int = 8
     generator_lr: float = 5e-3
-    generator_steps: tuple[int, int] = (40, 12)
-    batch_size: int = 64
-    pool_size: int = 4096
+    generator_steps: tuple[int, int] = (30, 8)
+    predictor_batch: int = 64
+    generator_batch: int = 128
+    pool_size: int = 2048
     inverse_temperature: float = 10.0
     draws: int = 512
 
@@ -183,7 +184,7 @@ class PredictorSearch:
         return torch.tensor((rankdata(self.scores) - 0.5) / len(self.scores), dtype=torch.float32)
 
     def encode(self, genotypes: list[Genotype]) -> tuple[CellBatch, ...]:
-        return tuple(CellBatch.encode([g[name] for g in genotypes], self.max_vertices) for name in self.space.cells)
+        return encode(genotypes, self.max_vertices)
 
     def propose(self, n: int) -> list[Genotype]:
         """n genotypes to query next; fewer where so many new ones are not found, see new_genotypes."""
@@ -195,16 +196,9 @@ class PredictorSearch:
 
     def new_genotypes(self) -> list[Genotype]:
         """Genotypes that were not queried, the best by the predictor first."""
-        order = np.argsort(-self.predict(self.candidates.cells), kind="stable")
-        found, seen = [], set(self.known)
-        for i in order:
-            key = self.candidates.keys[i]
-            if key is not None and key not in seen:
-                seen.add(key)
-                found.append(self.candidates.genotypes[i])
-                if len(found) == self.settings.draws:
-                    break
-        return found
+        order, ranked = np.argsort(-self.predict(self.candidates.cells), kind="stable"), list(self.candidates.by_key)
+        new = [ranked[i] for i in order if ranked[i] not in self.known]
+        return [self.candidates.by_key[key] for key in new[: self.settings.draws]]
 
     @torch.no_grad()
     def predict(self, cells: tuple[CellBatch, ...]) -> np.ndarray:
@@ -226,7 +220,7 @@ class PredictorSearch:
         quantiles, steps = self.quantiles(), settings.predictor_steps[self.rounds > 0]
         for step in range(steps):
             set_lr(optimizer, cosine(step, steps, settings.predictor_lr))
-            index = torch.randperm(len(quantiles))[: settings.batch_size]
+            index = torch.randperm(len(quantiles))[: settings.predictor_batch]
             predicted = self.ensemble.of_members(tuple(batch[index] for batch in cells))
             loss = sum(F.mse_loss(one[:, 0], quantiles[index]) for one in predicted)
             optimizer.zero_grad()
@@ -280,7 +274,7 @@ class GeneratorSearch(PredictorSearch):
             latent_dim=settings.latent_dim,
             vertex_size=settings.generator_size,
             graph_size=settings.graph_size,
-            num_layers=2,
+            num_layers=1,
             dropout=0.0,
             num_classes=(settings.num_classes,),
             chain_cells=True,
@@ -311,15 +305,15 @@ class GeneratorSearch(PredictorSearch):
         steps = settings.generator_steps[self.rounds > 0]
         pool = random_batch(settings.pool_size, source, self.space, self.max_vertices)
         pool = tuple(batch.pad(self.max_vertices) for batch in pool)
-        labels = torch.randint(settings.num_classes, (steps * settings.batch_size, 1), generator=source)
+        labels = torch.randint(settings.num_classes, (steps * settings.generator_batch, 1), generator=source)
         labels[::2] = settings.num_classes - 1  # half of them, since no other class is asked for
         examples = choose_for_labels(
             pool, labels, settings.inverse_temperature, [self.objective()], self.ensemble, source
         )
         self.generator.train()
         for step in range(steps):
-            part = examples.part(step, settings.batch_size)
-            z, _ = self.generator.draw_noise(settings.batch_size, source, temperature=0)
+            part = examples.part(step, settings.generator_batch)
+            z, _ = self.generator.draw_noise(settings.generator_batch, source, temperature=0)
             loss = -likelihood_pass(self.generator, z, part, None).of_examples.mean()
             optimizer.zero_grad()
             loss.backward()
@@ -352,10 +346,22 @@ class GeneratorSearch(PredictorSearch):
         return [genotype for key, genotype in drawn.items() if key not in known and self.is_candidate(genotype)]
 
 
-@dataclass(frozen=True)
 class Candidates:
-    """All genotypes that a search by the predictor alone ranks. keys: their canonical forms; None: not valid."""
+    """All genotypes that a search by the predictor alone ranks.
 
-    genotypes: list[Genotype]
-    keys: list[Genotype | None]
-    cells: tuple[CellBatch, ...]
+    by_key: the valid ones by their canonical form, one for each. cells: they, as CellBatches of max_vertices.
+    """
+
+    def __init__(self, genotypes: Sequence[Genotype], max_vertices: int):
+        self.by_key: dict[Genotype, Genotype] = {}
+        for genotype in genotypes:
+            key = genotype.canonical()
+            if key is not None:
+                self.by_key.setdefault(key, genotype)
+        self.cells = encode(list(self.by_key.values()), max_vertices)
+
+
+def encode(genotypes: list[Genotype], max_vertices: int) -> tuple[CellBatch, ...]:
+    """One CellBatch for each cell of the space, padded to max_vertices."""
+    names = genotypes[0].space.cells
+    return tuple(CellBatch.encode([genotype[name] for genotype in genotypes], max_vertices) for name in names)

@@ -137,8 +137,7 @@ def read_table(space: str, path: str, epochs: int | None) -> SearchTable:
 
 @functools.cache
 def candidates_of(table: SearchTable) -> Candidates:
-    keys = [genotype.canonical() for genotype in table.genotypes]
-    return Candidates(table.genotypes, keys, (table.cells,))
+    return Candidates(table.genotypes, table.max_vertices)
 
 
 def search_rows(name: str, table: SearchTable, queries: int, seed: int) -> list[int]:

@@ -7,14 +7,12 @@ A row is a cell of the benchmark. Where the wiring is fixed, each of the benchma
 when another one computes the same function: a search may query both, and both look-ups count.
 """
 
-from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
 from build_nas_dataset.tabular import Benchmark
 from genotypes import CellSpec, Genotype, SearchSpace
-from models.graph import CellBatch
 
 
 class SearchTable:
@@ -41,11 +39,6 @@ class SearchTable:
     def row_of(self, genotype: Genotype | None) -> int | None:
         """The row of a genotype; None when the benchmark does not have it."""
         return None if genotype is None else self._rows.get(self._key(genotype["cell"]))
-
-    @cached_property
-    def cells(self) -> CellBatch:
-        """All rows, padded to max_vertices."""
-        return CellBatch.encode([genotype["cell"] for genotype in self.genotypes], self.max_vertices)
 
     def neighbours(self, row: int) -> list[int]:
         """The rows that one change leads to, see changed_cells, in ascending order."""
