@@ -35,8 +35,9 @@ CHUNK = 4096  # cells that the predictor looks at together
 class SearchSettings:
     """The settings of a search; widths are those of PredictorConfig and GeneratorConfig.
 
-    start: random genotypes that are queried first. batch: queries of a round. explore: how many of them are drawn at
-    random from the new genotypes; the others are the best by the predictor.
+    start: random genotypes that are queried first. batch: queries of a round at least; later rounds have `growth` times
+    as many as there were before. explore: how many of them are drawn at random from the new genotypes; the others are
+    the best by the predictor.
     num_classes: equal parts of what was queried, by score; the highest one is asked for.
     members: predictors whose mean is taken. first_steps, steps: training steps in the first and in a later round, of
     the predictors and of the generator, each on so many genotypes (batch).
@@ -44,8 +45,9 @@ class SearchSettings:
     generator draws in a round.
     """
 
-    start: int = 32
-    batch: int = 16
+    start: int = 20
+    batch: int = 10
+    growth: float = 0.125
     explore: int = 2
     num_classes: int = 5
     members: int = 2
@@ -62,6 +64,10 @@ class SearchSettings:
     pool_size: int = 2048
     inverse_temperature: float = 10.0
     draws: int = 512
+
+    def of_round(self, done: int) -> int:
+        """Queries of the round after so many."""
+        return max(self.batch, int(self.growth * done))
 
 
 def run_search(
@@ -82,7 +88,8 @@ def run_search(
         after_round()
     while len(search.genotypes) < queries:
         search.learn()
-        found = search.propose(min(search.settings.batch, queries - len(search.genotypes)))
+        done = len(search.genotypes)
+        found = search.propose(min(search.settings.of_round(done), queries - done))
         if not found:
             return
         search.add(found, evaluate(found))
