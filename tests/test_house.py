@@ -47,6 +47,7 @@ SCRIPTS = (
     "build_nas_dataset.eval_archs",
     "build_nas_dataset.tabular",
     "generation.from_reference",
+    "generation.search_benchmark",
 )
 
 
