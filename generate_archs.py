@@ -22,6 +22,7 @@ NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pr
 """
 
 import argparse
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,7 +243,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
 
     scorer = open_scorer(args, device, max_vertices) if args.supernet else None
     source = RandomCells(max_vertices, space) if args.random else generator
-    drawn = {labels: draw(source, labels, args, limits) for labels in within}
+    drawn = {labels: draw(source, labels, args, limits) for labels in progress_bar(within, desc="draw cells")}
     measures = Measures(predictor, objectives, scorer)
     real = real_entries(records, drawn, args.num_archs, objectives, limits) if args.include_real else {}
     results = collect(args, drawn, real, known, limits, measures)
@@ -339,6 +340,27 @@ def score_all(scorer: SupernetScorer, entries: list[dict]) -> None:
         scorer(genotypes)
 
 
+def sets_of(
+    args: argparse.Namespace,
+    source: Generator | RandomCells,
+    drawn: dict[tuple, list],
+    seed: int,
+    baseline: RandomCells,
+) -> dict[str, dict[tuple, list]]:
+    """What is evaluated of one sampling seed: title -> labels -> genotypes, as in evaluate_and_print.
+
+    baseline: the source of the random cells beside generated ones.
+    """
+    if seed != args.seed:
+        n, t = args.num_archs, args.temperature
+        drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
+    if args.random:
+        return {"random cells": drawn}
+    keys = {labels: derive_seed(seed, 10**6, *labels) for labels in drawn}
+    random = {labels: baseline.sample(labels, len(cells), keys[labels]) for labels, cells in drawn.items()}
+    return {"generated cells": drawn, "random cells": random}
+
+
 def evaluate_and_print(
     args: argparse.Namespace,
     source: Generator | RandomCells,
@@ -358,17 +380,17 @@ def evaluate_and_print(
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)
     seeds = [args.seed + i for i in range(args.sampling_seeds)]
-    baseline = RandomCells(max_vertices, predictor.config.space)
+    sets = {
+        seed: sets_of(args, source, drawn, seed, RandomCells(max_vertices, predictor.config.space))
+        for seed in progress_bar(seeds, desc="draw cells of the sampling seeds")
+    }
+    if scorer is not None:  # all at once, for the time that they take together; it remembers them
+        scored = [g for of_seed in sets.values() for those in of_seed.values() for g in chain(*those.values()) if g]
+        if scored:
+            scorer(scored)
     results: dict[str, list[dict]] = {}
-    for seed in seeds:
-        if seed != args.seed:
-            n, t = args.num_archs, args.temperature
-            drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
-        sets = {"random cells" if args.random else "generated cells": drawn}
-        if not args.random:  # dealt out to the labels
-            keys = {labels: derive_seed(seed, 10**6, *labels) for labels in drawn}
-            sets["random cells"] = {k: baseline.sample(k, len(v), keys[k]) for k, v in drawn.items()}
-        for title, genotypes in sets.items():
+    for of_seed in progress_bar(sets.values(), desc="evaluate"):
+        for title, genotypes in of_seed.items():
             results.setdefault(title, []).append(evaluate_cells(genotypes, objectives, records, predictor, scorer))
     for title, (first, *_) in results.items():
         print_evaluation(f"{title}, sampling seed {args.seed}", first, objectives)
