@@ -33,7 +33,7 @@ from build_nas_dataset.objectives import Objective, objectives_of
 from build_nas_dataset.random_cells import RandomCells
 from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
-from generation.evaluation import over_sampling_seeds, print_evaluation, print_over_sampling_seeds
+from generation.evaluation import beside_random, over_sampling_seeds, print_evaluation, print_over_sampling_seeds
 from generation.listing import (
     Listing,
     add_ranks,
@@ -340,27 +340,6 @@ def score_all(scorer: SupernetScorer, entries: list[dict]) -> None:
         scorer(genotypes)
 
 
-def sets_of(
-    args: argparse.Namespace,
-    source: Generator | RandomCells,
-    drawn: dict[tuple, list],
-    seed: int,
-    baseline: RandomCells,
-) -> dict[str, dict[tuple, list]]:
-    """What is evaluated of one sampling seed: title -> labels -> genotypes, as in evaluate_and_print.
-
-    baseline: the source of the random cells beside generated ones.
-    """
-    if seed != args.seed:
-        n, t = args.num_archs, args.temperature
-        drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
-    if args.random:
-        return {"random cells": drawn}
-    keys = {labels: derive_seed(seed, 10**6, *labels) for labels in drawn}
-    random = {labels: baseline.sample(labels, len(cells), keys[labels]) for labels, cells in drawn.items()}
-    return {"generated cells": drawn, "random cells": random}
-
-
 def evaluate_and_print(
     args: argparse.Namespace,
     source: Generator | RandomCells,
@@ -380,16 +359,18 @@ def evaluate_and_print(
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)
     seeds = [args.seed + i for i in range(args.sampling_seeds)]
-    sets = {
-        seed: sets_of(args, source, drawn, seed, RandomCells(max_vertices, predictor.config.space))
-        for seed in progress_bar(seeds, desc="draw cells of the sampling seeds")
-    }
+    baseline, sets = RandomCells(max_vertices, predictor.config.space), []
+    for seed in progress_bar(seeds, desc="draw cells of the sampling seeds"):
+        if seed != args.seed:
+            n, t = args.num_archs, args.temperature
+            drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
+        sets.append({"random cells": drawn} if args.random else beside_random(drawn, seed, baseline))
     if scorer is not None:  # all at once, for the time that they take together; it remembers them
-        scored = [g for of_seed in sets.values() for those in of_seed.values() for g in chain(*those.values()) if g]
+        scored = [g for of_seed in sets for those in of_seed.values() for g in chain(*those.values()) if g]
         if scored:
             scorer(scored)
     results: dict[str, list[dict]] = {}
-    for of_seed in progress_bar(sets.values(), desc="evaluate"):
+    for of_seed in progress_bar(sets, desc="evaluate"):
         for title, genotypes in of_seed.items():
             results.setdefault(title, []).append(evaluate_cells(genotypes, objectives, records, predictor, scorer))
     for title, (first, *_) in results.items():

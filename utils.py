@@ -1072,7 +1072,7 @@ class ProgressBar:
         self.bar.close()
 
     def _at_this_rate(self) -> float | None:
-        """The seconds that the rest takes if each item takes as long as those up to now; None where that is not known."""
+        """The seconds that the rest takes at the pace up to now; None where that is not known."""
         done = self.n - self.initial
         if not done or self.total is None:
             return None
@@ -1083,7 +1083,7 @@ class ProgressBar:
         seconds = self.seconds_left()
         left = "" if seconds is None else f"about {duration(seconds)} left"
         if not self.bar.disable:
-            self.bar.set_postfix_str(f"in all {left}" if left else "", refresh=False)
+            self.bar.set_postfix_str(f"in all {left}" if left else "")
             return
         of = "" if self.total is None else f" of {self.total}"
         print(f"{self.desc}: {self.n}{of}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
@@ -1166,9 +1166,9 @@ class Pace:
         if self.done == self.UNTIMED:
             self.started = time.monotonic()
         if self.done == self.SAY and this_process().rank == 0 and self.left():
-            whole, step = self._seconds_a_step() * self.expected, self._seconds_a_step()
-            text = f"the training takes about {duration(whole)} at the pace of its first {self.SAY} steps ({step:.3g} s each)"
-            tqdm.write(text, file=sys.stderr)
+            step = self._seconds_a_step()
+            known = f"at the pace of its first {self.SAY} steps, {step:.3g} s each"
+            tqdm.write(f"the training takes about {duration(step * self.expected)} {known}", file=sys.stderr)
 
 
 pace = Pace()  # of the training in this process

@@ -307,7 +307,8 @@ class Run:
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s){said_of(training)}{pace.left()}"
+                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{said_of(training)}{pace.left()}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:

@@ -263,9 +263,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The accuracy in eval mode over the images of all processes: {"top1", "top5", "images": how many there were}.
 
-    batches: this process's images, x (B, 3, S, S) and labels (B,). total: how many batches there are, if that is known, for
-    the bar. Of fewer than 5 classes, top-5 counts all guesses.
-    Raises ValueError when there are no images.
+    batches: this process's images, x (B, 3, S, S) and labels (B,). total: how many batches there are; 0: not known.
+    Of fewer than 5 classes, top-5 counts all guesses. Raises ValueError when there are no images.
     """
     network.eval()
     correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
