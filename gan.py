@@ -49,6 +49,7 @@ from utils import (
     of_this_version,
     on_device,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     save_checkpoint,
@@ -400,6 +401,7 @@ def main(args: argparse.Namespace) -> None:
     print_start(records, data, networks, predictor_tau)
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
+    pace.expect((args.n_epochs - start_epoch) * (len(data) // args.batch_size))
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
         with signals.held():  # until the epoch is saved
             values = train_one_epoch(trainer, epoch)
@@ -445,7 +447,7 @@ def train_one_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
     if not all_finite(networks.generator, networks.discriminator):  # the last step's, which no mean shows
         fail(f"epoch {epoch}: the weights are not all finite numbers, {advice}")
     line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)")
+    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s){pace.left()}")
     return values | {"seconds": seconds}
 
 

@@ -7,6 +7,7 @@ kept. Nothing here changes what is done with CIFAR and ImageNet, whose defaults 
 """
 
 import argparse
+import os
 from collections.abc import Sized
 from itertools import islice
 from pathlib import Path
