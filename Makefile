@@ -16,11 +16,11 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(RUN) gan.py --output_dir runs/demo --n_epochs 9 --eval_every 3
 	$(RUN) generate_archs.py --checkpoint runs/demo/generator.pt --num_archs 20 --output_dir runs/demo/archs
-	$(RUN) visualize.py --arch runs/demo/archs/genotypes.json:0 --output_dir runs/demo/figures
+	$(RUN) visualize.py --arch runs/demo/archs/best.json --output_dir runs/demo/figures
 	@echo
 	@echo "The cells are drawn in runs/demo/figures. Next, train one of them on CIFAR-10:"
 	@echo
-	@echo "    $(RUN) train_cifar.py --arch runs/demo/archs/genotypes.json:0"
+	@echo "    $(RUN) train_cifar.py --arch runs/demo/archs/best.json"
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(WORKERS) --durations=10
