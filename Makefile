@@ -10,12 +10,13 @@ VENV ?= .venv
 WORKERS ?= 2
 RUN = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
+TOOLS = $(VENV)/.installed-dev
 
 .PHONY: demo test test-all tables lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 9 --eval_every 3
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 6 --eval_every 3
 	$(RUN) generate_archs.py --checkpoint runs/demo/generator.pt --num_archs 20 --evaluate --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs --output_dir runs/demo/figures
 	$(RUN) report.py runs/demo runs/demo/archs --out runs/demo/report.html
@@ -25,16 +26,16 @@ demo: $(INSTALLED)
 	@echo
 	@echo "    $(RUN) train_cifar.py --arch runs/demo/archs"
 
-test: $(INSTALLED)
+test: $(TOOLS)
 	$(RUN) -m pytest -n $(WORKERS) --durations=10
 
-test-all: $(INSTALLED)
+test-all: $(TOOLS)
 	$(RUN) -m pytest -n $(WORKERS) --durations=10 -m ""
 
 tables:
 	$(PYTHON) benchmarks/tables.py
 
-lint: $(INSTALLED)
+lint: $(TOOLS)
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
@@ -43,7 +44,11 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Touched last: an interrupted installation is taken up again by the next make.
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -r requirements.txt
+	touch $@
+
+$(TOOLS): $(INSTALLED) requirements-dev.txt
 	$(RUN) -m pip install -r requirements-dev.txt
 	touch $@

@@ -196,7 +196,7 @@ def print_next(
 ) -> None:
     """Say which cell is in best.json, and the commands that draw it and train it."""
     best, arch = best_of(entries), shown(folder / "best.json")
-    print(f"the best of the highest class is number {best['index']}{', a real one' if best['real'] else ''}: {arch}")
+    print(f"number {best['index']}{', a real one,' if best['real'] else ''} is the best of the highest class: {arch}")
     print(f"next: python {shown(shipped('visualize.py'))} --arch {arch}")
     if limits.counted:
         train = shown(shipped(f"train_{args.limits_for}.py"))
