@@ -53,7 +53,9 @@ from models.predictor import Predictor
 from utils import (
     UNREAD,
     ArgumentParser,
+    Refused,
     add_common_flags,
+    clear_temporary,
     derive_seed,
     fail,
     hold_folder,
@@ -138,7 +140,11 @@ UNUSED = (
     "n_epochs batch_size lr b1 b2 n_cpu img_size sample_interval d_emb_size d_gnn_num_layers d_mlp_num_layers "
     "d_gnn_dropout d_mlp_dropout d_hidden_size n_critic clip_value"
 ).split()
-REFERENCE_FLAGS = {"gpu": "--device cuda:{}"} | dict.fromkeys([*IN_CHECKPOINT, *UNUSED], UNREAD)
+REFERENCE_FLAGS = {
+    "gpu": "--device cuda:{}",
+    **dict.fromkeys(IN_CHECKPOINT, Refused("the reference has to be told what --checkpoint holds here")),
+    **dict.fromkeys(UNUSED, UNREAD),
+}
 
 
 # The flags for the size of the network whose #params and MACs are counted.
@@ -251,6 +257,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         fail("none of the cells drawn is valid and within the limits, nothing was written")
     hold_folder(folder)
     refuse_used(folder, *WRITTEN)  # again: another run may have been quicker
+    clear_temporary(folder)
     write_config(folder, args, device)
     write_entries(folder, results)
     if args.evaluate:

@@ -17,7 +17,8 @@ folder or .zip itself, of which --test_share is kept to test on.
 the same augmented batch and takes its part of it, so that two processes equal one with --accumulate 2, but for dropout
 and drop path, which draw from a stream of each process, and for the running statistics of batch norms, which are
 averaged.
-Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error.
+Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error
+and predictions.npz with the class chosen for each test image, which report.py reads.
 The test images are used once, after the last epoch; what is chosen along the way is chosen on --holdout images.
 NAG paper, section 4.2.
 """
@@ -43,6 +44,7 @@ from training.cifar import (
     load_data,
     load_parts,
     train_epoch,
+    write_predictions,
 )
 from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
 from training.images import ImageSet, check_classes, eval_batches
@@ -289,6 +291,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if log:
         counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
         state = network_state(network, genotype, optimizer) | reached
+        write_predictions(folder / "predictions.npz", network, test, args)
         finish(args, device, folder, log, state, measured, counts)
 
 

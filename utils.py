@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -141,7 +142,11 @@ def this_process() -> Process:
     fail(f"environment: expected RANK and LOCAL_RANK below WORLD_SIZE, as torchrun sets them, got {told}", True)
 
 
-UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
+class Refused(str):
+    """Why a flag of the reference is refused here, in the place of the words that say the same."""
+
+
+UNREAD = Refused("the reference has this flag but never reads it")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -151,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
     recipes: name of a recipe -> its values by flag; the first is the one used by default. --help shows a default that
         differs between them as "robust 0.002, paper 0.0002".
     reference_flags: a flag of the reference (github.com/kunjing96/NAG), without its dashes -> the words that say the
-        same here, with {} in the place of its value; or UNREAD, and then it is refused. They are not shown in --help.
+        same here, with {} in the place of its value; or why it is Refused. They are not shown in --help.
         Example: {"gpu": "--device cuda:{}", "use_aux_head": "--auxiliary_weight 0", "n_cpu": UNREAD}.
     """
 
@@ -203,8 +208,8 @@ class ArgumentParser(argparse.ArgumentParser):
             ours = self.reference_flags.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
             if known or ours is None:
                 found.append((known or flag) + equals + value)
-            elif ours == UNREAD:
-                self.error(f"argument {flag}: the reference has this flag but never reads it; leave it out")
+            elif isinstance(ours, Refused):
+                self.error(f"argument {flag}: {ours}; leave it out")
             elif "{}" not in ours:
                 found += ours.split()
             else:
@@ -450,7 +455,8 @@ class Signals:
     SIGINT (Ctrl-C) and SIGTERM end the script by one line, with exit status 130 and 143: at once or, within `held`,
     where the loop that trains asks for `stop` after a step. A second one, from a second after the first, ends the
     process at once (programs that pass a signal on often send it twice).
-    SIGUSR1 asks for a checkpoint: `save`. SIGHUP, of a terminal that was closed, is ignored.
+    SIGUSR1 asks for a checkpoint: `save`. SIGHUP, of a terminal that was closed, is ignored; under torchrun, which ends
+    by it, it is as SIGTERM.
 
     stop: the number of the signal that the script is to end by, or 0.
     """
@@ -464,6 +470,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
             return
         handlers = {"SIGINT": self._stop, "SIGTERM": self._stop, "SIGUSR1": self._save, "SIGHUP": signal.SIG_IGN}
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends with its terminal, and its processes 30 s later
+            handlers["SIGHUP"] = self._stop
         for name, handler in handlers.items():
             number = getattr(signal, name, None)  # Windows lacks some
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -791,6 +799,28 @@ def versions() -> dict:
     }
 
 
+def code_version() -> dict[str, str | bool | None]:
+    """The git commit of the code, and whether its tracked files are "clean": those of that commit.
+
+    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 2 s.
+    Files that git does not track do not count, since nothing that is tracked imports them. The repository is named, not
+    searched for, so that it may belong to another user; nothing is written to it.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of other programs
+    command = ["git", "--no-optional-locks", f"--git-dir={HOME / '.git'}", f"--work-tree={HOME}"]
+    command += ["-c", "core.fsmonitor=false", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    command += ["--no-ahead-behind", "--no-renames"]
+    options = {"env": variables, "cwd": HOME, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        found = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=2, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    commits = [line.split()[2].decode() for line in found if line.startswith(b"# branch.oid ")]
+    if not commits or commits == ["(initial)"]:
+        return {"commit": None, "clean": None}
+    return {"commit": commits[0], "clean": all(line.startswith(b"#") for line in found)}
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called, for records of a run."""
     if device.type == "cuda":
@@ -904,7 +934,7 @@ if hasattr(os, "register_at_fork"):
 
 def clear_temporary(folder: Path) -> None:
     """Delete what killed processes have left of files that they were writing. The folder's lock is held."""
-    for path in folder.rglob(".*.tmp"):
+    for path in folder.rglob(".*.[0-9]*.tmp"):  # as atomic_file names them
         path.unlink(missing_ok=True)
 
 
@@ -915,6 +945,7 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
         "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
         "processes": this_process().world,
         "versions": versions(),
+        **code_version(),
         "device": device_name(device),
     }
     write_json(folder / "config.json", config)

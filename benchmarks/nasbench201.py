@@ -1,8 +1,7 @@
 """Do generated architectures have the accuracy asked for, by the truth that a tabular benchmark knows?
 
     python gan.py --nasbench_data sample.jsonl --output_dir runs/k3 --n_perf_classes 3
-    python -m benchmarks.nasbench201 --table all.jsonl --checkpoints runs/k3 runs/k5 \
-        --out docs/results/nasbench201_controllability.json
+    python -m benchmarks.nasbench201 runs/k3 runs/k5 --nasbench_data all.jsonl --out results.json
 
 all.jsonl and sample.jsonl are NAS datasets of NAS-Bench-201 (build_nas_dataset/tabular.py writes them): the table, and
 the random architectures of it that the generators were trained on. `accuracy` is the signal, what a generator is
@@ -114,20 +113,21 @@ def evaluate(path: str, table: list[Record], args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, help="NAS dataset of the whole table, with the truth as a column")
+    parser.add_argument("checkpoints", nargs="+", help="runs of gan.py on accuracy alone")
+    text = "NAS dataset of the whole table, with the truth as a column"
+    parser.add_argument("--nasbench_data", required=True, help=text)
     parser.add_argument("--truth", default="test_accuracy", help="the column that holds the truth")
-    parser.add_argument("--checkpoints", nargs="+", required=True, help="runs of gan.py on accuracy alone")
     parser.add_argument("--num_archs", type=int, default=300, help="different new cells to judge of each class")
     parser.add_argument("--max_draws", type=int, default=3000, help="genotypes drawn of each class")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
-    with user_input("--table"):
-        table = read_records(args.table)
+    with user_input("--nasbench_data"):
+        table = read_records(args.nasbench_data)
         lacking = sum(args.truth not in record.columns for record in table)
         if lacking:
-            raise ValueError(f"{lacking} of {len(table)} records of {args.table} have no column {args.truth}")
-    with user_input("--checkpoints"):
+            raise ValueError(f"{lacking} of {len(table)} records of {args.nasbench_data} have no column {args.truth}")
+    with user_input("checkpoints"):
         results = [evaluate(path, table, args) for path in args.checkpoints]
     if args.out:
         settings = {name: getattr(args, name) for name in ("truth", "num_archs", "max_draws", "seed")}

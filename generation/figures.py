@@ -9,9 +9,10 @@ more room shows several beside each other. Colours differ for the colour-blind a
 dashes and points have shapes of their own.
 """
 
+import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -49,25 +50,44 @@ STYLE = {
 }
 
 
+def styled(draw: Callable) -> Callable:
+    """A function in which matplotlib has the style of these figures, also for texts that it makes on its own."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@styled
 def new_axes(xlabel: str, ylabel: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     """An empty figure and its axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure, axes
 
 
-def legend(axes: Axes, **kwargs) -> None:
+def legend(axes: Axes) -> None:
     """A legend above the axes, where it hides nothing."""
-    with matplotlib.rc_context(STYLE):
-        columns = min(3, len(axes.get_legend_handles_labels()[0]))
-        if columns:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=1.8, **kwargs)
+    columns = min(3, len(axes.get_legend_handles_labels()[0]))
+    if columns:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, handlelength=1.8)
+
+
+@styled
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and for all, so that points are where in_view says."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element without size, whose colours and text follow the page; name: unique on the page."""
+    settle(figure)
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}, dpi=150)
@@ -79,7 +99,7 @@ def svg(figure: Figure, name: str) -> str:
     )
     for color, variable in VARIABLES.items():
         text = re.sub(rf"(stroke|fill): {color}", rf"\1: var(--{variable}, {color})", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font, sans-serif)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font, sans-serif)", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
@@ -88,7 +108,7 @@ def svg(figure: Figure, name: str) -> str:
 
 def in_view(figure: Figure, x: Sequence[float], y: Sequence[float]) -> np.ndarray:
     """Where points lie in the figure's SVG (n, 2), in units of its viewBox; NaN where they lie outside the axes."""
-    figure.draw_without_rendering()  # settles the layout
+    settle(figure)
     axes = figure.axes[0]
     places = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
     inside = axes.get_window_extent().expanded(1.01, 1.01)
@@ -102,6 +122,7 @@ def in_view(figure: Figure, x: Sequence[float], y: Sequence[float]) -> np.ndarra
 # ------------------------------------------------------------------------------------------------- NAS dataset
 
 
+@styled
 def histogram(values: Sequence[float], xlabel: str, cuts: Sequence[float] = ()) -> Figure:
     """How many cells have which value. cuts: boundaries between classes, as lines."""
     figure, axes = new_axes(xlabel, "cells")
@@ -126,6 +147,7 @@ def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float)
     axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label="NAS dataset")
 
 
+@styled
 def cloud(
     x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, cuts: Sequence[float] = (), front: bool = True
 ) -> Figure:
@@ -141,6 +163,7 @@ def cloud(
     return figure
 
 
+@styled
 def over_cloud(real: tuple, sets: dict[str, tuple], limits: tuple[float, float], xlabel: str, ylabel: str) -> Figure:
     """Generated cells over the cloud of real ones.
 
@@ -162,6 +185,7 @@ def over_cloud(real: tuple, sets: dict[str, tuple], limits: tuple[float, float],
     return figure
 
 
+@styled
 def agreement(a: Sequence[float], b: Sequence[float], xlabel: str, ylabel: str) -> Figure:
     """Two measurements of the same cells against each other, with the line on which they agree."""
     figure, axes = new_axes(xlabel, ylabel)
@@ -172,6 +196,7 @@ def agreement(a: Sequence[float], b: Sequence[float], xlabel: str, ylabel: str) 
     return figure
 
 
+@styled
 def calibration(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Figure:
     """What a predictor says against what is true, both places in a ranking from 0 to 1, and the mean in each tenth."""
     figure, axes = new_axes("predicted place in the ranking", "true place in the ranking")
@@ -189,6 +214,7 @@ def calibration(predicted: Sequence[float], true: Sequence[float], bins: int = 1
 # ---------------------------------------------------------------------------------------------------- training
 
 
+@styled
 def curves(
     lines: dict[str, tuple],
     ylabel: str,
@@ -215,6 +241,7 @@ def curves(
     return figure
 
 
+@styled
 def heat_map(counts: np.ndarray, xlabel: str, ylabel: str, names: Sequence[str] | None = None) -> Figure:
     """Counts (C, C): the colour is the share of a row, the number the count. names: of the classes."""
     counts = np.asarray(counts)
@@ -241,6 +268,7 @@ def heat_map(counts: np.ndarray, xlabel: str, ylabel: str, names: Sequence[str] 
     return figure
 
 
+@styled
 def grouped_bars(groups: dict[str, np.ndarray], labels: Sequence[str], xlabel: str) -> Figure:
     """Shares side by side. groups: name of a set of cells -> its shares, one for each label."""
     figure, axes = new_axes(xlabel, "share")
@@ -259,6 +287,7 @@ def grouped_bars(groups: dict[str, np.ndarray], labels: Sequence[str], xlabel: s
 # ------------------------------------------------------------------------------------------- rankings and search
 
 
+@styled
 def ranks_by_epoch(rounds: list[list[tuple[int, float]]]) -> Figure:
     """The place of every candidate among those trained as long, by epochs.
 
@@ -281,6 +310,7 @@ def ranks_by_epoch(rounds: list[list[tuple[int, float]]]) -> Figure:
     return figure
 
 
+@styled
 def regret(methods: dict[str, np.ndarray], ylabel: str = "regret") -> Figure:
     """Regret after each query. methods: name -> (seeds, queries).
 

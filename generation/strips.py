@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, PathPatch
 from matplotlib.path import Path
 
-from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
+from genotypes import CellSpec, Genotype, SearchSpace
 from models.cost import genotype_cost
+from models.ops import has_network
 
 # A light and a dark tone for every two ops. Blue, amber, purple and green differ for the colour-blind, too, and black
 # text can be read on each.
@@ -64,7 +65,7 @@ def class_name(labels) -> str:
 
 def cost_of(genotype: Genotype, known: dict) -> dict:
     """#params and MACs of the CIFAR network of the published size, where the file does not say them already."""
-    if {"params", "macs"} <= known.keys() or genotype.space != NAG_SPACE or not genotype.is_valid:
+    if {"params", "macs"} <= known.keys() or not has_network(genotype.space) or not genotype.is_valid:
         return {}
     return dict(zip(("params", "macs"), genotype_cost(genotype), strict=True))
 

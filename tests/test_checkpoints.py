@@ -20,6 +20,8 @@ from utils import load_checkpoint, signals
 CPU = torch.device("cpu")
 FLAGS = "--data IMAGES --epochs 2 --holdout 8 --output_dir OUT"
 
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
@@ -29,11 +31,9 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def handlers():
     """Signals are handled as before after a test; one thread, so that sums are rounded alike."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
     with threads(1):
         yield
-    for number, handler in zip(numbers, before, strict=True):
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
     signals.__init__()
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.small_training import ROOT
 
+pytestmark = pytest.mark.slow  # seven starts of scripts; tests/test_spaces.py has the same in small
+
 PAGE = (ROOT / "docs" / "own_space.md").read_text()
 OP_ENTRY, NAG_WITH_OP, MADE_UP, OWN_SPACE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 OF_THE_OP, OF_THE_SPACE = re.findall(r"^```\n(python made_up.py.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

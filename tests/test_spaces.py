@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from benchmarks.nasbench201 import Truth, measure
 from build_nas_dataset.candidates import read_candidates
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
-from genotypes import NASBENCH101, NASBENCH201, SPACES, Genotype, SearchSpace, load_genotype
+from generation.targets import extreme_genotypes
+from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, SPACES, Genotype, SearchSpace, load_genotype
+from models.cost import batch_cost, genotype_cost
 from models.generator import Generator
-from models.network import CifarNetwork
+from models.graph import CellBatch
+from models.network import CifarNetwork, count_parameters
+from models.ops import OPS, Op, SeparableConv
 from models.predictor import Predictor
 from tests.small_training import refused
 from training.steps import genotype_to_train
@@ -97,6 +102,21 @@ def test_no_network_is_built_of_a_genotype_of_another_space(tmp_path, capsys):
     assert "--arch: no network can be built" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nasbench201 has no normal cell"):
         genotype.normal  # noqa: B018 what a supernet asks for
+
+
+def test_a_new_op_is_an_entry_with_its_cost_and_a_name_in_a_space(monkeypatch):
+    entry = Op(lambda channels, _, norm: SeparableConv(channels, 7, norm), depthwise=2 * 49, pointwise=2)
+    monkeypatch.setitem(OPS, "seqconv7x7", entry)
+    space = replace(NAG_SPACE, ops=(*NAG_SPACE.ops, "seqconv7x7"))
+    pool = random_pool(12, seed=0, space=space)
+    assert any("seqconv7x7" in cell.ops for genotype in pool for cell in genotype.cells)
+    cells = (CellBatch.encode([genotype[name] for genotype in pool]) for name in space.cells)
+    counted = batch_cost(*cells, space).params.tolist()
+    assert counted == [genotype_cost(genotype).params for genotype in pool]
+    with torch.device("meta"):
+        assert counted == [count_parameters(CifarNetwork(genotype)) for genotype in pool]
+    largest = extreme_genotypes(5, space)[-1]
+    assert set(largest["normal"].ops[2:-1]) == {"seqconv7x7"}
 
 
 def test_a_checkpoint_holds_its_space_whatever_spaces_there_are_now(tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import argparse
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.network import CifarConfig, CifarNetwork
@@ -37,8 +39,9 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, cosine, derive_seed, fail, number, set_lr, set_seed, user_input
+from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, fail, number, set_seed, user_input, writes
 
+MOST_WRONG = 24  # images that are kept in predictions.npz
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
 OPTIMIZERS = {"sgd": (0.025, 3e-4), "adabelief": (ADABELIEF_LR, 5e-4)}
 
@@ -216,7 +219,6 @@ def train_epoch(
         return cosine(first + i, all_steps, args.lr_max, args.lr_min)
 
     values = train_steps(step, own_parts, progress, learning_rate, epoch, checkpoints)
-    set_lr(step.optimizer, learning_rate(epoch_steps - 1))  # for an epoch whose steps were all done before a stop
     lr = float(step.optimizer.param_groups[0]["lr"])
     return values | {"lr": lr, "seconds": time.monotonic() - started}
 
@@ -226,3 +228,28 @@ def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp
     own = own_part(images)
     total, device = -(-len(own) // batch_size), images.labels.device
     return steps.evaluate(network, eval_batches(own, batch_size), device, amp, total)["top1"]
+
+
+@torch.inference_mode()
+def write_predictions(path: Path, network: CifarNetwork, images: ImageSet, args: argparse.Namespace) -> None:
+    """Write what the network chooses for each of the images, for report.py: a .npz file of plain arrays.
+
+    labels, predicted (N,): indices into classes, the names; probability (N,): what the network gives its choice.
+    worst (W,): places of the wrong ones of which it was surest; worst_images (W, 3, S, S): their pixels, bytes.
+    """
+    network.eval()
+    chosen, sure = [], []
+    for x, _ in eval_batches(images, args.eval_batch_size):
+        with autocast(args.amp, x.device):
+            logits, _ = network(x)
+        probability, choice = logits.float().softmax(1).max(1)
+        chosen.append(choice)
+        sure.append(probability)
+    chosen, sure = torch.cat(chosen), torch.cat(sure)
+    order = (sure * (chosen != images.labels)).argsort(descending=True, stable=True)[:MOST_WRONG]
+    worst = order[(chosen != images.labels)[order]]
+    arrays = {"labels": images.labels, "predicted": chosen, "probability": sure, "worst": worst}
+    arrays["worst_images"] = images.images[worst]
+    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    with writes(path), atomic_file(path, "wb") as file:
+        np.savez_compressed(file, classes=np.array(images.classes), **arrays)

@@ -25,7 +25,7 @@ ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for 
 
 def add_arch_flag(group: argparse._ActionsContainer) -> None:
     """The flag of the genotype to train."""
-    text = "genotype: a published name, FILE.json or FILE.json:INDEX"
+    text = "genotype: a published name, FILE.json, FILE.json:INDEX, FILE.jsonl:INDEX, or a run folder (its best)"
     group.add_argument("--arch", default="NAG_HIGH_ACC", help=text)
 
 

@@ -219,6 +219,7 @@ def train_steps(
         set_lr(step.optimizer, learning_rate(i))
         totals += step(x, labels, progress[i])
         checkpoints.after_step(i + 1)
+    set_lr(step.optimizer, learning_rate(len(progress) - 1))  # for an epoch whose steps were all done before a stop
     distributed.average_buffers(step.network)
     loss, accuracy = (distributed.sum_over_ranks(totals) / (len(progress) * distributed.world())).tolist()
     return {"loss": loss, "train_accuracy": accuracy}

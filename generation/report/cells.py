@@ -10,7 +10,7 @@ from generation import figures
 from generation.metrics import cell_distributions
 from generation.report.nas_dataset import COSTS, dataset_section
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator, outside, real_text, strips_of
-from generation.report.runs import Run
+from generation.report.runs import Run, network_flags
 from generation.strips import best_of_each_class, class_name, describe
 from genotypes import NAG_SPACE, Genotype, read_genotypes
 from models.cost import network_cost
@@ -126,6 +126,10 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
             )
             figure = figures.heat_map(counts, f"{objective} class obtained", f"{objective} class asked for")
             section.figures.append(page.figure(figure, f"Asked against obtained: {title}", caption))
+        several = run.json("evaluation.json").get("over sampling seeds", {}).get(title, {})
+        for name, value in several.items():
+            section.number(f"{title}: {name}, mean over sampling seeds", value["mean"])
+            section.number(f"{title}: {name}, standard deviation over sampling seeds", value["std"])
         if isinstance(entry.get("all"), dict) and sum(name in entry for name in ("accuracy", "params", "macs")) > 1:
             section.number(f"{title}: all labels at once", entry["all"]["controllability"])
 
@@ -139,8 +143,8 @@ def add_distributions(page: Page, section: Section, entries: list, dataset: NasD
     sets = {"real": [record.genotype for record in dataset.records]} if dataset else {}
     own = "random" if section.title == "Random cells" else "generated"
     sets[own] = [genotype.prune() or genotype for genotype, known in entries for _ in range(known.get("count") or 1)]
-    if own == "generated" and space == NAG_SPACE:
-        sets["random"] = RandomCells().sample((), 500, seed=0)
+    if own == "generated":
+        sets["random"] = RandomCells(space=space).sample((), 500, seed=0)
     shares = {name: cell_distributions(genotypes, space) for name, genotypes in sets.items()}
     labels = {
         "vertices": list(map(str, range(space.max_vertices + 1))),
@@ -249,6 +253,7 @@ def add_sheet(
     page: Page, section: Section, run: Run, entries: list, numbers: list[int], dataset: NasDataset | None
 ) -> None:
     """The first 12 cells of each class, which are those of the highest accuracy expected, the highest class first."""
+    flags = network_flags(run, ("layers", "channels"))
     pruned = {i: genotype.prune() or genotype for i, (genotype, _) in enumerate(entries)}
     for labels, chosen in best_of_each_class(entries, BEST).items():
         near = nearest([pruned[i] for i, _, _ in chosen], [r.genotype for r in dataset.records]) if dataset else []
@@ -260,7 +265,7 @@ def add_sheet(
                 "index": index,
                 "strips": strips_of(genotype),
                 "facts": [describe(genotype, {**known, "labels": None}), *estimates(known)],
-                "command": f"python {trained_by(run)} --arch {shown(f'{run.folder}/genotypes.json:{i}')}",
+                "command": f"python {trained_by(run)} --arch {shown(f'{run.folder}/genotypes.json:{i}')}{flags}",
             }
             if near:
                 record, distance = dataset.records[near[place][0]], near[place][1]
@@ -295,7 +300,8 @@ def say_of_cells(section: Section, run: Run, entries: list) -> None:
         classes = len({tuple(known.get("labels") or ()) for _, known in entries})
         section.verdict = f"{len(entries)} distinct cells in {classes} class{'es' if classes != 1 else ''}."
     if (run.folder / "best.json").is_file():
-        section.next = f"python {trained_by(run)} --arch {shown(run.folder / 'best.json')}"
+        flags = network_flags(run, ("layers", "channels"))
+        section.next = f"python {trained_by(run)} --arch {shown(run.folder / 'best.json')}{flags}"
     elif section.sheet:
         section.next = section.sheet[0]["cells"][0]["command"]
 

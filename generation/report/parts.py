@@ -200,7 +200,7 @@ def pack(cell: CellSpec) -> str:
 def strips_of(genotype: Genotype) -> list[tuple[str, Markup]]:
     """(name of a cell, its small picture) of a genotype."""
     cells = zip(genotype.space.cells, genotype.cells, strict=True)
-    return [(name, Markup(strip_svg(cell.prune() or cell))) for name, cell in cells]  # strip_svg escapes text
+    return [(name, Markup(strip_svg(cell.prune() or cell))) for name, cell in cells]  # which escapes text
 
 
 def outside(x: Sequence[float], low: float, high: float) -> int:

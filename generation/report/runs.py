@@ -7,11 +7,13 @@ A folder is read as it is: a run that is not finished, or that an older version 
 `missing` says in sentences what is not.
 """
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.network import CifarConfig
 from utils import from_json, whole_lines
 
 LARGEST_FILE = 2**30  # bytes of a JSON file that is read
@@ -132,6 +134,24 @@ def kind_of(run: Run) -> str:
         if any((run.folder / name).is_file() for name in files):
             return kind
     return ""
+
+
+# Flags of train_cifar.py and eval_archs.py that decide on network and images, and their defaults.
+SAME_NETWORK = {
+    "dataset": "cifar10",
+    "data": "data",
+    "test_share": None,
+    "image_size": 32,
+    "layers": CifarConfig.layers,
+    "channels": CifarConfig.channels,
+    "auxiliary_weight": 0.4,
+}
+
+
+def network_flags(run: Run, names: Iterable[str] = SAME_NETWORK) -> str:
+    """The flags with which train_cifar.py trains the network of a run on the same images: " --layers 3 ..." or ""."""
+    given = {name: run.args[name] for name in names if run.args.get(name) not in (None, SAME_NETWORK[name])}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def name_apart(runs: Iterable[Run]) -> None:

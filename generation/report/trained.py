@@ -11,7 +11,7 @@ from build_nas_dataset.candidates import rank_correlations, supernet_accuracy
 from generation import figures
 from generation.report.cells import known_cell
 from generation.report.parts import Page, Section, strips_of
-from generation.report.runs import Run
+from generation.report.runs import Run, network_flags
 from utils import shown
 
 # NAG paper, tables of sections 4.2 and 4.3: (genotype, dataset) -> test error.
@@ -176,7 +176,7 @@ def eval_sections(page: Page, run: Run) -> list[Section]:
         f"{'' if finished else 'The run is not finished: so far, '}{len(results)} candidates; the best reaches a "
         f"held-out accuracy of {accuracy:.4f} after {epochs} epochs. {words}"
     )
-    best = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}"
+    best = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}{network_flags(run)}"
     resume = f"python -m build_nas_dataset.eval_archs --resume {shown(run.folder)}"
     section.next = best if finished else resume
     return [section]
@@ -211,7 +211,7 @@ def add_candidates(page: Page, section: Section, run: Run, results: list[dict]) 
         genotype, training = known_cell(entry), entry["training"]
         facts = [f"held-out accuracy {entry['held_out_accuracy']:.4f} after {training['epochs']} epochs",
                  f"{training['params'] / 1e6:.3f} M parameters"]  # fmt: skip
-        command = f"python train_cifar.py --arch {shown(f'{run.folder}/results.json:{i}')}"
+        command = f"python train_cifar.py --arch {shown(f'{run.folder}/results.json:{i}')}{network_flags(run)}"
         number = page.cell(", ".join([f"candidate {i}", *facts]), genotype)
         strips = strips_of(genotype)
         cells.append({"number": number, "index": i, "strips": strips, "facts": facts, "command": command})
