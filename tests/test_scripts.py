@@ -29,7 +29,7 @@ from generation.metrics import evaluate_cells
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
-from models.predictor import Predictor
+from models.predictor import Predictor, PredictorConfig
 from models.supernet import Supernet
 from utils import settle_amp
 
@@ -230,6 +230,8 @@ def test_a_finished_multi_objective_run_can_be_resumed(robust, tmp_path):
 
 def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within_0_and_1():
     class Expecting:
+        config = PredictorConfig(1)
+
         def quantiles(self, genotypes):
             return torch.tensor([[-0.1], [1.1], [1.3]])
 
@@ -237,6 +239,7 @@ def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within
     generate_archs.rank(entries, Expecting(), [Objective("accuracy", (), (), 0, 1)], None)
     assert [entry["number"] for entry in entries] == [2, 1, 0]
     assert [entry["predicted_quantiles"]["accuracy"] for entry in entries] == [1, 1, 0]
+    assert [entry["predicted_unclipped"]["accuracy"] for entry in entries] == pytest.approx([1.3, 1.1, -0.1])
 
 
 def test_limits_are_kept_exactly(robust, tmp_path):
