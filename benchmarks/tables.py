@@ -130,9 +130,42 @@ def controllability(over_seeds: dict, others: dict) -> Rows:
     return [head, *rows, *rest]
 
 
+def nasbench201(data: dict) -> Rows:
+    """Table of generators for NAS-Bench-201: asked against obtained by the truth, and random cells beside them."""
+    head = ["", "K", "n", "true class is the class asked for", "validity", "uniqueness", "novelty", "reached"]
+
+    def row(title: str, classes: int, found: dict) -> list[str]:
+        low, high = found["interval"]
+        hits = shown({"value": found["controllability"], "low": low, "high": high})
+        shares = [shown(found[name]) for name in ("validity", "uniqueness", "novelty")]
+        count = shown(sum(found["cells_by_class"]))
+        return [title, str(classes), count, hits, *shares, shown(found["coverage_by_class"], 2)]
+
+    rows, classes = [head], []
+    for run in data["results"]:
+        title = "defaults" if run["run"].startswith("default") else f"`{data['small batches']}`"
+        rows.append(row(title, run["classes"], run["generated"]))
+        if run["classes"] not in classes:  # the random cells of runs with as many classes are the same
+            classes.append(run["classes"])
+            rows.append(row("random cells", run["classes"], run["random"]))
+    return [head, *sorted(rows[1:], key=lambda cells: int(cells[1]))]
+
+
+def faults_by_script(data: dict) -> Rows:
+    """Table of the fault harness: a row for each kind of fault, a column for each script."""
+    scripts = data["faults"]
+    kinds = sorted({kind for met in scripts.values() for kind in met})
+    counts = [[met.get(kind, 0) for met in scripts.values()] for kind in kinds]
+    counts.append([sum(column) for column in zip(*counts, strict=True)])
+    rows = [[kind, *map(str, met), str(sum(met))] for kind, met in zip([*kinds, "all"], counts, strict=True)]
+    return [["fault", *scripts, "all"], *rows]
+
+
 TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
     "controllability": Table(("sampling_seeds.json", "training_seeds.json"), controllability),
+    "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
+    "faults": Table(("faults.json",), faults_by_script),
 }
 
 
@@ -142,6 +175,8 @@ COMMANDS = {
     "data/nasdata.jsonl": "python -m build_nas_dataset with the flags that data/README.md names",
     "truth_seed1.jsonl": f"{TRAIN}/truth_cells.json --seed 1 --results docs/results/truth_seed1.jsonl",
     "truth_seed2.jsonl": f"{TRAIN}/truth_cells.json --seed 2 --results docs/results/truth_seed2.jsonl",
+    "nasbench201_controllability.json": "python -m benchmarks.nasbench201, see docs/reproduce.md",
+    "faults.json": "python -m tests.test_faults",
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",
     "sampling_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/sampling_seeds.json",
