@@ -22,7 +22,7 @@ def evolution(
     """Regularised evolution (Real et al. 2019): the best of `sample` members, drawn at random, gets a changed child,
     which joins the population while the oldest member leaves. It begins with `population` random rows.
 
-    A child that was queried before joins too, without a query. After a thousand of these in a row a random row is next.
+    A child that was queried before joins too, without a query. After a hundred of these in a row a random row is next.
     """
     rows = random_search(table, min(population, queries), rng)
     members, known, repeated = deque(rows), set(rows), 0
@@ -30,7 +30,7 @@ def evolution(
         drawn = rng.choice(len(members), min(sample, len(members)), replace=False)
         parent = max((members[i] for i in drawn), key=table.signal.__getitem__)
         child = int(rng.choice(table.neighbours(parent)))
-        if repeated == 1000:
+        if repeated == 100:
             child = int(rng.choice(np.setdiff1d(np.arange(len(table)), rows)))
         repeated = repeated + 1 if child in known else 0
         if child not in known:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,10 +26,10 @@ from generation.search_report import summary_of, tables_of
 from generation.search_rivals import evolution, local_search, random_search
 from generation.search_table import SearchTable, changed_cells
 from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, to_nasbench201
-from models.predictor import Predictor
 from tests.small_training import refused
 from tests.test_tabular import CHAIN, PAIR, STRINGS, payload, tfrecord
 
+SMALL101 = replace(NASBENCH101, max_vertices=4)
 SMALL = SearchSettings(
     start=8, batch=4, explore=1, predictor_size=8, predictor_steps=(6, 2), generator_size=8, graph_size=4,
     generator_steps=(4, 2), generator_batch=8, pool_size=128, draws=64,
@@ -37,11 +38,13 @@ SMALL = SearchSettings(
 
 @pytest.fixture(scope="module")
 def table():
-    """NAS-Bench-201 with a made-up signal: the number of 3x3 convolutions counts most, then a little of the row."""
+    """NAS-Bench-201 with a made-up signal: the number of 3x3 convolutions on all paths, then a little of the row."""
     rows = []
     for i, ops in enumerate(itertools.product(NASBENCH201.ops, repeat=6)):
-        packed = bytes(map(NASBENCH201.token_id.__getitem__, ("input", *ops, "output")))
-        rows.append(Row(packed, ops.count("nor_conv_3x3") / 8 + i / 10**6, 0.5 + i / 10**5))
+        labels = ("input", *ops, "output")
+        function = CellSpec(NASBENCH201.wiring, labels, NASBENCH201).canonical()
+        packed = bytes(map(NASBENCH201.token_id.__getitem__, labels))
+        rows.append(Row(packed, str(function).count("conv_3x3") / 10 + i / 10**6, 0.5 + i / 10**5))
     return SearchTable(Benchmark(NASBENCH201, rows, 12, 200, "0" * 64))
 
 
@@ -78,19 +81,17 @@ def test_neighbours_of_nasbench201_differ_in_one_op(table):
         assert len(slow) == 24
 
 
-def test_changes_lead_from_any_small_cell_of_nasbench101_to_any_other():
-    """Also back: what a change adds, another one takes away."""
+def test_changes_lead_from_any_small_cell_of_nasbench101_to_any_other_and_back():
     matrix = [[0, 1, 0], [0, 0, 1], [0, 0, 0]]
-    start = CellSpec(matrix, ("input", "maxpool3x3", "output"), NASBENCH101).canonical()
-    found, new = {start}, [start]
+    start = CellSpec(matrix, ("input", "maxpool3x3", "output"), SMALL101).canonical()
+    leads_to, new = {}, [start]
     while new:
-        changed = {c.canonical() for cell in new for c in changed_cells(cell) if c.num_vertices <= 4}
-        new = list(changed - found)
-        found |= changed
-    assert len(found) == 91
-    for cell in found:
-        back = {c.canonical() for changed in changed_cells(cell) for c in changed_cells(changed)}
-        assert cell in back
+        for cell in new:
+            leads_to[cell] = {changed.canonical() for changed in changed_cells(cell)}
+        new = set().union(*leads_to.values()) - leads_to.keys()
+    assert len(leads_to) == 91
+    for cell, found in leads_to.items():
+        assert any(cell in leads_to[other] for other in found)
 
 
 # ------------------------------------------------------------------------------------------------------ rivals
@@ -122,21 +123,30 @@ def test_rivals_can_query_a_whole_table(tmp_path):
 # ----------------------------------------------------------------------------------------- predictor and generator
 
 
-def test_cells_of_one_function_are_predicted_alike(table):
-    torch.manual_seed(0)
-    predictor, by_function = Predictor(1, vertex_size=8, space=NASBENCH201).double(), {}
-    for row in np.random.default_rng(0).permutation(len(table))[:400]:
-        genotype = table.genotypes[row]
-        if genotype.is_valid:
-            by_function.setdefault(genotype.canonical(), []).append(genotype)
-    genotypes = [genotype for same in by_function.values() for genotype in same]
+def computed_slowly(cell: CellSpec) -> tuple[np.ndarray, list[bool]]:
+    """How often each vertex reads each other one, once none and skip_connect are gone; and which vertices are left."""
+    size, paths = cell.num_vertices, np.array(cell.matrix)
+    gone = [op in ("none", "skip_connect") for op in cell.ops]
+    for v in range(size):
+        if gone[v]:
+            through = np.outer(paths[:, v], paths[v]) if cell.ops[v] == "skip_connect" else 0
+            paths = paths + through
+            paths[v], paths[:, v] = 0, 0
+    from_input = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[0] > 0
+    to_output = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[:, -1] > 0
+    left = [v in (0, size - 1) or bool(from_input[v] and to_output[v] and not gone[v]) for v in range(size)]
+    return paths * np.outer(left, left), left
+
+
+def test_the_predictor_reads_what_cells_compute(table):
+    rows = np.random.default_rng(0).permutation(len(table))[:300]
+    genotypes = [table.genotypes[row] for row in rows]
     cells = computed_cells(encode(genotypes, 8)[0], NASBENCH201)
-    double = type(cells)(cells.adj.double(), cells.ops.double(), cells.num_nodes)
-    predicted = iter(predictor((double,)).squeeze(1).tolist())
-    values = [{round(next(predicted), 9) for _ in same} for same in by_function.values()]
-    assert all(len(found) == 1 for found in values)
-    assert len(set().union(*values)) > 0.95 * len(values)  # and others otherwise
-    assert len(values) < len(genotypes) - 20
+    written = encode(genotypes, 8)[0]
+    for i, genotype in enumerate(genotypes):
+        adj, left = computed_slowly(genotype["cell"])
+        assert cells.adj[i].tolist() == adj.tolist()
+        assert torch.equal(cells.ops[i], written.ops[i] * torch.tensor(left)[:, None])
 
 
 def test_cells_of_free_edges_are_read_as_they_are():
@@ -147,7 +157,9 @@ def test_cells_of_free_edges_are_read_as_they_are():
 
 @pytest.mark.parametrize("kind", ["nag", "predictor"])
 def test_a_search_finds_better_cells_than_random_search(table, kind):
-    settings = SearchSettings(start=16, batch=8, members=1, predictor_steps=(60, 20), generator_steps=(20, 5))
+    settings = replace(
+        SMALL, start=16, batch=8, predictor_size=16, predictor_steps=(60, 20), generator_steps=(20, 5), draws=256
+    )
     if kind == "nag":
         search = GeneratorSearch(NASBENCH201, 8, 0, settings)
     else:
@@ -163,8 +175,7 @@ def test_a_search_finds_better_cells_than_random_search(table, kind):
     assert len(search.genotypes) == 64
     assert len(set(forms)) == len(forms)
     assert None not in forms
-    assert np.mean(search.scores[40:]) > np.mean(table.signal[rows]) + 0.15
-    assert max(search.scores) > max(table.signal[rows])
+    assert np.mean(search.scores[40:]) > np.mean(table.signal[rows]) + 0.1
 
 
 def test_a_search_goes_on_from_its_state_as_if_it_had_not_stopped(table):
@@ -300,7 +311,7 @@ def test_scores_that_are_no_scores_are_refused(tmp_path, text, message):
     path = tmp_path / "scores.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match="scores.json") as error:
+    with pytest.raises(ValueError, match=r"scores\.json") as error:
         read_scores(path, 2)
     assert message in str(error.value)
 
