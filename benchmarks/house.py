@@ -42,7 +42,6 @@ PACKAGE_SCRIPTS = {
     "build_nas_dataset.brief_scores",
     "generation.from_reference",
     "generation.search_benchmark",
-    "generation.brief_training",
 }
 # Outside of models, the only modules that may import from models.fast.
 OPENS_FAST = {"training.steps", "generation.training", "build_nas_dataset.scoring"}
