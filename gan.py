@@ -41,6 +41,7 @@ from utils import (
     add_common_flags,
     add_cuda_graphs_flag,
     all_finite,
+    code_version,
     explicit_flags,
     fail,
     load_checkpoint,
@@ -49,6 +50,7 @@ from utils import (
     of_this_version,
     on_device,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     save_checkpoint,
@@ -76,6 +78,12 @@ FOR_SAMPLING = (
     "objectives",
     "epoch",
 )
+
+# Flags that say how a generator was trained, which generator.pt keeps.
+OF_TRAINING = {
+    *("nasbench_data", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
+    *(name for name in ROBUST if not name.startswith(("g_", "d_"))),  # which are sizes of the networks
+}
 
 DIVERGED = 1e6  # no loss, score or reward of a training that works has a mean as large
 
@@ -352,9 +360,13 @@ def state_of(networks: Networks, data: TrainingData, predictor_tau: list[float],
 
 
 def save_generator(state: dict, path: Path) -> None:
-    """Write what of a checkpoint is needed to draw cells, for machines of any kind."""
+    """Write what of a checkpoint is needed to draw cells, for machines of any kind, and how it was trained.
+
+    Its "args" are those of the training, seed and recipe among them; sizes of the generator are in "generator_config".
+    """
     for_sampling = {name: state[name] for name in FOR_SAMPLING} | {
-        "args": {"nasbench_data": state["args"]["nasbench_data"]}
+        "args": {name: value for name, value in state["args"].items() if name in OF_TRAINING},
+        **code_version(),
     }
     for name in ("generator", "predictor"):
         for_sampling[name] = {key: tensor.cpu() for key, tensor in state[name].items()}
@@ -392,6 +404,7 @@ def main(args: argparse.Namespace) -> None:
         show_nas_dataset(log, records, data.objectives)
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
+    pace.expect((args.n_epochs - start_epoch) * (len(data) // args.batch_size))
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
         with signals.held():  # until the epoch is saved
             values = train_one_epoch(trainer, epoch)
@@ -438,7 +451,7 @@ def train_one_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
     if not all_finite(networks.generator, networks.discriminator):  # the last step's, which no mean shows
         fail(f"epoch {epoch}: the weights are not all finite numbers, {advice}")
     line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)")
+    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s){pace.left()}")
     return values | {"seconds": seconds}
 
 

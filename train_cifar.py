@@ -76,8 +76,10 @@ from utils import (
     load_checkpoint,
     number,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
+    progress_bar,
     refuse_used,
     save_checkpoint,
     shipped,
@@ -197,7 +199,9 @@ def count_correct(
     own = own_part(test)
     views = [replace(own, mean=tuple(state["mean"]), std=tuple(state["std"])) for state in states]
     counts = torch.zeros(len(networks) + 1, dtype=torch.long, device=test.labels.device)
-    for batches in zip(*(eval_batches(view, args.eval_batch_size) for view in views), strict=True):
+    views_of_batches = zip(*(eval_batches(view, args.eval_batch_size) for view in views), strict=True)
+    total = -(-len(own) // args.eval_batch_size)
+    for batches in progress_bar(views_of_batches, total=total, desc="evaluate"):
         logits = []
         for network, (x, _) in zip(networks, batches, strict=True):
             with autocast(args.amp, x.device):
@@ -267,6 +271,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     step = Step(network, optimizer, args, device)
     checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    pace.expect((args.epochs - reached["epoch"]) * (len(images) // args.batch_size) - checkpoints.done)
     with signals.held():
         for epoch in range(reached["epoch"], args.epochs):
             values = train_epoch(step, images, args, epoch, device, checkpoints)
@@ -312,7 +317,7 @@ def progress_line(epoch: int, epochs: int, values: dict) -> str:
     """What is printed after an epoch."""
     held_out = f", held-out {values['held_out_accuracy']:.4f}" if "held_out_accuracy" in values else ""
     reached = f"loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}{held_out}"
-    return f"epoch {epoch}/{epochs}: {reached} ({values['seconds']:.0f} s)"
+    return f"epoch {epoch}/{epochs}: {reached} ({values['seconds']:.0f} s){pace.left()}"
 
 
 def save(folder: Path, args: argparse.Namespace, images: ImageSet, state: dict) -> None:

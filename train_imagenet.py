@@ -65,6 +65,7 @@ from utils import (
     fail,
     load_checkpoint,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     refuse_used,
@@ -214,6 +215,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     step = Step(network, optimizer, args, device, args.label_smooth)
     checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    pace.expect((args.epochs - reached["epoch"]) * len(stream) - checkpoints.done)
     with signals.held():
         for epoch in range(reached["epoch"], args.epochs):
             values = train_epoch(step, stream, args, epoch, device, checkpoints)
@@ -279,7 +281,7 @@ def progress_line(epochs: int, values: dict, selected: dict, reached: dict) -> s
     return (
         f"epoch {reached['epoch']}/{epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
         f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} ({values['seconds']:.0f} s, "
-        f"waited for data {values['data_wait']:.0%}, {len(reached['skipped']['train'])} skipped)"
+        f"waited for data {values['data_wait']:.0%}, {len(reached['skipped']['train'])} skipped){pace.left()}"
     )
 
 

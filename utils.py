@@ -16,11 +16,12 @@ import re
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -141,7 +142,11 @@ def this_process() -> Process:
     fail(f"environment: expected RANK and LOCAL_RANK below WORLD_SIZE, as torchrun sets them, got {told}", True)
 
 
-UNREAD = ""  # marks, in a table of the reference's flags, those that the reference never reads
+class Refused(str):
+    """Why a flag of the reference is refused here, in the place of the words that say the same."""
+
+
+UNREAD = Refused("the reference has this flag but never reads it")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -151,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
     recipes: name of a recipe -> its values by flag; the first is the one used by default. --help shows a default that
         differs between them as "robust 0.002, paper 0.0002".
     reference_flags: a flag of the reference (github.com/kunjing96/NAG), without its dashes -> the words that say the
-        same here, with {} in the place of its value; or UNREAD, and then it is refused. They are not shown in --help.
+        same here, with {} in the place of its value; or why it is Refused. They are not shown in --help.
         Example: {"gpu": "--device cuda:{}", "use_aux_head": "--auxiliary_weight 0", "n_cpu": UNREAD}.
     """
 
@@ -203,8 +208,8 @@ class ArgumentParser(argparse.ArgumentParser):
             ours = self.reference_flags.get(flag[2:].replace("-", "_")) if flag.startswith("--") else None
             if known or ours is None:
                 found.append((known or flag) + equals + value)
-            elif ours == UNREAD:
-                self.error(f"argument {flag}: the reference has this flag but never reads it; leave it out")
+            elif isinstance(ours, Refused):
+                self.error(f"argument {flag}: {ours}; leave it out")
             elif "{}" not in ours:
                 found += ours.split()
             else:
@@ -378,6 +383,7 @@ def prepare(args: argparse.Namespace, shared: bool = False) -> torch.device:
     work, or torchrun where it is no use.
     """
     signals.listen()
+    pace.expect(0)
     keep_printing()
     process = this_process()
     if not shared and process.world > 1:
@@ -793,6 +799,28 @@ def versions() -> dict:
     }
 
 
+def code_version() -> dict[str, str | bool | None]:
+    """The git commit of the code, and whether its tracked files are "clean": those of that commit.
+
+    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 2 s.
+    Files that git does not track do not count, since nothing that is tracked imports them. The repository is named, not
+    searched for, so that it may belong to another user; nothing is written to it.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of other programs
+    command = ["git", "--no-optional-locks", f"--git-dir={HOME / '.git'}", f"--work-tree={HOME}"]
+    command += ["-c", "core.fsmonitor=false", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    command += ["--no-ahead-behind", "--no-renames"]
+    options = {"env": variables, "cwd": HOME, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        found = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=2, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    commits = [line.split()[2].decode() for line in found if line.startswith(b"# branch.oid ")]
+    if not commits or commits == ["(initial)"]:
+        return {"commit": None, "clean": None}
+    return {"commit": commits[0], "clean": all(line.startswith(b"#") for line in found)}
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called, for records of a run."""
     if device.type == "cuda":
@@ -917,6 +945,7 @@ def write_config(folder: Path, args: argparse.Namespace, device: torch.device) -
         "command": shlex.join(sys.orig_argv),  # of one of the processes, if torchrun started several
         "processes": this_process().world,
         "versions": versions(),
+        **code_version(),
         "device": device_name(device),
     }
     write_json(folder / "config.json", config)
@@ -1018,12 +1047,180 @@ def whole_lines(path: Path) -> list[dict]:
     return objects
 
 
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+LINE_SECONDS = 60  # between two lines on progress where there is no bar; a run that takes less says nothing of the time
+
+
+def duration(seconds: float) -> str:
+    """A duration in words, two units at most: "45 s", "12 min", "3 h 20 min", "2 days 3 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 36:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(round(hours + minutes / 60), 24)
+    return f"{days} days {hours} h" if days > 1 else f"{days} day {hours} h"
+
+
+class ProgressBar:
+    """Iterates over items with a bar on a terminal; elsewhere with a line a minute on stderr, so that none is silent.
+
+    Of several processes under torchrun, the first one shows it. See progress_bar for the arguments.
+    """
+
+    def __init__(
+        self,
+        items: Iterable | None,
+        total: int | None,
+        desc: str,
+        initial: int,
+        later: int,
+        left: Callable[[], float | None] | None,
+    ):
+        self.items, self.total, self.desc, self.initial, self.n, self.later = (
+            items,
+            total,
+            desc,
+            initial,
+            initial,
+            later,
+        )
+        self.seconds_left = left or self._at_this_rate
+        self.started = self.said = time.monotonic()
+        self.silent = this_process().rank > 0
+        options = {"disable": self.silent or None, "leave": False, "dynamic_ncols": True}  # None: unless on a terminal
+        self.bar = tqdm(initial=initial, total=total, desc=desc, **options)
+        if left and not self.bar.disable:
+            self._say()
+
+    def __iter__(self) -> Iterator:
+        try:
+            for item in self.items:
+                yield item
+                self.update()
+        finally:
+            self.close()
+
+    def update(self, n: int = 1) -> None:
+        """Count n more items as done."""
+        self.n += n
+        self.bar.update(n)
+        if not self.silent and (now := time.monotonic()) - self.said >= LINE_SECONDS:
+            self.said = now
+            self._say()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _at_this_rate(self) -> float | None:
+        """The seconds that the rest takes at the pace up to now; None where that is not known."""
+        done = self.n - self.initial
+        if not done or self.total is None:
+            return None
+        return (self.total - self.n + self.later) * (time.monotonic() - self.started) / done
+
+    def _say(self) -> None:
+        """Say how far it is, and how long all that is left takes."""
+        seconds = self.seconds_left()
+        left = "" if seconds is None else f"about {duration(seconds)} left"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"in all {left}" if left else "")
+            return
+        of = "" if self.total is None else f" of {self.total}"
+        print(f"{self.desc}: {self.n}{of}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
+
+
+def progress_bar(
+    items: Iterable | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    later: int = 0,
+    left: Callable[[], float | None] | None = None,
+) -> ProgressBar:
+    """Iterate over items and show how far it is, see ProgressBar; without items, call `update` and `close`.
+
+    desc: what is done. total: how many items there are, those of `initial` included, which were done before a stop.
+    later: how many further ones follow after these, which count in the time left. left: gives the seconds left in all,
+    in the place of an estimate from these items.
+    """
+    total = len(items) if total is None and hasattr(items, "__len__") else total
+    return ProgressBar(items, total, desc, initial, later, left)
+
+
+class Pace:
+    """How long the training in this process takes, from the steps that it has to do and the time that they have taken.
+
+        pace.expect(epochs * steps)
+        for epoch in range(epochs):
+            for x in pace.steps(batches, total=steps, desc=f"epoch {epoch + 1}"):
+                ...
+            print(f"epoch {epoch + 1}: loss {loss:.3f}{pace.left()}")
+
+    After its first 20 steps it says how long the training takes. The first 5 are not timed, since kernels are chosen,
+    compiled and recorded in them. What is done between epochs, as evaluations, counts in, but what is `paused`.
+    """
+
+    UNTIMED, SAY = 5, 20
+
+    def __init__(self):
+        self.expected, self.done, self.started = 0, 0, 0.0
+
+    def expect(self, steps: int) -> None:
+        """From now on, a training of that many steps is timed."""
+        self.__init__()
+        self.expected = steps
+
+    def steps(self, batches: Iterable, **shown) -> Iterator:
+        """Iterate over the batches of training steps with a bar. shown: its total, desc and initial."""
+        for batch in progress_bar(batches, left=self.seconds_left, **shown):
+            yield batch
+            self._count()
+
+    def seconds_left(self) -> float | None:
+        """The seconds that the rest of the training takes; None where that is not known."""
+        if not self.expected or self.done <= self.UNTIMED:
+            return None
+        return self._seconds_a_step() * max(self.expected - self.done, 0)
+
+    def left(self) -> str:
+        """For the end of a line: ", about 43 min left"; "" at the end, or where the training takes under a minute."""
+        seconds = self.seconds_left()
+        known = seconds and self._seconds_a_step() * self.expected >= LINE_SECONDS
+        return f", about {duration(seconds)} left" if known else ""
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, time does not count as that of the training."""
+        before = time.monotonic()
+        yield
+        self.started += time.monotonic() - before
+
+    def _seconds_a_step(self) -> float:
+        return (time.monotonic() - self.started) / (self.done - self.UNTIMED)
+
+    def _count(self) -> None:
+        self.done += 1
+        if self.done in (self.UNTIMED, self.SAY) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # else only the launches would be timed
+        if self.done == self.UNTIMED:
+            self.started = time.monotonic()
+        if self.done == self.SAY and this_process().rank == 0 and self.left():
+            step = self._seconds_a_step()
+            known = f"at the pace of its first {self.SAY} steps, {step:.3g} s each"
+            tqdm.write(f"the training takes about {duration(step * self.expected)} {known}", file=sys.stderr)
+
+
+pace = Pace()  # of the training in this process
+
+
 # ---------------------------------------------------------------------------------------------------- training
-
-
-def progress_bar(items=None, **kwargs):
-    """tqdm, silent when stderr is not a terminal."""
-    return tqdm(items, disable=None, leave=False, dynamic_ncols=True, **kwargs)
 
 
 def cosine(step: int, steps: int, high: float, low: float = 0.0) -> float:

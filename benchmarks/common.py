@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.fast.cuda_graphs import WARM_UP
 from utils import (
     ArgumentParser,
+    code_version,
     device_name,
     keep_freed_memory,
     number,
@@ -301,6 +302,7 @@ class Report:
                 "kind": self.device.type,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
+                **code_version(),
                 "date": time.strftime("%Y-%m-%d"),
                 "rounds": self.args.rounds,
                 "rows": self.rows,

@@ -62,6 +62,7 @@ SCRIPTS = (
     "-m build_nas_dataset.eval_archs",
     "-m build_nas_dataset.tabular",
     "-m generation.from_reference",
+    "-m generation.search_benchmark",
 )
 
 

@@ -50,7 +50,7 @@ NEW_NAMES = {
 }
 # Paths that say when, where and with which flags, not what: a regular expression that is searched for.
 NOT_COMPARED = (
-    r"(^|\.)(args|seconds|version|versions|device|command|checkpoint)(\.|$)",
+    r"(^|\.)(args|seconds|version|versions|commit|clean|device|command|checkpoint)(\.|$)",
     r"(^|\.)settings\.(?!held_out_checksum)",
 )
 # What one checkout may lack: (regular expression on the run, on the path, why).

@@ -13,7 +13,6 @@ A line holds the cell's index, the seed, the accuracy on 5,000 held-out images a
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training.cifar import accuracy, build_optimizer, load_data, train
 from training.steps import build_network
-from utils import atomic_file, device_name, prepare, shipped, to_json, versions
+from utils import atomic_file, code_version, device_name, prepare, shipped, to_json, versions
 
 EQUAL_SIZE = 2_500_000, 2_750_000  # #params of the full network
 SMALL_NETWORK = """
@@ -56,7 +55,9 @@ def draw_cells(n: int, seed: int, known: set[Genotype]) -> list[dict]:
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    """Of the code, for records of results; with "-dirty" when its files are not those of that commit."""
+    found = code_version()
+    return f"{found['commit']}{'' if found['clean'] else '-dirty'}" if found["commit"] else "not known"
 
 
 def train_cells(cells: list[Genotype], results: Path, args: argparse.Namespace) -> None:

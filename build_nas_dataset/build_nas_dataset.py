@@ -81,9 +81,9 @@ from utils import (
     load_optimizer,
     of_this_version,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
-    progress_bar,
     release_folder,
     save_checkpoint,
     set_lr,
@@ -164,8 +164,8 @@ def train_epoch(
     supernet.train()
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
     first, totals = checkpoints.done, checkpoints.begin(epoch)
-    bar = progress_bar(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
-    for step, (x, labels) in enumerate(bar, start=first):
+    timed = pace.steps(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
+    for step, (x, labels) in enumerate(timed, start=first):
         done = epoch * steps + step
         set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
         with autocast(args.amp, device):
@@ -257,13 +257,17 @@ class Run:
         self.log.log(self.epochs_done, **values, lr=lr, seconds=time.monotonic() - started)
         self.save()
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"epoch {self.epochs_done}/{args.epochs}: {line}")
+        left = f"{left} for the training" if (left := pace.left()) else ""
+        print(f"epoch {self.epochs_done}/{args.epochs}: {line}{left}")
 
     def score(self, scoring: int) -> None:
         """Score all genotypes that this scoring, from 0, has not scored yet; log it and save."""
         row, batches = self.scores[scoring], scoring_batches(self.held_out, self.args, scoring)
-        with enough_memory(SAVE_MEMORY):
-            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save_scores)
+        later = int(self.scores[scoring + 1 :].isnan().sum())
+        with enough_memory(SAVE_MEMORY), pace.paused():
+            score_pool(
+                self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save_scores, later
+            )
         self.report(scoring)
         self.save()
 
@@ -347,6 +351,7 @@ def train_and_score(run: Run) -> None:
         f"{len(run.pool)} genotypes, {len(run.train_images)} training and {args.score_images} scoring images,"
         f" on {run.device}: {run.folder}"
     )
+    pace.expect((args.epochs - first_epoch) * (len(run.train_images) // args.batch_size) - run.checkpoints.done)
     with signals.held():
         for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
             if epoch >= first_epoch:

@@ -74,6 +74,7 @@ from utils import (
     load_checkpoint,
     number,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     save_checkpoint,
@@ -262,6 +263,7 @@ class Run:
             text = f"{len(keys)} candidates up to epoch {rounds[k][1]}, {len(todo)} to be trained"
             print(f"round {k + 1}/{len(rounds)}: {text}")
         own_todo = todo[distributed.rank() :: distributed.world()]
+        pace.expect(self.steps_left(len(own_todo), k, rounds))
         self.train_candidates(own_todo, k, rounds)
         distributed.barrier()
         self.results = read_parts(self.folder, order=self.candidates)
@@ -273,6 +275,13 @@ class Run:
         if self.log and (todo or last):  # else this round was done before the stop, and its weights are cleared up
             self.clear_weights({weights_file(self.folder, key, k) for key in keys}, last)
         distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
+
+    def steps_left(self, todo: int, k: int, rounds: list[tuple[int, int]]) -> int:
+        """The training steps of this process from round k on. todo: how many candidates it trains in that round."""
+        candidates = [todo, *(math.ceil(n / distributed.world()) for n, _ in rounds[k + 1 :])]
+        ends = [0, *(epochs for _, epochs in rounds)][k:]
+        epochs = sum(n * (after - before) for n, before, after in zip(candidates, ends, ends[1:], strict=False))
+        return epochs * (len(self.images) // self.args.batch_size)
 
     def train_candidates(self, keys: list[str], k: int, rounds: list[tuple[int, int]]) -> None:
         """Train candidates in round k one after the other, and save after each and within each."""
@@ -298,7 +307,8 @@ class Run:
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
-                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s){said_of(training)}"
+                    f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{said_of(training)}{pace.left()}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:

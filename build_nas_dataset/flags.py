@@ -8,19 +8,29 @@ from build_nas_dataset.shards import shard
 from genotypes import NAG_SPACE
 from models.supernet import SupernetConfig
 from training.own_images import add_split_flags
-from utils import LARGEST, MOST_LAYERS, UNREAD, add_checkpoint_minutes_flag, add_cuda_graphs_flag, number, settle_amp
+from utils import (
+    LARGEST,
+    MOST_LAYERS,
+    UNREAD,
+    Refused,
+    add_checkpoint_minutes_flag,
+    add_cuda_graphs_flag,
+    number,
+    settle_amp,
+)
 
 FITTED = "(default: {}, or what fits a small set)"
 MAX_SCORINGS = 10  # by default, as published
 
+OF_IMAGENET = Refused("the reference reads this flag for ImageNet only, which it has no supernet for")
 # Flags of the public reference's build_nas_dataset.py -> what says the same here. It scores a genotype on one batch.
 REFERENCE_FLAGS = {
     "num_sampled_arch": "--pool_size {}",
     "max_num_vertices": "--max_step {}",
     "eval_batch_size": "--score_images {} --score_batch_size {}",
     "use_aux_head": "--auxiliary_weight 0",  # which switches the head off there
-    **dict.fromkeys(["arch_pool", "available_ops", "decay_period", "gamma", "label_smooth", "lazy_load"], UNREAD),
-    **dict.fromkeys(["lr", "num_labels", "zip_file"], UNREAD),
+    **dict.fromkeys(["arch_pool", "available_ops", "num_labels"], UNREAD),
+    **dict.fromkeys(["decay_period", "gamma", "label_smooth", "lazy_load", "lr", "zip_file"], OF_IMAGENET),
 }
 
 

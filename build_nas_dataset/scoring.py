@@ -106,15 +106,17 @@ def score_pool(
     amp: str,
     seconds: dict[str, float],
     save: Callable[[], None],
+    later: int = 0,
 ) -> None:
     """Score the genotypes of the pool whose entry in `scores` (P,) is NaN, and fill these in.
 
     batches, amp: as in `score`. The time that it takes is added to seconds["scoring"].
     save(): called every minute and when a signal asks for it, so that a stop loses no more, but not at the end.
+    later: how many are to be scored after these, in other calls, which counts in the time left.
     """
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
-    for i in progress_bar(todo, desc="scoring"):
+    for i in progress_bar(todo, desc="scoring", later=later):
         results[i] = score(supernet, pool[i], batches, amp)
         asked = signals.stop or signals.save
         if asked or time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:

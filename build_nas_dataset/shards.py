@@ -148,7 +148,8 @@ class Work:
                 supernet.load_state_dict(weights)
             batches = scoring_batches(self.held_out, self.args, scoring)
             genotypes = [self.pool[item % len(self.pool)] for item in items.tolist()]
-            score_pool(supernet, genotypes, batches, scores, self.args.score_amp, part["seconds"], save)
+            later = int(part["scores"][end:].isnan().sum())
+            score_pool(supernet, genotypes, batches, scores, self.args.score_amp, part["seconds"], save, later)
         save()
 
     def _begin(self, path: Path, index: int, count: int) -> dict:

@@ -20,23 +20,24 @@ import hashlib
 import math
 import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from build_nas_dataset.records import Record, write_records
-from build_nas_dataset.tfrecord import Measurement, read_measurements
+from build_nas_dataset.tfrecord import EPOCHS, Measurement, read_measurements
 from genotypes import NASBENCH101, NASBENCH201, CellSpec, Genotype, SearchSpace, from_nasbench201
 from utils import ArgumentParser, add_common_flags, fail, number, shown, user_input, writes
 
 MOST_CSV_BYTES = 2**28  # unpacked, so that a small .gz cannot fill the memory
+PER_CELL = 4 * len(EPOCHS)  # numbers that are kept of a cell
 TOKENS = {label: i for i, label in enumerate(NASBENCH101.tokens)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What a benchmark says of one cell. Accuracies are fractions; they are means over repeated trainings.
 
@@ -103,32 +104,47 @@ def _vertices_of(packed: bytes) -> int:
 # ----------------------------------------------------------------------------------------------- NAS-Bench-101
 
 
-class _Cell(NamedTuple):
-    """What has been read of one cell. packed: see Benchmark.genotype. text: adjacency and labels as in the file.
+class _Cells:
+    """What has been read of each cell, in arrays: 423,624 cells as objects would take more than a gigabyte.
 
-    sums: for each number of epochs the number of trainings, and the sums of the validation accuracies, of their
-    squares, and of the test accuracies.
+    numbers: a cell's place in the others, by its hash. packed: see Benchmark.genotype. forms: hashes of adjacency,
+    labels and #params as the file has them. sums: for each cell and each of EPOCHS, of its trainings, their number and
+    the sums of validation accuracies, of their squares, and of test accuracies.
     """
 
-    packed: bytes
-    params: int
-    text: str
-    sums: dict[int, tuple[int, float, float, float]]
+    def __init__(self):
+        self.numbers: dict[bytes, int] = {}
+        self.packed: list[bytes] = []
+        self.params, self.forms, self.sums = array("q"), array("q"), array("d")
 
     def add(self, one: Measurement) -> None:
-        n, valid, squares, test = self.sums.get(one.epochs, (0, 0.0, 0.0, 0.0))
-        accuracy = one.validation_accuracy
-        self.sums[one.epochs] = n + 1, valid + accuracy, squares + accuracy**2, test + one.test_accuracy
+        """Raises ValueError for a cell that is none, or that was another one before."""
+        form = hash((one.adjacency, *one.labels, one.params))
+        number = self.numbers.setdefault(one.hash, len(self.packed))
+        if number == len(self.packed):
+            self.packed.append(_pack(one))
+            self.params.append(one.params)
+            self.forms.append(form)
+            self.sums.extend([0.0] * PER_CELL)
+        elif self.forms[number] != form:
+            raise ValueError(f"the cell {one.hash.hex()} had another form or number of parameters before")
+        place, accuracy = number * PER_CELL + 4 * EPOCHS.index(one.epochs), one.validation_accuracy
+        for i, value in enumerate((1.0, accuracy, accuracy**2, one.test_accuracy)):
+            self.sums[place + i] += value
 
-    def row(self, epochs: int, truth_epochs: int) -> Row:
-        """Raises ValueError when there is no training of so many epochs."""
-        for wanted in (epochs, truth_epochs):
-            if wanted not in self.sums:
-                raise ValueError(f"rows are missing: the cell {self.text} has no record of {wanted} epochs")
-        n, total, squares, _ = self.sums[epochs]
-        spread = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else 0.0
-        repeats, *_, test = self.sums[truth_epochs]
-        return Row(self.packed, total / n, test / repeats, self.params, n, spread)
+    def rows(self, epochs: int, truth_epochs: int) -> Iterator[Row]:
+        """Raises ValueError when a cell has no training of so many epochs."""
+        keys = list(self.numbers)
+        for index, packed in enumerate(self.packed):
+            place = index * PER_CELL
+            signal, truth = (place + 4 * EPOCHS.index(wanted) for wanted in (epochs, truth_epochs))
+            for at, wanted in ((signal, epochs), (truth, truth_epochs)):
+                if not self.sums[at]:
+                    raise ValueError(f"rows are missing: the cell {keys[index].hex()} has no record of {wanted} epochs")
+            n, total, squares, _ = self.sums[signal : signal + 4]
+            spread = max(0.0, squares - total**2 / n) / (n - 1) if n > 1 else 0.0
+            test = self.sums[truth + 3] / self.sums[truth]
+            yield Row(packed, total / n, test, self.params[index], int(n), spread)
 
 
 def _pack(one: Measurement) -> bytes:
@@ -149,22 +165,16 @@ def read_nasbench101(path: str | Path, epochs: int | None = None) -> Benchmark:
     Cells are told apart by the hash that the file gives them. Raises ValueError naming the record and its place in the
     file, or the epochs that there are, or the cell that lacks a record.
     """
-    cells: dict[bytes, _Cell] = {}
-    present, digest = set(), hashlib.sha256()
+    cells, present, digest = _Cells(), set(), hashlib.sha256()
     for one in read_measurements(path, digest):
-        text = f"{one.adjacency} {','.join(one.labels)}"
         try:
-            if one.hash not in cells:
-                cells[one.hash] = _Cell(_pack(one), one.params, text, {})
-            elif cells[one.hash][1:3] != (one.params, text):
-                raise ValueError(f"the cell {one.hash.hex()} had another form or number of parameters before")
+            cells.add(one)
         except ValueError as error:
             raise ValueError(f"{path}, {one.place}: {error}") from None
         present.add(one.epochs)
-        cells[one.hash].add(one)
     epochs = _check_epochs(path, epochs, present)
     try:
-        rows = [cell.row(epochs, max(present)) for cell in cells.values()]
+        rows = list(cells.rows(epochs, max(present)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Benchmark(NASBENCH101, rows, epochs, max(present), digest.hexdigest())

@@ -5,6 +5,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from build_nas_dataset.objectives import Objective
+from build_nas_dataset.random_cells import RandomCells
+from genotypes import Genotype
+from utils import derive_seed
+
+
+def beside_random(
+    drawn: dict[tuple, list[Genotype | None]], seed: int, baseline: RandomCells
+) -> dict[str, dict[tuple, list[Genotype | None]]]:
+    """Generated cells, and as many random ones for each combination of labels, by what they are called.
+
+    drawn: labels -> genotypes. seed: of the draw. baseline: the source of the random cells.
+    """
+    seeds = {labels: derive_seed(seed, 10**6, *labels) for labels in drawn}
+    random = {labels: baseline.sample(labels, len(cells), seeds[labels]) for labels, cells in drawn.items()}
+    return {"generated cells": drawn, "random cells": random}
 
 
 def measures_of(result: dict, name: str = "") -> Iterator[tuple[str, float]]:

@@ -31,6 +31,7 @@ from utils import (
     add_common_flags,
     all_finite,
     check_tensors,
+    code_version,
     number,
     one_line,
     output_folder,
@@ -174,7 +175,8 @@ def main(args: argparse.Namespace) -> None:
         "predictor_tau": tau,
         "objectives": [objective.to_dict() for objective in data.objectives],
         "epoch": None,  # a file of the reference does not say
-        "args": {"nasbench_data": args.nasbench_data},
+        "args": {"nasbench_data": args.nasbench_data, "weights": args.weights, "seed": args.seed},
+        **code_version(),
     }
     write_config(folder, args, device)
     save_checkpoint(folder / "generator.pt", "gan", state)

@@ -1,6 +1,8 @@
 """Runs of scripts with a fault in them: a process that has imported the scripts forks one for each run.
 
-    python -m tests.faults        # reads a request a line, as JSON, and answers each by a line with the exit status
+    python -m tests.faults MODULE ...     # reads a request a line, as JSON, and answers each by the exit status
+
+The modules are imported before: those that the scripts need most time for.
 
 A request: {"command": ["train_cifar.py", ...], "output": file for stdout and stderr, "fault": a fault}. The child runs
 the script as python would, to the interpreter's end. A fault: {"do": what, "at": where, "n": when, ...}.
@@ -28,13 +30,6 @@ from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from build_nas_dataset import scoring
-
-MODULES = """
-    generation.training generation.metrics generation.recipes models.discriminator training.cifar training.imagenet
-    build_nas_dataset.candidates build_nas_dataset.random_cells torch.utils.tensorboard
-""".split()  # what the scripts import
 
 
 def happen(fault: dict) -> None:
@@ -83,6 +78,7 @@ def prepare(fault: dict, output: str) -> None:
         case "batch":
             torch.Tensor.topk = counted(torch.Tensor.topk)  # which only evaluations call
         case "score":
+            scoring = importlib.import_module("build_nas_dataset.scoring")
             scoring.score = counted(scoring.score)
         case "seconds":
             timer = threading.Timer(fault["n"], happen, [fault])
@@ -128,7 +124,7 @@ def serve() -> dict | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in MODULES:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     if (request := serve()) is not None:
         run(request)

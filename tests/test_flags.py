@@ -134,7 +134,7 @@ def test_cells_are_drawn_from_another_folder_and_the_next_command_works_there(mo
     monkeypatch.chdir(tmp_path)
     generate_archs.main(generate_archs.parse_args("--num_archs 2 --device cpu --output_dir here --evaluate".split()))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith(f"next: python {ROOT / 'visualize.py'} --arch here/genotypes.json:")
+    assert lines[-2].startswith(f"next: python {ROOT / 'visualize.py'} --arch here/best.json")
     assert lines[-1].split()[:2] == ["python", str(ROOT / "train_cifar.py")]
     assert (tmp_path / "here" / "evaluation.json").exists()
 

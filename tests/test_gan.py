@@ -13,7 +13,7 @@ from generation.training import Trainer
 from models.cost import genotype_cost
 from models.generator import Generator
 from tests.small_training import refused
-from utils import load_checkpoint
+from utils import code_version, load_checkpoint
 
 
 def write_dataset(folder, n):
@@ -70,6 +70,9 @@ def test_snapshots_of_the_generator_are_kept_and_are_those_of_their_epochs(tmp_p
     assert names == ["generator-0002.pt", "generator-0004.pt", "generator.pt"]
     second, last, final = (load_checkpoint(tmp_path / "every" / name, "gan") for name in names)
     assert (second["epoch"], last["epoch"]) == (2, 4) and last.keys() == final.keys()
+    known = {"seed": 1997, "recipe": "robust", "n_epochs": 4, "warmup_epochs": 1, "lr_schedule": "constant"}
+    assert known.items() <= final["args"].items() and {"output_dir", "resume"}.isdisjoint(final["args"])
+    assert {name: final[name] for name in ("commit", "clean")} == code_version()
     assert all(torch.equal(last["generator"][key], final["generator"][key]) for key in final["generator"])
     assert any(not torch.equal(second["generator"][key], final["generator"][key]) for key in final["generator"])
     assert Generator.from_checkpoint(tmp_path / "every" / names[0]).sample((1,), 3, seed=0)

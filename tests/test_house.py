@@ -22,7 +22,7 @@ from benchmarks.house import (
 )
 
 FILES = python_files(ROOT)
-PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+PAGES = ("README.md", "data/README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 OTHER_FLAGS = {
     "--help",
     "--standalone",
@@ -47,6 +47,7 @@ SCRIPTS = (
     "build_nas_dataset.eval_archs",
     "build_nas_dataset.tabular",
     "generation.from_reference",
+    "generation.search_benchmark",
 )
 
 

@@ -72,6 +72,7 @@ def test_a_run_killed_before_any_of_its_checkpoints_logs_the_same_lines(script, 
         args = module.parse_args(list(map(str, flags)))
         try:
             module.main(args)
+            assert utils.pace.done == utils.pace.expected  # what the time left is reckoned from
         except KeyboardInterrupt:
             utils.release_folder(Path(args.output_dir))
         return saves

@@ -19,6 +19,7 @@ from PIL import Image
 from small_training import as_by_torchrun
 
 import generate_archs
+from benchmarks import sampling_seeds
 from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.objectives import Objective
@@ -28,7 +29,7 @@ from generation.metrics import evaluate_cells
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
-from models.predictor import Predictor
+from models.predictor import Predictor, PredictorConfig
 from models.supernet import Supernet
 from utils import settle_amp
 
@@ -229,6 +230,8 @@ def test_a_finished_multi_objective_run_can_be_resumed(robust, tmp_path):
 
 def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within_0_and_1():
     class Expecting:
+        config = PredictorConfig(1)
+
         def quantiles(self, genotypes):
             return torch.tensor([[-0.1], [1.1], [1.3]])
 
@@ -236,6 +239,7 @@ def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within
     generate_archs.rank(entries, Expecting(), [Objective("accuracy", (), (), 0, 1)], None)
     assert [entry["number"] for entry in entries] == [2, 1, 0]
     assert [entry["predicted_quantiles"]["accuracy"] for entry in entries] == [1, 1, 0]
+    assert [entry["predicted_unclipped"]["accuracy"] for entry in entries] == pytest.approx([1.3, 1.1, -0.1])
 
 
 def test_limits_are_kept_exactly(robust, tmp_path):
@@ -320,6 +324,9 @@ def test_several_sampling_seeds_give_the_mean_and_deviation_of_their_evaluations
         assert found[title] == alone[0][title]
         assert f"{title} over the 3 sampling seeds 5 to 7, 36 drawn with each:" in out
     assert f"  all controllability: {value['mean']:.3f} +- {value['std']:.3f}" in out
+    (gathered,) = sampling_seeds.gather([tmp_path / "all"])["runs"]
+    assert (gathered["training_seed"], gathered["cells_of_each_sampling_seed"]) == (1997, 36)
+    assert gathered["over sampling seeds"]["random cells"]["all controllability"]["mean"] == round(value["mean"], 5)
     assert "--sampling_seeds: expected with --evaluate" in run("generate_archs.py", "--sampling_seeds", 2, ok=False)
 
 

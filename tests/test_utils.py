@@ -3,6 +3,7 @@
 import argparse
 import math
 import multiprocessing
+import os
 import platform
 import random
 import shutil
@@ -220,6 +221,54 @@ def test_numbers_that_json_does_not_have_become_null_and_are_refused_by_readers(
         (tmp_path / "genotypes.json").write_text(text)
         with pytest.raises(ValueError, match=r"genotypes\.json is not a JSON file: .*is not JSON"):
             read_genotypes(tmp_path / "genotypes.json")
+
+
+def git(folder, *words):
+    """Run git in a folder. Returns its output."""
+    someone = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", *someone, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_run_records_the_commit_of_the_code_and_whether_its_files_were_changed(tmp_path, monkeypatch):
+    unknown = {"commit": None, "clean": None}
+    outer, code = tmp_path / "outer", tmp_path / "outer" / "a folder: of the code"
+    code.mkdir(parents=True)
+    monkeypatch.setattr(utils, "HOME", code)
+    git(outer, "init", "-q")
+    git(outer, "commit", "-q", "--allow-empty", "-m", "not of the code")
+    assert utils.code_version() == unknown  # another repository lies around it, with a commit that says nothing
+    git(code, "init", "-q")
+    assert utils.code_version() == unknown  # no commit yet
+    (code / "gan.py").write_text("1\n")
+    git(code, "add", "gan.py")
+    git(code, "commit", "-q", "-m", "first")
+    commit = git(code, "rev-parse", "HEAD")
+    (code / "notes.txt").write_text("not tracked")
+    os.utime(code / "gan.py", (1, 1))  # git would look at the file again, and write to its index
+    before = {path: path.stat().st_mtime_ns for path in (code / ".git").rglob("*")}
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a hook
+    assert utils.code_version() == {"commit": commit, "clean": True}
+    assert {path: path.stat().st_mtime_ns for path in (code / ".git").rglob("*")} == before
+    if os.geteuid() == 0:  # a checkout that belongs to another user
+        for path in (code, *code.rglob("*")):
+            os.chown(path, 12345, 12345)
+        assert utils.code_version() == {"commit": commit, "clean": True}
+    (code / "gan.py").write_text("2\n")
+    utils.write_config(tmp_path, argparse.Namespace(), CPU)
+    config = utils.from_json((tmp_path / "config.json").read_text())
+    assert (config["commit"], config["clean"]) == (commit, False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    assert utils.code_version() == unknown
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code_is_found_in_50_ms_of_processor_time():
+    before = sum(os.times()[:4])  # of this process and of those it started
+    for _ in range(4):
+        utils.code_version()
+    assert sum(os.times()[:4]) - before < 4 * 0.05
 
 
 def test_a_record_of_an_older_version_with_nan_is_read_to_its_end(tmp_path):

@@ -225,8 +225,9 @@ def train_epoch(
 
 def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp: str = "auto") -> float:
     """The share of the images that the network, in eval mode, classifies correctly; the processes share the work."""
-    batches = eval_batches(own_part(images), batch_size)
-    return steps.evaluate(network, batches, images.labels.device, amp)["top1"]
+    own = own_part(images)
+    total, device = -(-len(own) // batch_size), images.labels.device
+    return steps.evaluate(network, eval_batches(own, batch_size), device, amp, total)["top1"]
 
 
 @torch.inference_mode()

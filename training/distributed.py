@@ -27,6 +27,7 @@ from torch import nn
 
 from utils import fail, this_process
 
+LONGEST_START = timedelta(minutes=10)  # for all processes to meet; torchrun itself may have been killed meanwhile
 LONGEST_WAIT = timedelta(days=7)  # a candidate takes long; when a process dies, torchrun itself ends the others
 PATIENCE = 30  # seconds, after which a process says that it waits for the others to start
 
@@ -50,8 +51,10 @@ def start(device: torch.device) -> torch.device:
     waiting = threading.Timer(PATIENCE, print, [f"{who} is waiting for the others at {process.master}"])
     waiting.daemon = True
     waiting.start()
+    backend = "gloo" if device.type == "cpu" else "nccl"
     try:
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=LONGEST_WAIT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=LONGEST_START))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST_WAIT)
     except (dist.DistError, ValueError) as error:
         fail(f"torchrun: {who} does not find the others at {process.master}: {error}", everywhere=True)
     finally:

@@ -261,4 +261,4 @@ def train_epoch(
 def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
     """Top-1 and top-5 accuracy in eval mode over the images of all processes, and how many images there are."""
     with user_input(f"--data: {stream.files.part.path}"):
-        return steps.evaluate(network, readable(stream, 0, device), device, amp)
+        return steps.evaluate(network, readable(stream, 0, device), device, amp, len(stream.batches(0)))

@@ -17,7 +17,7 @@ import torch
 from training import distributed
 from training.image_files import is_image
 from training.image_parts import TEST_SEED, TEST_SHARE, holds_parts
-from utils import number, user_input
+from utils import number, this_process, user_input
 
 OF_A_SPLIT = ("test_share", "test_seed", "test_checksum")  # what checkpoints hold of it, among their "args"
 FEW_BATCHES = 20  # with fewer images than so many batches of the default size, the size of a batch is fitted
@@ -189,5 +189,5 @@ def fit_holdout(labels: torch.Tensor, num_classes: int, holdout: int) -> int:
 
 def say(line: str) -> None:
     """Print a line once, also where torchrun starts several processes and before they have joined."""
-    if os.environ.get("RANK", "0") == "0" and distributed.is_main():
+    if this_process().rank == 0 and distributed.is_main():
         print(line)

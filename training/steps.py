@@ -31,6 +31,7 @@ from utils import (
     load_optimizer,
     of_this_version,
     on_device,
+    pace,
     progress_bar,
     set_lr,
     set_seed,
@@ -213,8 +214,8 @@ def train_steps(
     done = checkpoints.done
     totals = checkpoints.begin(epoch)
     step.network.train()
-    bar = progress_bar(batches, initial=done, total=len(progress), desc=f"epoch {epoch + 1}")
-    for i, (x, labels) in enumerate(bar, start=done):
+    timed = pace.steps(batches, initial=done, total=len(progress), desc=f"epoch {epoch + 1}")
+    for i, (x, labels) in enumerate(timed, start=done):
         set_lr(step.optimizer, learning_rate(i))
         totals += step(x, labels, progress[i])
         checkpoints.after_step(i + 1)
@@ -259,16 +260,16 @@ def accumulate_gradients(
 
 @torch.inference_mode()
 def evaluate(
-    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto"
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto", total: int = 0
 ) -> dict[str, float]:
     """The accuracy in eval mode over the images of all processes: {"top1", "top5", "images": how many there were}.
 
-    batches: this process's images, x (B, 3, S, S) and labels (B,). Of fewer than 5 classes, top-5 counts all guesses.
-    Raises ValueError when there are no images.
+    batches: this process's images, x (B, 3, S, S) and labels (B,). total: how many batches there are; 0: not known.
+    Of fewer than 5 classes, top-5 counts all guesses. Raises ValueError when there are no images.
     """
     network.eval()
     correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
-    for x, labels in batches:
+    for x, labels in progress_bar(batches, total=total or None, desc="evaluate"):
         with autocast(amp, device):
             logits, _ = network(x)
         top1 = logits.argmax(1) == labels

@@ -13,12 +13,11 @@ from generation.report.parts import NasDataset, Page, Section, TrainedGenerator,
 from generation.report.runs import Run, network_flags
 from generation.strips import best_of_each_class, class_name, describe
 from genotypes import NAG_SPACE, Genotype, read_genotypes
-from models.cost import genotype_cost
-from models.network import CifarConfig
+from models.cost import network_cost
+from models.network import CifarConfig, ImageNetConfig
 from utils import shown
 
 BEST = 12  # cells of each class on the contact sheet
-DEFAULT_NETWORK = (CifarConfig.num_classes, CifarConfig.layers, CifarConfig.channels)
 
 
 def generate_sections(page: Page, run: Run) -> list[Section]:
@@ -39,7 +38,9 @@ def generate_sections(page: Page, run: Run) -> list[Section]:
         sections = [dataset_section(page, dataset, objectives, str(dataset.path)), section]
     add_evaluation(page, section, run, generator)
     if entries:
-        add_distributions(page, section, entries, dataset)
+        generated = [pair for pair in entries if not pair[1].get("real")]  # not those of --include_real
+        if generated:
+            add_distributions(page, section, generated, dataset)
         numbers = [page.cell(entry_text(i, genotype, known), genotype) for i, (genotype, known) in enumerate(entries)]
         if dataset:
             add_over_cloud(page, section, run, entries, numbers, dataset)
@@ -76,7 +77,7 @@ def dataset_of(page: Page, run: Run, generator: TrainedGenerator | None, section
 
 def entry_text(i: int, genotype: Genotype, known: dict) -> str:
     """What is known of a generated cell, in words."""
-    words = [f"generated cell {i}: {describe(genotype, known)}", *estimates(known)]
+    words = [f"{'real' if known.get('real') else 'generated'} cell {i}: {describe(genotype, known)}", *estimates(known)]
     return ", ".join(words)
 
 
@@ -209,11 +210,11 @@ def by_first_label(known: list[dict]) -> dict[str, list[int]]:
 
 def costs_of_real(run: Run, dataset: NasDataset) -> dict[str, np.ndarray | None]:
     """#params and MACs of the drawn real cells, in the network whose costs the run's file has; None if not known."""
-    network = tuple(run.args.get(name, default) for name, default in zip(("num_classes", "layers", "channels"),
-                                                                         DEFAULT_NETWORK, strict=True))  # fmt: skip
+    kind = ImageNetConfig if run.args.get("limits_for") == "imagenet" else CifarConfig
+    network = kind(**{name: run.args.get(name, getattr(kind, name)) for name in ("num_classes", "layers", "channels")})
     genotypes = [dataset.records[i].genotype for i in dataset.drawn]
-    if network != DEFAULT_NETWORK and genotypes[0].space == NAG_SPACE:
-        counted = np.array([genotype_cost(genotype, *network) for genotype in genotypes], float)
+    if network != CifarConfig() and genotypes[0].space == NAG_SPACE:
+        counted = np.array([network_cost(genotype, network) for genotype in genotypes], float)
         return dict(zip(("params", "macs"), counted.T, strict=True))
     columns = {cost: dataset.column(cost)[dataset.drawn] for cost in COSTS}
     return {cost: None if np.isnan(values).any() else values for cost, values in columns.items()}
@@ -264,7 +265,7 @@ def add_sheet(
                 "index": index,
                 "strips": strips_of(genotype),
                 "facts": [describe(genotype, {**known, "labels": None}), *estimates(known)],
-                "command": f"python train_cifar.py --arch {shown(f'{run.folder}/genotypes.json:{i}')}{flags}",
+                "command": f"python {trained_by(run)} --arch {shown(f'{run.folder}/genotypes.json:{i}')}{flags}",
             }
             if near:
                 record, distance = dataset.records[near[place][0]], near[place][1]
@@ -274,6 +275,11 @@ def add_sheet(
                 }
             cells.append(cell)
         section.sheet.append({"title": f"Class {class_name(labels)}" if labels else "Cells", "cells": cells})
+
+
+def trained_by(run: Run) -> str:
+    """The script that trains the network whose #params and MACs the run has counted."""
+    return "train_imagenet.py" if run.args.get("limits_for") == "imagenet" else "train_cifar.py"
 
 
 def say_of_cells(section: Section, run: Run, entries: list) -> None:
@@ -295,7 +301,7 @@ def say_of_cells(section: Section, run: Run, entries: list) -> None:
         section.verdict = f"{len(entries)} distinct cells in {classes} class{'es' if classes != 1 else ''}."
     if (run.folder / "best.json").is_file():
         flags = network_flags(run, ("layers", "channels"))
-        section.next = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}{flags}"
+        section.next = f"python {trained_by(run)} --arch {shown(run.folder / 'best.json')}{flags}"
     elif section.sheet:
         section.next = section.sheet[0]["cells"][0]["command"]
 
