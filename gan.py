@@ -25,6 +25,7 @@ import torch
 
 from build_nas_dataset.records import Record, read_records
 from generation.metrics import cell_statistics, sample_and_measure
+from generation.pictures import show_nas_dataset, show_samples
 from generation.recipes import PAPER, ROBUST, warmup_for
 from generation.training import Networks, Trainer, TrainingData, compile_parts
 from genotypes import NAG_SPACE, SPACES, SearchSpace, find_space
@@ -399,6 +400,8 @@ def main(args: argparse.Namespace) -> None:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print_start(records, data, networks, predictor_tau)
+    if not args.resume:
+        show_nas_dataset(log, records, data.objectives)
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
     pace.expect((args.n_epochs - start_epoch) * (len(data) // args.batch_size))
@@ -410,6 +413,7 @@ def main(args: argparse.Namespace) -> None:
                     networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
                 )
                 write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
+                show_samples(log, samples, epoch)
                 values |= quality
                 print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
             state = state_of(networks, data, predictor_tau, epoch, args)

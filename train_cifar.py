@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from generation.pictures import show_confusions
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
@@ -292,6 +293,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
         state = network_state(network, genotype, optimizer) | reached
         write_predictions(folder / "predictions.npz", network, test, args)
+        show_confusions(log, folder / "predictions.npz", args.epochs)
         finish(args, device, folder, log, state, measured, counts)
 
 

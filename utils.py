@@ -960,6 +960,7 @@ class RunLog:
     most: where several lines have the same step, the number of lines that there were when the checkpoint was saved:
     those after them are dropped too.
     lines: how many lines there are.
+    At its end TensorBoard is told the flags and the last value of each number: its HPARAMS tab compares runs.
     """
 
     def __init__(
@@ -978,7 +979,7 @@ class RunLog:
         if step is None:
             refuse_used(folder, *RESULTS)  # again, as another run may have ended meanwhile
         clear_temporary(folder)
-        self.folder = folder
+        self.folder, self.args, self.last = folder, args, {}
         self.path = folder / "metrics.jsonl"
         kept = [] if step is None else [line for line in whole_lines(self.path) if line["step"] <= step][:most]
         self.lines = len(kept)
@@ -1000,6 +1001,19 @@ class RunLog:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, step)
+                    self.last[name] = value
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Show a picture (H, W, 3) of bytes in TensorBoard."""
+        with writes(self.path):
+            self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def _write_hparams(self) -> None:
+        from torch.utils.tensorboard.summary import hparams  # imported late, as above
+
+        plain = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in vars(self.args).items()}
+        for summary in hparams(plain, self.last):
+            self.writer.file_writer.add_summary(summary)
 
     def _flush(self) -> None:
         """Write the last events of a run that ends before its time. One that ends because it cannot write does not."""
@@ -1010,6 +1024,7 @@ class RunLog:
         """End the record, and let other processes write to the folder."""
         atexit.unregister(self._flush)
         with writes(self.path):
+            self._write_hparams()
             self.writer.close()
         release_folder(self.folder)
 

@@ -1,7 +1,8 @@
 """The figures of a report, each a function of plain data: numbers in, a matplotlib Figure out.
 
     figure = curves({"nll": (steps, values)}, "nats")
-    figure.savefig("nll.png")                       # or log.writer.add_figure("nll", figure) for TensorBoard
+    figure.savefig("nll.png")
+    log.image("nll", pixels(figure), step)          # in TensorBoard
     svg(figure, "nll")                              # an element for a page, which takes the page's colours
 
 Every figure has one pair of axes and the width of a narrow telephone, so that its text can be read there; a page with
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 SIZE = (4.7, 3.4)  # inches of 72 units each
@@ -104,6 +106,15 @@ def svg(figure: Figure, name: str) -> str:
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     return re.sub(r"\s*\n\s*", "\n", text)
+
+
+def pixels(figure: Figure, dpi: int = 110) -> np.ndarray:
+    """The figure as a picture (H, W, 3) of bytes, on white."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    with matplotlib.rc_context(STYLE):
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def in_view(figure: Figure, x: Sequence[float], y: Sequence[float]) -> np.ndarray:

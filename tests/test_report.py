@@ -1,5 +1,6 @@
 """report.py: what the page says is what the files hold, whatever the folders hold; and it works in a browser."""
 
+import argparse
 import html
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import generate_archs
 import report
@@ -18,6 +20,7 @@ from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.records import read_records
 from build_nas_dataset.statistics import tau
 from generation.figures import heat_map, in_view, new_axes, pareto_front, svg
+from generation.pictures import show_confusions, show_nas_dataset, show_samples
 from generation.report.cells import nearest
 from generation.report.nas_dataset import held_out_quantiles
 from generation.report.parts import Page, pack
@@ -28,7 +31,7 @@ from tests.browser import Browser
 from tests.small_training import ROOT, refused, white_images
 from tests.test_visualize import random_cell
 from training.cifar import write_predictions
-from utils import load_checkpoint, save_checkpoint, write_json
+from utils import RunLog, load_checkpoint, save_checkpoint, write_json
 
 DATA = ROOT / "data"
 RECORDS = 200  # of the NAS dataset of these tests
@@ -346,6 +349,27 @@ def test_the_confusions_and_worst_images_are_those_of_the_network(tmp_path):
     np.savez(tmp_path / "bad.npz", **(found | {"labels": np.array([0, 1, 2, 9])}))
     with pytest.raises(ValueError, match="classes that it does not list"):
         read_predictions(tmp_path / "bad.npz")
+
+
+def test_tensorboard_has_the_figures_and_the_hyperparameters(folder, tmp_path):
+    args = argparse.Namespace(lr=0.1, objectives=("accuracy",), resume=None)
+    log = RunLog(tmp_path / "run", args, torch.device("cpu"))
+    records = read_records(folder / "nasdata.jsonl")
+    show_nas_dataset(log, records, objectives_of(records, {"accuracy": 3}))
+    for epoch in (1, 3):
+        show_samples(log, json.loads((folder / "gan" / "samples" / f"epoch-{epoch:04d}.json").read_text()), epoch)
+    show_confusions(log, folder / "cifar" / "predictions.npz", 2)
+    log.log(1, loss=0.5)
+    log.log(2, loss=0.25)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
+    events.Reload()
+    names = {"NAS dataset/accuracy", "NAS dataset/accuracy against params", "NAS dataset/accuracy against macs"}
+    assert set(events.Tags()["images"]) == names | {"cells", "confusions"}
+    assert [image.step for image in events.Images("cells")] == [1, 3]
+    assert all(image.width > 300 and image.height > 300 for image in events.Images("cells"))
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"objectives" in start and b"('accuracy',)" in start
 
 
 # ------------------------------------------------------------------------------------------------------- browser
