@@ -11,7 +11,9 @@ robust, trains it by likelihood and a policy gradient: generation/likelihood.py.
 both side by side; each part is a flag of its own, on top of either recipe, and --adversarial_weight 1 adds the
 discriminator to the robust one.
 Writes checkpoint.pt (what --resume reads), generator.pt (what generate_archs.py needs of it), metrics.jsonl,
-TensorBoard events, config.json and samples/*.json, cells drawn along the way. NAG paper, sections 3.2 and 4.1.
+TensorBoard events, config.json and samples/*.json, cells drawn along the way; with --save_every N also the generator of
+every N-th epoch, since the published recipe swings and its last epoch is no better than others. NAG paper, sections 3.2
+and 4.1.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import torch
 
 from build_nas_dataset.records import Record, read_records
 from generation.metrics import cell_statistics, sample_and_measure
+from generation.pictures import show_nas_dataset, show_samples
 from generation.recipes import PAPER, ROBUST, warmup_for
 from generation.training import Networks, Trainer, TrainingData, compile_parts
 from genotypes import NAG_SPACE, SPACES, SearchSpace, find_space
@@ -30,12 +33,15 @@ from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
 from models.predictor import Predictor, train_predictor
 from utils import (
+    LARGEST,
+    MOST_LAYERS,
     UNREAD,
     ArgumentParser,
     RunLog,
     add_common_flags,
     add_cuda_graphs_flag,
     all_finite,
+    code_version,
     explicit_flags,
     fail,
     load_checkpoint,
@@ -44,10 +50,13 @@ from utils import (
     of_this_version,
     on_device,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
     shown,
+    signals,
     user_input,
     write_json,
 )
@@ -70,6 +79,12 @@ FOR_SAMPLING = (
     "epoch",
 )
 
+# Flags that say how a generator was trained, which generator.pt keeps.
+OF_TRAINING = {
+    *("nasbench_data", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
+    *(name for name in ROBUST if not name.startswith(("g_", "d_"))),  # which are sizes of the networks
+}
+
 DIVERGED = 1e6  # no loss, score or reward of a training that works has a mean as large
 
 REFERENCE_FLAGS = {
@@ -87,9 +102,10 @@ REFERENCE_FLAGS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the script, in groups. Those in a recipe have no default here."""
-    size, share = number(int, 1, 10**6), number(float, 0, 0.99)
+    size, share = number(int, 1, LARGEST), number(float, 0, 0.99)
     add = parser.add_argument_group("data and labels").add_argument
-    add("--nasbench_data", default="data/nasdata.jsonl", help="NAS dataset: JSON lines, or a file of the reference")
+    add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
+        "reference")  # fmt: skip
     add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
     add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
     for name, (classes, embedding) in OBJECTIVES.items():
@@ -117,6 +133,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile message passing and discriminator; needs a C++ compiler"
     )
     add_cuda_graphs_flag(run)
+    text = "epochs between snapshots generator-<epoch>.pt, which are kept (default: none)"
+    run.add_argument("--save_every", type=size, metavar="N", help=text)
     run.add_argument("--resume", help="run folder or checkpoint to go on with")
     add_common_flags(parser)
 
@@ -141,12 +159,13 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the generator and the discriminator."""
-    size, share, switch = number(int, 1, 10**6), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    size, share, switch = number(int, 1, LARGEST), number(float, 0, 0.99), argparse.BooleanOptionalAction
+    layers = number(int, 1, MOST_LAYERS)
     add = parser.add_argument_group("generator").add_argument
     add("--latent_dim", type=size, default=GeneratorConfig.latent_dim, help="width of the noise")
     add("--g_emb_size", type=size, help="width of a vertex state")
     add("--g_hidden_size", type=size, help="width of a graph state")
-    add("--g_num_layers", type=size, default=GeneratorConfig.num_layers, help="message-passing layers")
+    add("--g_num_layers", type=layers, default=GeneratorConfig.num_layers, help="message-passing layers")
     add("--g_dropout", type=share, help="share of a vertex state that is dropped in message passing")
     add("--g_aggr", default=GeneratorConfig.aggregation, choices=["gsum", "mean"], help="how vertex states become a "
         "graph state, in both networks: gated sum or mean")  # fmt: skip
@@ -157,8 +176,8 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("discriminator, where --adversarial_weight is above 0").add_argument
     add("--d_emb_size", type=size, help="width of a vertex state")
     add("--d_hidden_size", type=size, help="width of a graph state")
-    add("--d_gnn_num_layers", type=size, default=DiscriminatorConfig.num_layers, help="graph convolutions")
-    add("--d_mlp_num_layers", type=size, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
+    add("--d_gnn_num_layers", type=layers, default=DiscriminatorConfig.num_layers, help="graph convolutions")
+    add("--d_mlp_num_layers", type=layers, default=DiscriminatorConfig.mlp_layers, help="layers that make the score")
     add("--d_gnn_dropout", type=share, help="share of a vertex state that is dropped before a graph convolution")
     add("--d_mlp_dropout", type=share, help="share that is dropped before each layer of the score but the last")
     add("--straight_through", action=switch, help="show it hard decisions, not probabilities")
@@ -185,7 +204,7 @@ def parse_args(
     parser.set_defaults(objectives=objectives)
     recipe = recipes[parser.parse_args(argv).recipe]
     parser.set_defaults(**(recipe | {"warmup_epochs": None}))  # it depends on the epochs
-    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "compile", "cuda_graphs")
+    may_change = ("nasbench_data", "n_epochs", "eval_every", "eval_size", "save_every", "compile", "cuda_graphs")
     keys = ("reference", "discriminator", "optimizers", *FOR_SAMPLING)
     args = parse_resumable(parser, argv, "gan", may_change, keys)
     if args.warmup_epochs is None:
@@ -341,9 +360,13 @@ def state_of(networks: Networks, data: TrainingData, predictor_tau: list[float],
 
 
 def save_generator(state: dict, path: Path) -> None:
-    """Write what of a checkpoint is needed to draw cells, for machines of any kind."""
+    """Write what of a checkpoint is needed to draw cells, for machines of any kind, and how it was trained.
+
+    Its "args" are those of the training, seed and recipe among them; sizes of the generator are in "generator_config".
+    """
     for_sampling = {name: state[name] for name in FOR_SAMPLING} | {
-        "args": {"nasbench_data": state["args"]["nasbench_data"]}
+        "args": {name: value for name, value in state["args"].items() if name in OF_TRAINING},
+        **code_version(),
     }
     for name in ("generator", "predictor"):
         for_sampling[name] = {key: tensor.cpu() for key, tensor in state[name].items()}
@@ -369,32 +392,40 @@ def main(args: argparse.Namespace) -> None:
     folder = output_folder(args)
     log = RunLog(folder, args, device, start_epoch if args.resume else None)
     if not args.resume:
-        networks.predictor, predictor_tau = train_predictor(
-            data.cells, data.quantiles, args.batch_size, args.seed, data.space
-        )
+        with user_input("--nasbench_data"):
+            networks.predictor, predictor_tau = train_predictor(
+                data.cells, data.quantiles, args.batch_size, args.seed, data.space
+            )
     if args.compile:
         compile_parts(networks)
     print(f"{len(records)} genotypes, {len(data) // args.batch_size} steps an epoch, on {device}: {folder}")
     print_start(records, data, networks, predictor_tau)
+    if not args.resume:
+        show_nas_dataset(log, records, data.objectives)
     known = {record.genotype.canonical() for record in records}
     trainer = Trainer(networks, data, args)
+    pace.expect((args.n_epochs - start_epoch) * (len(data) // args.batch_size))
     for epoch in range(start_epoch + 1, args.n_epochs + 1):
-        values = train_one_epoch(trainer, epoch)
-        if epoch % args.eval_every == 0 or epoch == args.n_epochs:
-            quality, samples = sample_and_measure(
-                networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
-            )
-            write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
-            values |= quality
-            print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
-        state = state_of(networks, data, predictor_tau, epoch, args)
-        log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
-        save_checkpoint(folder / "checkpoint.pt", "gan", state)
+        with signals.held():  # until the epoch is saved
+            values = train_one_epoch(trainer, epoch)
+            if epoch % args.eval_every == 0 or epoch == args.n_epochs:
+                quality, samples = sample_and_measure(
+                    networks.generator, networks.predictor, data.objectives, args.eval_size, args.seed, known
+                )
+                write_json(folder / "samples" / f"epoch-{epoch:04d}.json", samples)
+                show_samples(log, samples, epoch)
+                values |= quality
+                print("  generated: " + ", ".join(f"{name} {value:.2f}" for name, value in quality.items()))
+            state = state_of(networks, data, predictor_tau, epoch, args)
+            log.log(epoch, **values)  # first: RunLog drops lines of epochs that are done again
+            if args.save_every and epoch % args.save_every == 0:  # before the checkpoint: none is missing after a kill
+                save_generator(state, folder / f"generator-{epoch:04d}.pt")
+            save_checkpoint(folder / "checkpoint.pt", "gan", state)
     log.close()
     save_generator(state, folder / "generator.pt")
     script = "generate_archs.py" if len(args.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'checkpoint.pt'} and {folder / 'generator.pt'}, all that is needed to draw cells")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 def print_start(records: list[Record], data: TrainingData, networks: Networks, predictor_tau: list[float]) -> None:
@@ -420,7 +451,7 @@ def train_one_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
     if not all_finite(networks.generator, networks.discriminator):  # the last step's, which no mean shows
         fail(f"epoch {epoch}: the weights are not all finite numbers, {advice}")
     line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s)")
+    print(f"epoch {epoch}/{args.n_epochs}: {line} ({seconds:.0f} s){pace.left()}")
     return values | {"seconds": seconds}
 
 

@@ -4,20 +4,26 @@
     python generate_archs.py --checkpoint runs/gan-.../generator.pt
     python generate_archs.py --perf_label 2 --num_archs 50
     python generate_archs.py --target_acc 0.49                  # on the NAS dataset's own scale
-    python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20
+    python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20 --include_real
+    python generate_archs.py --perf_label 2 --limits_for imagenet --max_macs 600M
     python generate_archs.py --num_archs 300 --evaluate         # are they what was asked for?
+    python generate_archs.py --num_archs 300 --evaluate --sampling_seeds 8      # with mean and standard deviation
     python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
     python generate_archs.py --perf_label 2 --random            # the baseline, all else equal
 
 Writes genotypes.json: the distinct valid genotypes with their class, how often each was drawn, exact #params and MACs,
-and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects; and config.json.
+and the quantile of each objective in the NAS dataset that the checkpoint's predictor expects, best first; best.json,
+the first of the highest class; and config.json.
 With a limit on #params or MACs, cells are drawn until --num_archs distinct ones of each class keep it; these are kept.
---evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json.
+--include_real offers the NAS dataset's own cells within classes and limits too, at most --num_archs of each class.
+--evaluate compares the classes asked for with those obtained, beside random cells, and writes evaluation.json. One
+draw of cells is one sampling seed, --seed; with --sampling_seeds N, cells are drawn with --seed and the next N - 1 too.
 NAG paper, section 3.2; unlike in the reference, dropout is off and cells are pruned.
 """
 
 import argparse
-from collections import Counter
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,17 +33,29 @@ from build_nas_dataset.objectives import Objective, objectives_of
 from build_nas_dataset.random_cells import RandomCells
 from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
-from generation.metrics import evaluate_cells, generation_metrics
-from generation.targets import LABEL_FLAGS, Limits, count, describe, wanted_labels
+from generation.evaluation import beside_random, over_sampling_seeds, print_evaluation, print_over_sampling_seeds
+from generation.listing import (
+    Listing,
+    add_ranks,
+    merge,
+    print_class,
+    print_next,
+    rank,
+    real_entries,
+    write_entries,
+)
+from generation.metrics import evaluate_cells
+from generation.targets import COUNTED_NETWORKS, LABEL_FLAGS, Limits, count, describe, wanted_labels
 from genotypes import Genotype, SearchSpace
-from models.cost import genotype_cost
 from models.generator import Generator
-from models.network import CifarConfig
+from models.network import CifarConfig, ImageNetConfig
 from models.predictor import Predictor
 from utils import (
     UNREAD,
     ArgumentParser,
+    Refused,
     add_common_flags,
+    clear_temporary,
     derive_seed,
     fail,
     hold_folder,
@@ -48,13 +66,13 @@ from utils import (
     progress_bar,
     refuse_used,
     release_folder,
-    shown,
+    shipped,
     user_input,
     write_config,
     write_json,
 )
 
-# -------------------------------------------------------------------------------------------- drawing and ranking
+# ------------------------------------------------------------------------------------------------------- drawing
 
 
 def read_nas_dataset(
@@ -62,16 +80,18 @@ def read_nas_dataset(
 ) -> list[Record] | None:
     """The NAS dataset, to tell which generated cells are new; None when it is not at hand.
 
-    Ends the script when one that is named is not that of the GAN's training and --evaluate compares with it.
+    Ends the script when one that is named is not that of the GAN's training, and --evaluate or --include_real reads it.
     """
     path = args.nasbench_data or checkpoint["args"]["nasbench_data"]
+    if not args.nasbench_data and path.endswith("data/nasdata.jsonl") and not Path(path).exists():
+        path = shipped("data/nasdata.jsonl")  # it was trained in another folder
     try:
         records = read_records(path, space)
-        if args.evaluate or not args.nasbench_data:
+        if args.evaluate or args.include_real or not args.nasbench_data:
             check_nas_dataset(path, records, objectives)
         return records
     except (ValueError, OSError) as error:
-        if args.evaluate or args.nasbench_data:
+        if args.evaluate or args.include_real or args.nasbench_data:
             fail(f"--nasbench_data: {error}")
         print(f"novelty is not computed, --nasbench_data names the NAS dataset: {error}")
         return None
@@ -109,91 +129,6 @@ def draw(source: Generator | RandomCells, labels: tuple[int, ...], args: argpars
     return drawn
 
 
-def merge(genotypes: list[Genotype | None], labels: tuple[int, ...], known: set[Genotype] | None, limits) -> list[dict]:
-    """One entry for each distinct valid genotype within the limits, in order of first appearance."""
-    counts, first = Counter(), {}
-    for genotype in genotypes:
-        if genotype is not None and limits.keep(genotype):
-            canonical = genotype.canonical()
-            counts[canonical] += 1
-            first.setdefault(canonical, genotype)
-    entries = []
-    for canonical, genotype in first.items():
-        entry = {**genotype.to_dict(), "labels": labels, "count": counts[canonical]}
-        if limits.counted:
-            entry |= genotype_cost(genotype, *limits.network)._asdict()
-        entries.append(entry if known is None else {**entry, "novel": canonical not in known})
-    return entries
-
-
-def rank(entries: list[dict], predictor: Predictor, objectives: list[Objective], scorer) -> None:
-    """Add what predictor and supernet expect of the entries, and put those of the highest accuracy first."""
-    if not entries:
-        return
-    names, space = [objective.name for objective in objectives], predictor.config.space
-    genotypes = [Genotype.from_dict(entry, space) for entry in entries]
-    for entry, quantiles in zip(entries, predictor.quantiles(genotypes).tolist(), strict=True):
-        entry["predicted_quantiles"] = {name: round(q, 4) for name, q in zip(names, quantiles, strict=True)}
-    if scorer is not None:
-        for entry, accuracy in zip(entries, scorer(genotypes).tolist(), strict=True):
-            entry["supernet_accuracy"] = round(accuracy, 6)
-        entries.sort(key=lambda entry: -entry["supernet_accuracy"])
-    elif "accuracy" in names:
-        entries.sort(key=lambda entry: -entry["predicted_quantiles"]["accuracy"])
-    for entry in entries:  # only now: of the best ones, many are expected beyond all that the predictor has seen
-        entry["predicted_quantiles"] = {n: min(max(q, 0.0), 1.0) for n, q in entry["predicted_quantiles"].items()}
-
-
-def print_class(title: str, genotypes: list, known: set[Genotype] | None, entries: list, found: int, limits) -> None:
-    """entries: those that are written, of `found` distinct genotypes within the limits."""
-    quality = generation_metrics(genotypes, known or ())
-    invalid = genotypes.count(None)
-    if known is None:
-        del quality["novelty"]
-    numbers = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
-    within = f"{found} distinct within the limits" if limits.given else f"{found} distinct"
-    within += f", {len(entries)} kept" if len(entries) < found else ""
-    print(f"\n{title}: {len(genotypes)} drawn, {invalid} invalid, {within}; {numbers}")
-    if entries:
-        costs = "   #params       MACs" if limits.counted else ""
-        print(f"  index{costs}  vertices  drawn  new  predicted quantile")
-    for entry in entries[:10]:
-        vertices = "+".join(str(len(entry[cell]["ops"])) for cell in limits.space.cells)
-        new = {True: "yes", False: "no", None: "?"}[entry.get("novel")]
-        quantiles = ", ".join(f"{name} {q:.2f}" for name, q in entry["predicted_quantiles"].items())
-        if "supernet_accuracy" in entry:
-            quantiles += f"  supernet {entry['supernet_accuracy']:.4f}"
-        costs = f" {entry['params'] / 1e6:8.3f}M {entry['macs'] / 1e6:9.1f}M" if limits.counted else ""
-        print(f"  {entry['index']:5d}{costs} {vertices:>9} {entry['count']:6d}  {new:>3}  {quantiles}")
-    if len(entries) > 10:
-        print(f"  ... {len(entries) - 10} more in the file")
-
-
-def print_evaluation(title: str, result: dict, objectives: list[Objective]) -> None:
-    """One entry of evaluation.json, in words."""
-    shares = ", ".join(f"{name} {result[name]:.3f}" for name in ("validity", "uniqueness", "novelty"))
-    print(f"\n{title}: {result['drawn']} drawn; {shares}")
-    if "all" not in result:
-        return
-    for objective in objectives:
-        entry = result[objective.name]
-        low, high = entry["interval"]
-        ceiling = f", ceiling {entry['ceiling']:.3f}" if "ceiling" in entry else ""
-        share = f"controllability {entry['controllability']:.3f} ({low:.3f} to {high:.3f})"
-        print(f"  {objective.name} ({entry['by']}): {share}{ceiling}")
-        if "mean" in entry:
-            means = ", ".join("-" if value is None else f"{value:.4f}" for value in entry["mean"])
-            print(
-                f"    mean accuracy by class asked {means}; 80th percentile of real {entry['real_80th_percentile']:.4f}"
-            )
-        for label, row in enumerate(entry["asked_by_obtained"]):
-            print(f"    asked {label}: " + " ".join(f"{n:6d}" for n in row))
-    low, high = result["all"]["interval"]
-    print(f"  all labels at once: {result['all']['controllability']:.3f} ({low:.3f} to {high:.3f})")
-    distances = ", ".join(f"{name} {value:.3f}" for name, value in result["distance"].items())
-    print(f"  total-variation distance to the real cells of the class asked for: {distances}")
-
-
 # ------------------------------------------------------------------------------------------------------- flags
 
 # The reference's script repeats the flags of gan.py; what it reads of them is in the checkpoint here.
@@ -205,7 +140,19 @@ UNUSED = (
     "n_epochs batch_size lr b1 b2 n_cpu img_size sample_interval d_emb_size d_gnn_num_layers d_mlp_num_layers "
     "d_gnn_dropout d_mlp_dropout d_hidden_size n_critic clip_value"
 ).split()
-REFERENCE_FLAGS = {"gpu": "--device cuda:{}"} | dict.fromkeys([*IN_CHECKPOINT, *UNUSED], UNREAD)
+REFERENCE_FLAGS = {
+    "gpu": "--device cuda:{}",
+    **dict.fromkeys(IN_CHECKPOINT, Refused("the reference has to be told what --checkpoint holds here")),
+    **dict.fromkeys(UNUSED, UNREAD),
+}
+
+
+# The flags for the size of the network whose #params and MACs are counted.
+NETWORK_FLAGS = {
+    "layers": (number(int, 1, 1000), "normal cells per stack of that network"),
+    "channels": (number(int, 2, 10**4), "channels of that network"),
+    "num_classes": (number(int, 2), "classes of that network"),
+}
 
 
 def parse_args(
@@ -214,7 +161,7 @@ def parse_args(
     """The flags. checkpoint: the default of --checkpoint."""
     parser = ArgumentParser(description, reference_flags=REFERENCE_FLAGS)
     add = parser.add_argument_group("generator").add_argument
-    add("--checkpoint", default=checkpoint, help="file of gan.py, or its run folder")
+    add("--checkpoint", default=shipped(checkpoint), help="file of gan.py, or its run folder")
     add("--num_archs", type=number(int, 1, 10**7), default=100, help="cells to draw for each class (limits: to find)")
     temperature = number(float, 0, 1000)
     add("--temperature", type=temperature, help="of the decisions; lower: likelier cells (default: the generator's)")
@@ -232,28 +179,40 @@ def parse_args(
         add(f"--max_{name}", type=count, help=f"hard limit on the exact {name}")
     add("--max_draws", type=number(int, 1), default=10_000, help="cells drawn for a class at most, to meet the limits")
     add("--top", type=number(int, 1), help="keep that many of each class: those of the highest accuracy expected")
-    add("--layers", type=number(int, 1, 1000), default=CifarConfig.layers, help="normal cells per stack of the network "
-        "whose #params and MACs are counted")  # fmt: skip
-    add("--channels", type=number(int, 2, 10**4), default=CifarConfig.channels, help="channels of that network")
-    add("--num_classes", type=number(int, 2), default=CifarConfig.num_classes, help="classes of that network")
+    add("--include_real", action="store_true", help="offer the NAS dataset's own cells beside the generated ones")
+    add("--limits_for", choices=tuple(COUNTED_NETWORKS), default="cifar", help="network whose #params and MACs are "
+        "counted: that of train_cifar.py for 32x32 pixels, or that of train_imagenet.py for 224x224")  # fmt: skip
+    for name, (kind, text) in NETWORK_FLAGS.items():
+        cifar, imagenet = getattr(CifarConfig, name), getattr(ImageNetConfig, name)
+        add(f"--{name}", type=kind, help=f"{text} (default: cifar {cifar}, imagenet {imagenet})")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="compare asked with obtained classes, generated with random cells")
+    add("--sampling_seeds", type=number(int, 1, 10**4), default=1, help="with --evaluate: draw with as many seeds, "
+        "from --seed on, and write mean and standard deviation too")  # fmt: skip
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the generator was trained on)")
     add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
     add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add_common_flags(parser)
     args = parser.parse_args(argv)
+    for name in NETWORK_FLAGS:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(COUNTED_NETWORKS[args.limits_for], name))
     limited = any((args.min_params, args.max_params, args.min_macs, args.max_macs))
     if limited and args.max_draws < args.num_archs:
         parser.error(f"argument --max_draws: expected at least the {args.num_archs} of --num_archs")
     if args.evaluate and limited:
         parser.error("argument --evaluate: expected without limits, since it is about all cells that are drawn")
+    if args.sampling_seeds > 1 and not args.evaluate:
+        parser.error("argument --sampling_seeds: expected with --evaluate")
     return args
 
 
 # -------------------------------------------------------------------------------------------------------- main
+
+
+WRITTEN = ("config.json", "genotypes.json", "best.json", "evaluation.json")
 
 
 class Measures(NamedTuple):
@@ -279,7 +238,7 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
         fail(f"--supernet: expected with a GAN of NAG's cells, got one of the space {space.name}")
     within = labels_within(limits, combinations, objectives)
     folder = output_folder(args)
-    refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")
+    refuse_used(folder, *WRITTEN)
     records = read_nas_dataset(args, checkpoint, objectives, space)
     known = None if records is None else {record.genotype.canonical() for record in records}
     for objective, value in zip(objectives, checkpoint["predictor_tau"], strict=True):
@@ -290,28 +249,26 @@ def main(args: argparse.Namespace, single: bool = True) -> None:
 
     scorer = open_scorer(args, device, max_vertices) if args.supernet else None
     source = RandomCells(max_vertices, space) if args.random else generator
-    drawn = {labels: draw(source, labels, args, limits) for labels in within}
+    drawn = {labels: draw(source, labels, args, limits) for labels in progress_bar(within, desc="draw cells")}
     measures = Measures(predictor, objectives, scorer)
-    results = collect(args, drawn, known, limits, measures)
+    real = real_entries(records, drawn, args.num_archs, objectives, limits) if args.include_real else {}
+    results = collect(args, drawn, real, known, limits, measures)
     if not results and limits.given:
         fail("none of the cells drawn is valid and within the limits, nothing was written")
-    path = folder / "genotypes.json"
     hold_folder(folder)
-    refuse_used(folder, "config.json", "genotypes.json", "evaluation.json")  # again: another run may have been quicker
+    refuse_used(folder, *WRITTEN)  # again: another run may have been quicker
+    clear_temporary(folder)
     write_config(folder, args, device)
-    write_json(path, results)
+    write_entries(folder, results)
     if args.evaluate:
-        evaluation = evaluate_and_print(args, drawn, records, max_vertices, measures)
-        write_json(path.with_name("evaluation.json"), evaluation)
+        evaluation = evaluate_and_print(args, source, drawn, records, max_vertices, measures)
+        write_json(folder / "evaluation.json", evaluation)
     release_folder(folder)
-    print(f"\nwrote {len(results)} genotypes to {path}")
+    print(f"\nwrote {len(results)} genotypes to {folder / 'genotypes.json'}")
     if not results:
         print("warning: none of the cells drawn is valid; longer training may help")
     else:
-        highest = max(entry["labels"] for entry in results)
-        arch = shown(f"{path}:{next(e['index'] for e in results if e['labels'] == highest)}")
-        train = f"\n      python train_cifar.py --arch {arch}" if limits.counted else ""
-        print(f"next: python visualize.py --arch {arch}{train}")
+        print_next(folder, results, args, limits, scorer)
 
 
 def check_objectives(args: argparse.Namespace, objectives: list[Objective], single: bool) -> None:
@@ -346,52 +303,91 @@ def open_scorer(args: argparse.Namespace, device: torch.device, max_vertices: in
 
 
 def collect(
-    args: argparse.Namespace, drawn: dict[tuple, list], known: set[Genotype] | None, limits: Limits, measures: Measures
+    args: argparse.Namespace,
+    drawn: dict[tuple, list],
+    real: dict[tuple, list[dict]],
+    known: set[Genotype] | None,
+    limits: Limits,
+    measures: Measures,
 ) -> list[dict]:
     """Entries of genotypes.json: of each class the distinct cells within the limits, best first; and print them.
 
-    drawn: labels -> genotypes.
+    drawn: labels -> genotypes. real: labels -> entries of real cells to be offered beside them.
     """
     _, objectives, scorer = measures
     merged = {labels: merge(genotypes, labels, known, limits) for labels, genotypes in drawn.items()}
+    # the last batch may have brought more
+    candidates = {labels: entries[: args.num_archs] + real.get(labels, []) for labels, entries in merged.items()}
     if scorer:
-        kept = [Genotype.from_dict(entry) for entries in merged.values() for entry in entries[: args.num_archs]]
-        with user_input("--supernet"):
-            scorer.check(max((cell.num_vertices for genotype in kept for cell in genotype.cells), default=0))
-    results = []
-    for labels, genotypes in drawn.items():
-        found, entries = len(merged[labels]), merged[labels][: args.num_archs]  # the last batch may have brought more
+        score_all(scorer, [entry for entries in candidates.values() for entry in entries])
+    for entries in candidates.values():
         rank(entries, *measures)
-        entries = entries[: args.top]
+    everything = [entry for entries in candidates.values() for entry in entries]
+    add_ranks(everything)
+    results, listing = [], Listing(limits, objectives, args.random, scorer is not None)
+    for labels, genotypes in drawn.items():
+        found, entries = len(merged[labels]), candidates[labels][: args.top]
         for entry in entries:
             entry |= {"index": len(results), "random": args.random}
             results.append(entry)
-        title = describe(labels, objectives)
-        title = f"random cells in the place of {title}" if args.random else title
-        print_class(title, genotypes, known, entries, found, limits)
+        print_class(labels, genotypes, known, entries, found, listing)
         if limits.given and found < args.num_archs:
             print(f"  only {found} of the {args.num_archs} that were asked for; --max_draws {args.max_draws}")
+    if results:
+        print(f"\n{listing.footnote(len(everything), args.include_real)}")
     return results
 
 
+def score_all(scorer: SupernetScorer, entries: list[dict]) -> None:
+    """Score the genotypes of all classes at once, which the supernet remembers. Ends the script on too large cells."""
+    genotypes = [Genotype.from_dict(entry) for entry in entries]
+    with user_input("--supernet"):
+        scorer.check(max((cell.num_vertices for genotype in genotypes for cell in genotype.cells), default=0))
+    if genotypes:
+        scorer(genotypes)
+
+
 def evaluate_and_print(
-    args: argparse.Namespace, drawn: dict[tuple, list], records: list[Record], max_vertices: int, measures: Measures
-) -> dict[str, dict]:
-    """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them."""
+    args: argparse.Namespace,
+    source: Generator | RandomCells,
+    drawn: dict[tuple, list],
+    records: list[Record],
+    max_vertices: int,
+    measures: Measures,
+) -> dict:
+    """The evaluation of the genotypes drawn and, unless they are random, of as many random ones beside them.
+
+    drawn: labels -> genotypes that `source` gave with --seed; with the other sampling seeds they are drawn here.
+    Returns {"sampling_seeds": all of them, title: the evaluation with the first one} and, of several sampling seeds,
+    also {"over sampling seeds": {title: measures}}.
+    """
     predictor, objectives, scorer = measures
     for objective in objectives:
         if scorer is not None and objective.name == "accuracy":
             scorer.cut_classes(records, objective.boundaries, args.seed)
-    sets = {"random cells" if args.random else "generated cells": drawn}
-    if not args.random:  # dealt out to the labels
-        baseline = RandomCells(max_vertices, predictor.config.space)
-        seeds = {labels: derive_seed(args.seed, 10**6, *labels) for labels in drawn}
-        sets["random cells"] = {k: baseline.sample(k, len(v), seeds[k]) for k, v in drawn.items()}
-    results = {}
-    for title, genotypes in sets.items():
-        results[title] = evaluate_cells(genotypes, objectives, records, predictor, scorer)
-        print_evaluation(title, results[title], objectives)
-    return results
+    seeds = [args.seed + i for i in range(args.sampling_seeds)]
+    baseline, sets = RandomCells(max_vertices, predictor.config.space), []
+    for seed in progress_bar(seeds, desc="draw cells of the sampling seeds"):
+        if seed != args.seed:
+            n, t = args.num_archs, args.temperature
+            drawn = {labels: source.sample(labels, n, derive_seed(seed, *labels), temperature=t) for labels in drawn}
+        sets.append({"random cells": drawn} if args.random else beside_random(drawn, seed, baseline))
+    if scorer is not None:  # all at once, for the time that they take together; it remembers them
+        scored = [g for of_seed in sets for those in of_seed.values() for g in chain(*those.values()) if g]
+        if scored:
+            scorer(scored)
+    results: dict[str, list[dict]] = {}
+    for of_seed in progress_bar(sets, desc="evaluate"):
+        for title, genotypes in of_seed.items():
+            results.setdefault(title, []).append(evaluate_cells(genotypes, objectives, records, predictor, scorer))
+    for title, (first, *_) in results.items():
+        print_evaluation(f"{title}, sampling seed {args.seed}", first, objectives)
+    evaluation = {"sampling_seeds": seeds, **{title: those[0] for title, those in results.items()}}
+    if len(seeds) > 1:
+        evaluation["over sampling seeds"] = {title: over_sampling_seeds(those) for title, those in results.items()}
+        for title, found in evaluation["over sampling seeds"].items():
+            print_over_sampling_seeds(title, found, seeds, results[title][0]["drawn"])
+    return evaluation
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class CellSpec:
             raise ValueError("matrix may hold only 0 and 1")
         if any(len(row) != size for row in matrix):
             raise ValueError(
-                f"matrix must be square, got {size} rows of {sorted({len(row) for row in matrix})} entries"
+                f"matrix must be square, got {size} rows of {str(sorted({len(row) for row in matrix}))[:60]} entries"
             )
         if not space.min_vertices <= size <= space.max_vertices:
             raise ValueError(f"a cell has {space.min_vertices} to {space.max_vertices} vertices, got {size}")
@@ -166,7 +166,7 @@ class CellSpec:
             raise ValueError(f"ops must start with {', '.join(space.inputs)} and end with {space.output}")
         unknown = [op for op in ops[space.num_inputs : -1] if op not in space.ops]
         if unknown:
-            raise ValueError(f"unknown op {unknown[0]!r}; known: {', '.join(space.ops)}")
+            raise ValueError(f"unknown op {unknown[0]!r:.60}; known: {', '.join(space.ops)}")
         if space.wiring not in (None, matrix):
             raise ValueError(f"matrix must be the wiring of the space {space.name}")
         object.__setattr__(self, "matrix", matrix)
@@ -520,17 +520,32 @@ def read_genotypes(path: str | Path, space: SearchSpace | None = None) -> list[t
 
 
 def load_genotype(name: str) -> Genotype:
-    """The genotype called `name`: a key of GENOTYPES, "FILE.json" or "FILE.json:INDEX" (an entry of a list).
+    """The genotype called `name`, see find_genotype. Raises ValueError saying what was expected."""
+    return find_genotype(name)[0]
 
+
+def find_genotype(name: str) -> tuple[Genotype, dict]:
+    """The genotype called `name`, and what its file says of it: {} where there is no file.
+
+    name: a key of GENOTYPES; "FILE.json", or "FILE.json:INDEX" for an entry of a list; "FILE.jsonl:INDEX" for a record
+    of a NAS dataset, counted from 0; or a run folder for its best: best.json, else the first of the highest class in
+    genotypes.json, else the genotype of result.json.
     Raises ValueError saying what was expected.
     """
     if name in GENOTYPES:
-        return GENOTYPES[name]
+        return GENOTYPES[name], {}
     path, _, index = name.rpartition(":") if name.rpartition(":")[2].isdecimal() else (name, "", None)
-    if not path.endswith(".json"):
-        raise ValueError(f"unknown genotype {name!r}; known: {', '.join(GENOTYPES)}, or FILE.json, FILE.json:INDEX")
+    if index is None and Path(path).is_dir():
+        return _best_of_run(Path(path))
+    if not path.endswith((".json", ".jsonl")):
+        known = ", ".join(GENOTYPES)
+        raise ValueError(
+            f"unknown genotype {name!r}; known: {known}, or FILE.json, FILE.json:INDEX, FILE.jsonl:INDEX, a run folder"
+        )
     if not Path(path).is_file():
         raise ValueError(f"no such genotype file: {path}")
+    if path.endswith(".jsonl"):
+        return _record_of(path, index)
     genotypes = read_genotypes(path)
     if not genotypes:
         raise ValueError(f"{path} holds no genotypes")
@@ -538,4 +553,35 @@ def load_genotype(name: str) -> Genotype:
         raise ValueError(f"{path} holds {len(genotypes)} genotypes: choose one with {path}:INDEX")
     if int(index or 0) >= len(genotypes):
         raise ValueError(f"{path} holds genotypes 0 to {len(genotypes) - 1}, not {index}")
-    return genotypes[int(index or 0)][0]
+    return genotypes[int(index or 0)]
+
+
+def _record_of(path: str, index: str | None) -> tuple[Genotype, dict]:
+    """A record of a NAS dataset of JSON lines, from 0; the first line of the file is its header."""
+    if index is None:
+        raise ValueError(f"{path} is a NAS dataset: choose a record with {path}:INDEX")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = [line for _, line in zip(range(int(index) + 2), filter(str.strip, file), strict=False)]
+    if len(lines) < int(index) + 2:
+        raise ValueError(f"{path} holds records 0 to {len(lines) - 2}, not {index}")
+    try:
+        header, entry = (json.loads(line, parse_constant=_refuse_constant) for line in (lines[0], lines[-1]))
+        if not isinstance(header, dict) or header.get("format") != "nas-dataset":
+            raise ValueError('its first line is no header with "format": "nas-dataset"')
+        return Genotype.from_dict(entry), entry
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, record {index}: {error}") from None
+
+
+def _best_of_run(folder: Path) -> tuple[Genotype, dict]:
+    """The best genotype of a run folder, see find_genotype."""
+    for name in ("best.json", "genotypes.json"):
+        if (folder / name).is_file() and (found := read_genotypes(folder / name)):
+            return max(found, key=lambda pair: pair[1].get("labels") or [])  # the first of equal ones
+    if (folder / "result.json").is_file():
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8-sig"))
+            return Genotype.from_dict(result.get("genotype")), result
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / 'result.json'} holds no genotype: {error}") from None
+    raise ValueError(f"{folder} is no run folder with genotypes: it has no best.json, genotypes.json or result.json")

@@ -7,30 +7,35 @@
     python train_cifar.py --resume runs/train_cifar-...                          # go on after a stop
     python train_cifar.py --evaluate runs/train_cifar-.../checkpoint.pt
     python train_cifar.py --evaluate A.pt B.pt C.pt --voting hard                # an ensemble
+    python train_cifar.py --evaluate CHECKPOINT --predict PATH                   # classes of images, one or a folder
     python train_cifar.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
     torchrun --standalone --nproc_per_node=2 train_cifar.py ...                  # several GPUs, or CPU processes
 
-DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one.
+DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one; or DIR is such a
+folder or .zip itself, of which --test_share is kept to test on.
 --batch_size and --lr_max are those of one step, over all processes and --accumulate parts together. Every process draws
 the same augmented batch and takes its part of it, so that two processes equal one with --accumulate 2, but for dropout
 and drop path, which draw from a stream of each process, and for the running statistics of batch norms, which are
 averaged.
-Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error.
+Writes checkpoint.pt, metrics.jsonl, TensorBoard events, config.json and, at the end, result.json with the test error
+and predictions.npz with the class chosen for each test image, which report.py reads.
 The test images are used once, after the last epoch; what is chosen along the way is chosen on --holdout images.
 NAG paper, section 4.2.
 """
 
 import argparse
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from generation.pictures import show_confusions
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.cifar import (
     REFERENCE_FLAGS,
     accuracy,
@@ -40,9 +45,12 @@ from training.cifar import (
     load_data,
     load_parts,
     train_epoch,
+    write_predictions,
 )
-from training.flags import add_arch_flag, check_sync_bn, evaluation_args
+from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
 from training.images import ImageSet, check_classes, eval_batches
+from training.own_images import OF_A_SPLIT
+from training.predicting import Member, pixels_of, predict_and_write
 from training.steps import (
     Step,
     build_network,
@@ -59,6 +67,7 @@ from training.steps import (
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     autocast,
     device_name,
@@ -67,11 +76,16 @@ from utils import (
     load_checkpoint,
     number,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
+    progress_bar,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
+    signals,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
@@ -95,11 +109,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "voting" in explicit_flags(parser, argv) and len(args.evaluate or ()) < 2:
         parser.error("argument --voting: needs --evaluate with several checkpoints")
     if args.evaluate:
-        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp"}
+        of_the_images = {"dataset", "data", "cache_dir", "skip_bad", "image_size", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "cifar", args.evaluate, of_the_images)
-    if args.export:
-        parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    for name in ("export", "predict"):
+        if getattr(args, name):
+            parser.error(f"argument --{name}: needs --evaluate CHECKPOINT")
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 
@@ -109,12 +124,14 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     add, count = group.add_argument, number(int, 1)
     add("--eval_every", type=count, default=1, help="epochs between evaluations on the held-out images")
     add("--save_every", type=count, default=1, help="epochs between checkpoints")
+    add_checkpoint_minutes_flag(group)
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", help="run folder, or its checkpoint.pt, to go on with")
     evaluated = "only measure the test error; of several checkpoints, that of their vote too"
     either.add_argument("--evaluate", nargs="+", metavar="CHECKPOINT", help=evaluated)
     voting = "how an ensemble decides: hard, by majority; soft, by the mean of logits"
     add("--voting", default="hard", choices=["hard", "soft"], help=voting)
+    add_predict_flag(group)
     add("--export", metavar="FILE", help="with --evaluate: write the network to FILE.safetensors, .onnx or .pt2")
 
 
@@ -122,17 +139,38 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure the test error of a checkpoint, or of several and of their vote; export the network if asked for."""
-    path = output_folder(args) / "evaluation.json"
-    refuse_used(path.parent, path.name)
+    """Measure the test error of a checkpoint, or of several and of their vote, or classify the images of --predict, or
+    both; export the network if asked for.
+    """
+    folder = output_folder(args)
+    results = {"evaluation.json": args.data is not None, "predictions.csv": args.predict}
+    refuse_used(folder, *(name for name, wanted in results.items() if wanted))
     with user_input("--evaluate"):
         states = [load_checkpoint(checkpoint, "cifar") for checkpoint in args.evaluate]
-    _, test = load_parts(args, device)
-    with user_input("--data"):
-        for checkpoint, state in zip(args.evaluate, states, strict=True):
-            check_classes(test, state["classes"], checkpoint)
+    test = None if args.data is None else load_parts(args, device)[1]
+    for checkpoint, state in zip(args.evaluate, states, strict=True):
+        if state["classes"] != states[0]["classes"]:
+            fail(f"--evaluate: {checkpoint} was trained on other classes than {args.evaluate[0]}")
+    if test is not None:
+        with user_input("--data"):
+            check_classes(test, states[0]["classes"], args.evaluate[0])
     with user_input("--evaluate"):
         networks = [network_from_checkpoint(*found, device) for found in zip(states, args.evaluate, strict=True)]
+    if test is not None:
+        measure(args, states, networks, test, folder / "evaluation.json")
+    if args.predict:
+        pairs = zip(networks, states, strict=True)
+        members = [Member(network, state["mean"], state["std"]) for network, state in pairs]
+        prepare = partial(pixels_of, image_size=args.image_size)
+        predict_and_write(args, device, prepare, members, states[0]["classes"], folder / "predictions.csv")
+    if args.export and distributed.is_main():
+        export_trained(networks[0], states[0], args, "cifar", states[0]["mean"], states[0]["std"])
+
+
+def measure(
+    args: argparse.Namespace, states: list[dict], networks: list[CifarNetwork], test: ImageSet, path: Path
+) -> None:
+    """Measure the test error of networks, whose checkpoints are `states`, and write it to the file `path`."""
     *correct, correct_votes = count_correct(networks, states, test, args)
     if not distributed.is_main():
         return
@@ -148,8 +186,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if len(members) > 1:
         print(f"{args.voting} voting of {len(members)}: {describe(result)}")
     print(f"wrote {path}")
-    if args.export:
-        export_trained(networks[0], states[0], args, "cifar", states[0]["mean"], states[0]["std"])
 
 
 @torch.inference_mode()
@@ -163,7 +199,9 @@ def count_correct(
     own = own_part(test)
     views = [replace(own, mean=tuple(state["mean"]), std=tuple(state["std"])) for state in states]
     counts = torch.zeros(len(networks) + 1, dtype=torch.long, device=test.labels.device)
-    for batches in zip(*(eval_batches(view, args.eval_batch_size) for view in views), strict=True):
+    views_of_batches = zip(*(eval_batches(view, args.eval_batch_size) for view in views), strict=True)
+    total = -(-len(own) // args.eval_batch_size)
+    for batches in progress_bar(views_of_batches, total=total, desc="evaluate"):
         logits = []
         for network, (x, _) in zip(networks, batches, strict=True):
             with autocast(args.amp, x.device):
@@ -226,26 +264,36 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"{len(held_out)} held-out images, {len(images) // args.batch_size} steps an epoch, "
             f"{distributed.processes()} on {device}: {folder}"
         )
-    step = Step(network, optimizer, args, device)
-    for epoch in range(reached["epoch"], args.epochs):
-        values = train_epoch(step, images, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
-        reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
-        last = reached["epoch"] == args.epochs
-        if args.holdout and (last or reached["epoch"] % args.eval_every == 0):
-            values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+
+    def save_run(part: dict) -> None:
         if log:
-            print(progress_line(reached["epoch"], args.epochs, values))
-            log.log(reached["epoch"], **values)
-            if last or reached["epoch"] % args.save_every == 0:
-                save(folder, args, images, network_state(network, genotype, optimizer) | reached)
+            save(folder, args, images, network_state(network, genotype, optimizer) | reached | part)
+
+    step = Step(network, optimizer, args, device)
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    pace.expect((args.epochs - reached["epoch"]) * (len(images) // args.batch_size) - checkpoints.done)
+    with signals.held():
+        for epoch in range(reached["epoch"], args.epochs):
+            values = train_epoch(step, images, args, epoch, device, checkpoints)
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr_max may help")
+            last = epoch + 1 == args.epochs
+            if args.holdout and (last or (epoch + 1) % args.eval_every == 0):
+                with checkpoints.interruptible():
+                    values["held_out_accuracy"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
+            reached = {"epoch": epoch + 1, "seconds": reached["seconds"] + values["seconds"]}
+            if log:
+                log.log(epoch + 1, **values)
+                if last or (epoch + 1) % args.save_every == 0:
+                    save_run({})
+                print(progress_line(epoch + 1, args.epochs, values))
     measured = {"test": accuracy(network, test, args.eval_batch_size, args.amp)}
     if args.holdout:
         measured["held_out"] = accuracy(network, held_out, args.eval_batch_size, args.amp)
     if log:
         counts = {"train": len(images), "held_out": len(held_out), "test": len(test)}
         state = network_state(network, genotype, optimizer) | reached
+        write_predictions(folder / "predictions.npz", network, test, args)
+        show_confusions(log, folder / "predictions.npz", args.epochs)
         finish(args, device, folder, log, state, measured, counts)
 
 
@@ -269,7 +317,7 @@ def progress_line(epoch: int, epochs: int, values: dict) -> str:
     """What is printed after an epoch."""
     held_out = f", held-out {values['held_out_accuracy']:.4f}" if "held_out_accuracy" in values else ""
     reached = f"loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}{held_out}"
-    return f"epoch {epoch}/{epochs}: {reached} ({values['seconds']:.0f} s)"
+    return f"epoch {epoch}/{epochs}: {reached} ({values['seconds']:.0f} s){pace.left()}"
 
 
 def save(folder: Path, args: argparse.Namespace, images: ImageSet, state: dict) -> None:
@@ -298,10 +346,12 @@ def finish(
     result |= {"seconds": state["seconds"], "images": counts, "versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_cifar.py'))} --evaluate {shown(folder / 'checkpoint.pt')}"
     print(
         f"{describe(result)} ({counts['test']} images, after epoch {args.epochs}, {state['seconds']:.0f} s of training)"
         f"\nwrote {folder / 'result.json'} and {folder / 'checkpoint.pt'}\n"
-        f"next: python train_cifar.py --evaluate {shown(folder / 'checkpoint.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

@@ -2,12 +2,15 @@
 
     python train_imagenet.py --data DIR                                  # NAG_HIGH_ACC, as published
     torchrun --standalone --nproc_per_node=8 train_imagenet.py --data DIR --workers 12
-    python train_imagenet.py --data DIR --image_size 64 --auxiliary_weight 0 --layers 1 --channels 8 --epochs 2
+    python train_imagenet.py --data DIR --image_size 64 --layers 1 --channels 8 --epochs 2
     python train_imagenet.py --resume runs/train_imagenet-...            # go on after a stop
+    python train_imagenet.py --resume runs/train_imagenet-... --epochs 300       # or for more epochs
     python train_imagenet.py --evaluate runs/train_imagenet-.../best.pt
+    python train_imagenet.py --evaluate CHECKPOINT --predict PATH                   # classes of images, one or a folder
     python train_imagenet.py --evaluate CHECKPOINT --export FILE.safetensors        # or FILE.onnx, FILE.pt2
 
-DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one, read in place.
+DIR holds train and test (or val, valid, validation), each a folder of class folders or a .zip of one, read in place; or
+DIR is such a folder or .zip itself, of which --test_share is kept to test on.
 --batch_size and --lr are those of one step, over all processes and --accumulate parts together.
 Writes checkpoint.pt (last epoch), best.pt (best on held-out training images), metrics.jsonl, TensorBoard events,
 config.json and, at the end, result.json. The test images are used after the last epoch only, unless --select_on_val.
@@ -15,7 +18,6 @@ NAG paper, section 4.3.
 """
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,19 +26,24 @@ import torch
 from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from training import distributed
-from training.flags import add_arch_flag, check_sync_bn, evaluation_args
-from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, open_images, workers_alive
+from training.checkpoints import Checkpoints
+from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
+from training.image_stream import MEAN, STD, EvalStream, ImageFiles, TrainStream, workers_alive
 from training.imagenet import (
     REFERENCE_FLAGS,
     accuracy,
     add_training_flags,
     build_optimizer,
+    centre_crop,
     check_training_flags,
     load_data,
+    load_parts,
     stream_options,
     train_epoch,
 )
 from training.images import check_classes
+from training.own_images import OF_A_SPLIT
+from training.predicting import Member, predict_and_write
 from training.steps import (
     Step,
     build_network,
@@ -51,23 +58,29 @@ from training.steps import (
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
     device_name,
+    explicit_flags,
     fail,
     load_checkpoint,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
+    signals,
+    stop_if_diverged,
     user_input,
     versions,
     write_json,
 )
 
 MAY_CHANGE = """
-    data workers decoder eval_batch_size compile cuda_graphs accumulate
+    data workers decoder epochs eval_batch_size compile cuda_graphs accumulate
 """.split()  # the flags that a resumed run need not keep
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -82,20 +95,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     needed = ("network", "optimizer", "best", "skipped", "classes")
     args = parse_resumable(parser, argv, "imagenet", tuple(MAY_CHANGE), needed)
     if args.evaluate:
-        of_the_images = {"data", "image_size", "skip_bad", "amp"}
+        of_the_images = {"data", "image_size", "skip_bad", "amp", *OF_A_SPLIT}
         return evaluation_args(parser, argv, args, "imagenet", [args.evaluate], of_the_images)
-    if args.export:
-        parser.error("argument --export: needs --evaluate CHECKPOINT")
-    check_training_flags(parser, args, distributed.planned_world())
+    for name in ("export", "predict"):
+        if getattr(args, name):
+            parser.error(f"argument --{name}: needs --evaluate CHECKPOINT")
+    if args.resume and args.schedule_epochs is None:  # a run of an older version
+        with user_input("--resume"):
+            args.schedule_epochs = load_checkpoint(args.resume, "imagenet")["args"]["epochs"]
+    check_training_flags(parser, args, distributed.planned_world(), explicit_flags(parser, argv))
     return args
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags about what is resumed and evaluated."""
+    """The flags about what is saved, resumed and evaluated."""
     group = parser.add_argument_group("checkpoints and evaluation")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", help="run folder, or its checkpoint.pt, to go on with")
     either.add_argument("--evaluate", metavar="CHECKPOINT", help="only measure the test accuracy")
+    add_checkpoint_minutes_flag(group)
+    add_predict_flag(group)
     exported = "with --evaluate: write the network to FILE.safetensors, .onnx or .pt2"
     group.add_argument("--export", metavar="FILE", help=exported)
 
@@ -104,17 +123,41 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Measure the test accuracy of a checkpoint; export the network if asked for."""
-    path = output_folder(args) / "evaluation.json"
-    refuse_used(path.parent, path.name)
+    """Measure the test accuracy of a checkpoint, or classify the images of --predict, or both; export the network if
+    asked for.
+    """
+    folder = output_folder(args)
+    results = {"evaluation.json": args.data is not None, "predictions.csv": args.predict}
+    refuse_used(folder, *(name for name, wanted in results.items() if wanted))
     with user_input("--evaluate"):
         state = load_checkpoint(args.evaluate, "imagenet")
-    with user_input("--data"):
-        _, test = open_images(args.data)
-        check_classes(test, state["classes"], args.evaluate)
-    stream = EvalStream(test, args.image_size, args.eval_batch_size, **stream_options(args, device))
+    stream = None
+    if args.data is not None:
+        with user_input("--data"):
+            _, test = load_parts(args)
+            check_classes(test, state["classes"], args.evaluate)
+        stream = EvalStream(test, args.image_size, args.eval_batch_size, **stream_options(args, device))
     with user_input("--evaluate"):
         network = network_from_checkpoint(state, args.evaluate, device)
+    if stream is not None:
+        measure(args, state, network, stream, device, folder / "evaluation.json")
+    if args.predict:
+        prepare = centre_crop(args.image_size, args.decoder)
+        members = [Member(network, MEAN, STD)]
+        predict_and_write(args, device, prepare, members, state["classes"], folder / "predictions.csv")
+    if args.export and distributed.is_main():
+        export_trained(network, state, args, "imagenet", MEAN, STD)
+
+
+def measure(
+    args: argparse.Namespace,
+    state: dict,
+    network: ImageNetNetwork,
+    stream: EvalStream,
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Measure the test accuracy of a network, whose checkpoint is `state`, and write it to the file `path`."""
     measured, skipped = accuracy(network, stream, device, args.amp), distributed.merged(stream.broken)
     if not distributed.is_main():
         return
@@ -124,8 +167,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     refuse_used(path.parent, path.name)  # again, as another evaluation may have been quicker
     write_json(path, result)
     print(f"{describe(measured)}, after epoch {state['epoch']}\nwrote {path}")
-    if args.export:
-        export_trained(network, state, args, "imagenet", MEAN, STD)
 
 
 def cost(genotype: Genotype, config: dict, image_size: int) -> dict[str, int]:
@@ -165,17 +206,28 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             f"training, {len(selection)} {'validation' if args.select_on_val else 'held-out'} images, "
             f"{len(stream)} steps an epoch, {distributed.processes()} on {device}: {folder}"
         )
-    step = Step(network, optimizer, args, device, args.label_smooth)
-    for epoch in range(reached["epoch"], args.epochs):
-        values = train_epoch(step, stream, args, epoch, device)
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr may help")
-        selected = accuracy(network, selecting, device, args.amp)
-        reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
+
+    def save_run(part: dict) -> None:
+        skipped = all_skipped(reached, {"train": stream})
         if log:
-            log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
-            save(folder, args, images, network_state(network, network.genotype, optimizer) | reached)
-            print(progress_line(args.epochs, values, selected, reached))
+            state = network_state(network, network.genotype, optimizer) | reached
+            save(folder, args, images, state | {"skipped": skipped} | part)
+
+    step = Step(network, optimizer, args, device, args.label_smooth)
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_run, state)
+    pace.expect((args.epochs - reached["epoch"]) * len(stream) - checkpoints.done)
+    with signals.held():
+        for epoch in range(reached["epoch"], args.epochs):
+            values = train_epoch(step, stream, args, epoch, device, checkpoints)
+            stop_if_diverged(epoch + 1, values["loss"], network, advice="a smaller --lr may help")
+            with checkpoints.interruptible():
+                selected = accuracy(network, selecting, device, args.amp)
+            reached = reached_after(epoch + 1, values, selected, reached, {"train": stream, "selection": selecting})
+            if log:
+                log.log(epoch + 1, **values, top1=selected["top1"], top5=selected["top5"])
+            save_run({})
+            if log:
+                print(progress_line(args.epochs, values, selected, reached))
     distributed.barrier()  # until best.pt is there
     testing = EvalStream(test, args.image_size, args.eval_batch_size, **options)
     finish(args, device, folder, log, network, testing, reached | size)
@@ -190,10 +242,12 @@ def resume(
 ) -> dict:
     """Load the checkpoint `state` of the run to resume. Returns what it has reached, as reached_after does."""
     check_training_images(images, state)
+    if state["epoch"] > args.epochs:
+        fail(f"--epochs: the run to resume has {state['epoch']} epochs already, got {args.epochs}")
     with user_input("--resume"):  # now and not at the end of the run, which needs the best network
         best = Path(args.output_dir) / "best.pt"
-        epochs = state["best"]["epoch"], state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
-        if load_checkpoint(best, "imagenet")["epoch"] not in epochs:
+        epochs = state["best"].get("epoch"), state["epoch"] + 1  # the latter: killed between best.pt and checkpoint.pt
+        if state["epoch"] and load_checkpoint(best, "imagenet")["epoch"] not in epochs:
             raise ValueError(f"{best} is not of epoch {epochs[0]}, the best one so far")
         go_on_from(state, args.resume, network, optimizer)
     return {name: state[name] for name in ("epoch", "seconds", "best", "skipped")}
@@ -208,15 +262,18 @@ def reached_after(epoch: int, values: dict, selected: dict, before: dict, stream
     an image: reason}, "selection": ...}}; of equally good epochs, the first is the best.
     """
     improved = selected["top1"] > before["best"]["top1"]
-    skipped = {
-        part: before["skipped"].get(part, {}) | distributed.merged(stream.broken) for part, stream in streams.items()
-    }
     return {
         "epoch": epoch,
         "seconds": before["seconds"] + values["seconds"],
         "best": {"epoch": epoch, **selected} if improved else before["best"],
-        "skipped": skipped,
+        "skipped": all_skipped(before, streams),
     }
+
+
+def all_skipped(before: dict, streams: dict) -> dict:
+    """The images that were skipped up to now, as in reached_after, where `before` and `streams` are explained too."""
+    found = {part: distributed.merged(stream.broken) for part, stream in streams.items()}
+    return before["skipped"] | {part: before["skipped"].get(part, {}) | broken for part, broken in found.items()}
 
 
 def progress_line(epochs: int, values: dict, selected: dict, reached: dict) -> str:
@@ -224,14 +281,17 @@ def progress_line(epochs: int, values: dict, selected: dict, reached: dict) -> s
     return (
         f"epoch {reached['epoch']}/{epochs}: loss {values['loss']:.3f}, accuracy {values['train_accuracy']:.4f}, "
         f"top-1 {selected['top1']:.4f}, top-5 {selected['top5']:.4f} ({values['seconds']:.0f} s, "
-        f"waited for data {values['data_wait']:.0%}, {len(reached['skipped']['train'])} skipped)"
+        f"waited for data {values['data_wait']:.0%}, {len(reached['skipped']['train'])} skipped){pace.left()}"
     )
 
 
 def save(folder: Path, args: argparse.Namespace, images: ImageFiles, state: dict) -> None:
-    """Write checkpoint.pt and, after the best epoch so far, best.pt. state: network, optimizer and what was reached."""
+    """Write checkpoint.pt and, at the end of the best epoch so far, best.pt.
+
+    state: network, optimizer and what was reached.
+    """
     state = state | {"classes": images.classes, "training_images": len(images), "args": vars(args)}
-    if state["best"]["epoch"] == state["epoch"]:
+    if "within" not in state and state["best"]["epoch"] == state["epoch"]:
         save_checkpoint(folder / "best.pt", "imagenet", state)
     save_checkpoint(folder / "checkpoint.pt", "imagenet", state)
 
@@ -264,10 +324,12 @@ def finish(
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)
     log.close()
+    command = f"python {shown(shipped('train_imagenet.py'))} --evaluate {shown(folder / 'best.pt')}"
     print(
         f"last epoch: {describe(result['test'])}\nbest epoch ({result['best']['epoch']}): "
         f"{describe(result['best']['test'])}\nwrote {folder / 'result.json'}, checkpoint.pt and best.pt in {folder}\n"
-        f"next: python train_imagenet.py --evaluate {shown(folder / 'best.pt')}"
+        f"classify images by: {command} --predict PATH\n"
+        f"next: {command}"
     )
 
 

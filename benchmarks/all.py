@@ -63,7 +63,7 @@ def run_script(script: str, args: argparse.Namespace) -> dict:
 
 def write(results: dict, data: Path, page: Path) -> None:
     """Write results[script][cpu or cuda] as JSON to `data`, and as tables to `page`."""
-    for path, text in ((data, json.dumps(results, indent=1) + "\n"), (page, render(results))):
+    for path, text in ((data, json.dumps(results, indent=1, allow_nan=False) + "\n"), (page, render(results))):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text)
         os.replace(temporary, path)
@@ -76,16 +76,19 @@ def render(results: dict) -> str:
             continue
         own = results[script]
         parts.append(f"## {TITLES[script]} (`python benchmarks/{script}.py`)\n")
-        parts += [
-            f"{kind.upper()}: {r['device']}; {r['cpu']}; torch {r['torch']}, python {r['python']}; {r['date']}; "
-            f"{r['rounds']} rounds{', QUICK: tiny sizes, figures mean nothing' if r['quick'] else ''}"
-            f"{', ' + r['note'] if 'note' in r else ''}.\n"
-            for kind, r in own.items()
-        ]
+        parts += [f"{kind.upper()}: {about(result)}.\n" for kind, result in own.items()]
         for part, caption in (("rows", CAPTION), ("figures", "Further figures.")):
             if rows := joined(own, part):
                 parts.append(f"**{TITLES[script].split(':')[0]}.** {caption}\n\n{markdown(rows)}")
     return "\n".join(parts)
+
+
+def about(result: dict) -> str:
+    """Where and when one kind of device was measured."""
+    known = [result["device"], result["cpu"], f"torch {result['torch']}, python {result['python']}", result["date"]]
+    known += [f"commit {result['commit'][:7]}"] if result.get("commit") else []
+    rounds = f"{result['rounds']} rounds" + (", QUICK: tiny sizes, figures mean nothing" if result["quick"] else "")
+    return "; ".join([*known, rounds]) + (f", {result['note']}" if "note" in result else "")
 
 
 def joined(own: dict, part: str) -> list[dict[str, str]]:

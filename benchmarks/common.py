@@ -8,7 +8,6 @@ time that the FLOPs of the fast variant would take at the rate of a large matrix
 
 import argparse
 import ctypes
-import json
 import math
 import platform
 import resource
@@ -24,7 +23,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.fast.cuda_graphs import WARM_UP
-from utils import ArgumentParser, device_name, keep_freed_memory, number, select_device, settle_amp, user_input
+from utils import (
+    ArgumentParser,
+    code_version,
+    device_name,
+    keep_freed_memory,
+    number,
+    select_device,
+    settle_amp,
+    user_input,
+    write_json,
+)
 
 Run = Callable[[], object]
 Build = Callable[[], Run]  # makes networks and data, and returns what is to be timed
@@ -293,13 +302,13 @@ class Report:
                 "kind": self.device.type,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
+                **code_version(),
                 "date": time.strftime("%Y-%m-%d"),
                 "rounds": self.args.rounds,
                 "rows": self.rows,
                 "figures": self.figures,
             }
-            with open(self.args.json, "w") as file:
-                json.dump(result, file, indent=1)
+            write_json(self.args.json, result)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -41,6 +41,7 @@ from genotypes import NAG_SPACE, Genotype
 from models.generator import Generator, forcing_noise
 from models.graph import CellBatch, LabelledCells
 from models.predictor import Predictor
+from utils import shipped
 
 FORCE = 6.0  # logits; those of an untrained generator are below 1, and no sigmoid of these is exactly 0 or 1
 
@@ -243,7 +244,7 @@ def linearity(report: Report, records: list[Record]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     device = begin(args)
-    records = read_records("data/nasdata.jsonl")
+    records = read_records(shipped("data/nasdata.jsonl"))
     works = comparisons(records, args, device)
     if args.memory_of:
         print_memory(works, args.memory_of)

@@ -28,6 +28,7 @@ from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.fast.sampling import CLOSE, margin
 from models.generator import Generator
 from models.graph import CellBatch
+from utils import shipped
 
 SHIPPED = {"data/generator.pt": (2,), "data/generator_multiobj.pt": (2, 0)}
 
@@ -86,7 +87,7 @@ def comparisons(records: list[Record], args: argparse.Namespace, device: torch.d
     goals = {"float32": "200 genotypes/s", "bf16": "350 genotypes/s"}
     works = [
         ("default sizes, real cells' sizes", lambda: untrained(real, n, args.quick, device), (2,), goals),
-        ("shipped generator", lambda: Generator.from_checkpoint("data/generator.pt", device), (2,), {}),
+        ("shipped generator", lambda: Generator.from_checkpoint(shipped("data/generator.pt"), device), (2,), {}),
     ]
     found = [
         Comparison(f"{n} genotypes, {work}", *builds(make, labels, n), goals, (n, "genotypes"))
@@ -100,7 +101,9 @@ def comparisons(records: list[Record], args: argparse.Namespace, device: torch.d
 def changed_decisions(report: Report) -> None:
     """Genotypes that come out otherwise than by decisions in float64."""
     n = 32 if report.args.quick else 1024
-    generators = {path: (Generator.from_checkpoint(path, report.device), labels) for path, labels in SHIPPED.items()}
+    generators = {
+        path: (Generator.from_checkpoint(shipped(path), report.device), labels) for path, labels in SHIPPED.items()
+    }
     torch.manual_seed(0)
     fresh = Generator(temperature=1.0, vertex_size=16 if report.args.quick else 250).to(report.device).eval()
     generators["untrained, default sizes, temperature 1"] = fresh, (2,)
@@ -170,7 +173,7 @@ def cpu_seconds(run: Run, rounds: int) -> float:
 
 def main(args: argparse.Namespace) -> None:
     device = begin(args)
-    records = read_records("data/nasdata.jsonl")
+    records = read_records(shipped("data/nasdata.jsonl"))
     works = comparisons(records, args, device)
     if args.memory_of:
         print_memory(works, args.memory_of)

@@ -39,9 +39,9 @@ PACKAGE_SCRIPTS = {
     "build_nas_dataset.__main__",
     "build_nas_dataset.build_nas_dataset",
     "build_nas_dataset.eval_archs",
+    "build_nas_dataset.brief_scores",
     "generation.from_reference",
     "generation.search_benchmark",
-    "generation.brief_training",
 }
 # Outside of models, the only modules that may import from models.fast.
 OPENS_FAST = {"training.steps", "generation.training", "build_nas_dataset.scoring"}

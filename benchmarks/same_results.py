@@ -50,7 +50,7 @@ NEW_NAMES = {
 }
 # Paths that say when, where and with which flags, not what: a regular expression that is searched for.
 NOT_COMPARED = (
-    r"(^|\.)(args|seconds|version|versions|device|command|checkpoint)(\.|$)",
+    r"(^|\.)(args|seconds|version|versions|commit|clean|device|command|checkpoint)(\.|$)",
     r"(^|\.)settings\.(?!held_out_checksum)",
 )
 # What one checkout may lack: (regular expression on the run, on the path, why).
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
                 show(row)
                 rows.append(row)
     if args.out:
-        args.out.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        args.out.write_text(json.dumps([row._asdict() for row in rows], indent=1, allow_nan=False) + "\n")
     differ = [row.name for row in rows if not row.equal]
     print(f"{len(rows) - len(differ)} of {len(rows)} equal" + (f"; not {', '.join(differ)}" if differ else ""))
     if left_out:

@@ -28,7 +28,7 @@ from genotypes import Genotype
 from models.fast.cuda_graphs import can_record
 from models.supernet import Supernet, SupernetConfig
 from training.images import ImageSet, normalize
-from utils import settle_amp
+from utils import settle_amp, shipped
 
 GENOTYPES = 4  # a run, one training step or scoring each
 LOADER_WORKERS = 16  # of the reference
@@ -45,7 +45,7 @@ def random_images(n: int, size: int, device: torch.device) -> ImageSet:
 
 def median_genotypes(n: int) -> list[Genotype]:
     """n genotypes of the NAS dataset, of MACs around the median."""
-    records = sorted(read_records("data/nasdata.jsonl"), key=lambda record: record.macs)
+    records = sorted(read_records(shipped("data/nasdata.jsonl")), key=lambda record: record.macs)
     first = (len(records) - n) // 2
     return [record.genotype for record in records[first : first + n]]
 

@@ -14,6 +14,8 @@ if not __package__:
 
 import argparse
 import statistics
+import tempfile
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,8 +26,10 @@ from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_
 from benchmarks.supernet import random_images
 from genotypes import GENOTYPES
 from models.network import CifarNetwork
+from training.checkpoints import Checkpoints
 from training.images import ImageSet, train_batches
-from training.steps import Step, build_network
+from training.steps import Step, build_network, network_state
+from utils import save_checkpoint
 
 
 def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:
@@ -83,6 +87,28 @@ def loading_share(report: Report) -> None:
     report.figure("loading and augmentation, share of the faster step", share, "under 3 %")
 
 
+def checkpoint_share(report: Report) -> None:
+    """What a checkpoint within an epoch costs of the time between two, with weights and momentum of the network."""
+    flags, genotype = flags_of(report.args), GENOTYPES["NAG_HIGH_ACC"]
+    network = build_network(CifarNetwork, genotype, 10, flags, report.device)
+    optimizer = train_cifar.build_optimizer(network, flags)
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint.pt")
+
+        def save(part: dict) -> None:
+            save_checkpoint(path, "cifar", network_state(network, genotype, optimizer) | part)
+
+        checkpoints = Checkpoints(0, network, save)
+        checkpoints.begin(0)
+        times = interleave({"saving": lambda: checkpoints.after_step(1)}, report.args.rounds, report.device)["saving"]
+        size = path.stat().st_size / 2**20
+    share = statistics.median(times) / (60 * flags.checkpoint_minutes)
+    value = f"{statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f}) for {size:.0f} MiB, {share:.2%}"
+    report.figure("a checkpoint within an epoch, share of --checkpoint_minutes", value, "under 1 %")
+
+
 def main(args: argparse.Namespace) -> None:
     device = begin(args)
     work = comparison(args, device)
@@ -92,6 +118,7 @@ def main(args: argparse.Namespace) -> None:
     report = Report("train_cifar", args, device)
     report.compare(work)
     loading_share(report)
+    checkpoint_share(report)
     report.finish()
 
 

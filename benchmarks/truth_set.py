@@ -13,7 +13,6 @@ A line holds the cell's index, the seed, the accuracy on 5,000 held-out images a
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training.cifar import accuracy, build_optimizer, load_data, train
 from training.steps import build_network
-from utils import atomic_file, device_name, prepare, versions
+from utils import atomic_file, code_version, device_name, prepare, shipped, to_json, versions
 
 EQUAL_SIZE = 2_500_000, 2_750_000  # #params of the full network
 SMALL_NETWORK = """
@@ -56,7 +55,9 @@ def draw_cells(n: int, seed: int, known: set[Genotype]) -> list[dict]:
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    """Of the code, for records of results; with "-dirty" when its files are not those of that commit."""
+    found = code_version()
+    return f"{found['commit']}{'' if found['clean'] else '-dirty'}" if found["commit"] else "not known"
 
 
 def train_cells(cells: list[Genotype], results: Path, args: argparse.Namespace) -> None:
@@ -88,7 +89,7 @@ def train_cells(cells: list[Genotype], results: Path, args: argparse.Namespace) 
             "torch": versions()["torch"],
         }
         with open(results, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
         print(f"cell {index}: {epochs[-1]:.4f} ({line['seconds']} s)", flush=True)
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     draw = commands.add_parser("draw")
     draw.add_argument("--out", type=Path, required=True)
-    draw.add_argument("--nasbench_data", default="data/nasdata.jsonl", help="whose genotypes are left out")
+    draw.add_argument("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="whose genotypes are left out")
     train = commands.add_parser("train")
     train.add_argument("--cells", required=True, help="genotype file")
     train.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
@@ -105,7 +106,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     if args.command == "draw":
         known = {record.genotype.canonical() for record in read_records(args.nasbench_data)}
-        cells = map(json.dumps, draw_cells(64, 20261127, known))
+        cells = map(to_json, draw_cells(64, 20261127, known))
         with atomic_file(args.out) as file:
             file.write("[\n" + ",\n".join(cells) + "\n]\n")
         return

@@ -7,18 +7,17 @@
     python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
 
 Writes nasdata.jsonl (the records), supernet.pt (its weights, to score other genotypes), checkpoint.pt (what --resume
-reads), metrics.jsonl and config.json.
+reads), metrics.jsonl and config.json. One process trains; several can score: see shards.py.
 NAG paper, section 3.3. In every step one genotype of the pool is trained; after each of the last epochs all are
 scored on the same held-out images, with batch statistics in every batch norm; the next scoring takes other images, so
 that the agreement of two scorings tells how far the ranking can be trusted. A record's accuracy is their mean.
 """
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 if not __package__:  # started as a file, the path that the published README names: packages are found beside the folder
@@ -27,67 +26,80 @@ if not __package__:  # started as a file, the path that the published README nam
 import torch
 from torch.nn import functional as F
 
-from build_nas_dataset.random_cells import random_pool
-from build_nas_dataset.records import Record, write_records
+from build_nas_dataset.flags import (
+    MAX_SCORINGS,
+    REFERENCE_FLAGS,
+    add_image_flags,
+    add_scoring_flags,
+    add_supernet_flags,
+    add_training_flags,
+    settle_training_amp,
+    supernet_config,
+)
 from build_nas_dataset.scoring import (
     build_supernet,
     check_split,
     clip_gradients,
     label_checksum,
+    load_images_and_pool,
     score_pool,
     scoring_batches,
     settings_of,
     split_of,
+    write_dataset,
+)
+from build_nas_dataset.shards import (
+    Work,
+    has_weights,
+    keep_weights,
+    remove_parts,
+    this_shard,
+    wait_for_folder,
+    weights_file,
 )
 from build_nas_dataset.statistics import tau
-from genotypes import NAG_SPACE, Genotype
-from models.cost import genotype_cost
+from genotypes import Genotype
 from models.network import CifarNetwork
 from models.supernet import Supernet, SupernetConfig
+from training import distributed
+from training.checkpoints import Checkpoints
 from training.flags import check_image_size
-from training.images import ImageSet, balanced_batch, check_classes, load_images, split, train_batches
+from training.images import ImageSet, train_batches
+from training.own_images import check_data_flags
 from training.steps import build_optimizer
 from utils import (
-    UNREAD,
     ArgumentParser,
     RunLog,
     add_common_flags,
-    add_cuda_graphs_flag,
     autocast,
     cosine,
     derive_seed,
     enough_memory,
+    explicit_flags,
     fail,
     load_checkpoint,
     load_optimizer,
-    number,
     of_this_version,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
-    progress_bar,
+    release_folder,
     save_checkpoint,
     set_lr,
     set_seed,
     settle_amp,
+    shipped,
     shown,
+    signals,
+    stop_if_diverged,
     user_input,
-    versions,
 )
 
 SAVED = ("supernet", "optimizer", "epoch", "scores", "seconds", "classes", "training_images", "held_out_checksum")
 SAVE_MEMORY = "a smaller --batch_size and --score_batch_size take less, and --no-cuda_graphs takes a fraction"
-MAX_SCORINGS = 10  # by default, as published
-
-# Flags of the public reference's build_nas_dataset.py -> what says the same here. It scores a genotype on one batch.
-REFERENCE_FLAGS = {
-    "num_sampled_arch": "--pool_size {}",
-    "max_num_vertices": "--max_step {}",
-    "eval_batch_size": "--score_images {} --score_batch_size {}",
-    "use_aux_head": "--auxiliary_weight 0",  # which switches the head off there
-    **dict.fromkeys(["arch_pool", "available_ops", "decay_period", "gamma", "label_smooth", "lazy_load"], UNREAD),
-    **dict.fromkeys(["lr", "num_labels", "zip_file"], UNREAD),
-}
+# in a resumed run
+MAY_CHANGE = ("data", "cache_dir", "cuda_graphs", "score_later", "score_only", "shard")
 
 
 # -------------------------------------------------------------------------------------------------------- flags
@@ -101,116 +113,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_flags(parser)
     add_scoring_flags(parser)
     add_common_flags(parser)
-    args = parse_resumable(parser, argv, "supernet", ("data", "cache_dir", "cuda_graphs"), SAVED)
+    args = parse_resumable(parser, argv, "supernet", MAY_CHANGE, SAVED)
     if args.scorings is None:
         args.scorings = min(MAX_SCORINGS, args.epochs)
-    check_image_size(parser, args, CifarNetwork.auxiliary_sizes)
+    given = explicit_flags(parser, argv)
+    check_data_flags(parser, args, given)
+    check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
     if args.score_images % args.score_batch_size:
         parser.error("argument --score_images: expected a multiple of --score_batch_size")
     if args.scorings > args.epochs:
         parser.error("argument --scorings: expected at most --epochs")
     if args.lr_min > args.lr_max:
         parser.error("argument --lr_min: expected at most --lr_max")
+    if args.score_only and not args.resume:
+        parser.error("argument --score_only: needs --resume RUN, a run that was trained with --score_later")
+    if args.shard and not args.score_only:
+        parser.error("argument --shard: needs --score_only")
+    if distributed.planned_world() > 1 and not args.score_only:
+        parser.error(
+            "torchrun: one process trains, with --score_later; then several score, with --resume RUN --score_only"
+        )
     return args
 
 
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cifar10", choices=["cifar10", "cifar100", "folder"], help="which images")
-    add("--data", default="data", help="folder of the images (CIFAR is downloaded into it)")
-    add("--cache_dir", help="folder for decoded image folders (default: beside the images)")
-    add("--skip_bad", action="store_true", help="leave out images that cannot be read")
-    add("--image_size", type=number(int, 8), default=32, help="width and height of an image, in pixels")
-    add("--num_images", type=number(int, 0), default=0, help="training images that are used; 0: all")
-    add("--holdout", type=number(int, 1), default=5000, help="training images kept out of training, to score on")
-
-
-def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
-    """The pool and the supernet; the defaults are those of SupernetConfig."""
-    published, fraction = SupernetConfig(), number(float, 0, 1, above=True)
-    add = parser.add_argument_group("pool").add_argument
-    add("--pool_size", type=number(int, 2), default=4000, help="genotypes that are trained and scored")
-    vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
-    add("--max_step", type=vertices, default=published.max_vertices, help="vertices of the largest cells, all counted")
-    add = parser.add_argument_group("supernet").add_argument
-    add("--layers", type=number(int, 1), default=published.layers, help="normal cells per stack, N")
-    add("--channels", type=number(int, 2), default=published.channels, help="channels of the first stack's cells, C")
-    add("--keep_prob", type=fraction, default=published.keep_prob, help="keep probability before the classifier")
-    text = "keep probability of drop path in the last cell at the end of training"
-    add("--drop_path_keep_prob", type=fraction, default=published.drop_path_keep_prob, help=text)
-
-
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--epochs", type=number(int, 1), default=150, help="passes over the training images")
-    add("--batch_size", type=number(int, 2), default=128, help="images of a step, which trains one genotype")
-    add("--lr_max", type=number(float, 0, above=True), default=0.025, help="learning rate at the start")
-    add("--lr_min", type=number(float, 0), default=0.001, help="learning rate at the end of a cosine")
-    add("--l2_reg", type=number(float, 0), default=3e-4, help="weight decay")
-    add("--grad_clip", type=number(float, 0, above=True), default=5.0, help="largest norm of the gradient")
-    add("--auxiliary_weight", type=number(float, 0), default=0.4, help="of the auxiliary head's loss; 0: no head")
-    add("--cutout_size", type=number(int, 0), default=16, help="side of the square cut out of images, pixels; 0: none")
-    add("--amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the training")
-    add_cuda_graphs_flag(group)
-    add("--resume", help="run folder, or its checkpoint.pt, to go on with")
-
-
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("scoring").add_argument
-    text = "last epochs that are followed by a scoring, each on other images"
-    add("--scorings", type=number(int, 1), help=f"{text} (default: {MAX_SCORINGS}, or --epochs if that is less)")
-    add("--score_images", type=number(int, 2), default=500, help="held-out images that a genotype is scored on")
-    add("--score_batch_size", type=number(int, 2), default=500, help="images that share batch statistics")
-    add("--score_amp", default="auto", choices=["auto", "off", "bf16"], help="mixed precision of the scorings")
-
-
-def settle_training_amp(amp: str, device: torch.device) -> str:
-    """The mixed precision of the training, "off" or "bf16", that --amp asks for on a device.
-
-    auto: as in utils.settle_amp, but float32 on GPUs. There a step waits for the host, and bf16, whose casts are
-    further kernels, is no faster (docs/speed_notes.md).
-    """
-    return "off" if amp == "auto" and device.type != "cpu" else settle_amp(amp, device)
-
-
 # -------------------------------------------------------------------------------------------------------- parts
-
-
-def load_images_and_pool(
-    args: argparse.Namespace, device: torch.device, classes: list[str] | None = None
-) -> tuple[ImageSet, ImageSet, list[Genotype]]:
-    """Training images, held-out images and the pool. Ends the script when the flags ask for more than there is.
-
-    classes: the names of the classes that the images must have, those of the run to resume.
-    """
-    with user_input("--data"):
-        train, _ = load_images(args.dataset, args.data, args.image_size, args.cache_dir, args.skip_bad, device)
-        if classes:
-            check_classes(train, classes, args.resume)
-    with user_input("--holdout"):
-        train, held_out = split(train, args.holdout, args.seed)
-        scoring_batches(held_out, args)  # are there enough?
-    if args.num_images:
-        with user_input("--num_images"):
-            train = balanced_batch(train, args.num_images, args.seed)
-    if args.batch_size > len(train):
-        fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
-    with user_input("--pool_size"):
-        return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
-
-
-def supernet_config(args: argparse.Namespace, num_classes: int) -> SupernetConfig:
-    """The settings of the supernet that the flags ask for."""
-    return SupernetConfig(
-        num_classes=num_classes,
-        layers=args.layers,
-        channels=args.channels,
-        max_vertices=args.max_step,
-        keep_prob=args.keep_prob,
-        drop_path_keep_prob=args.drop_path_keep_prob,
-        auxiliary=args.auxiliary_weight > 0,
-    )
 
 
 def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -225,16 +151,21 @@ def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.
     return optimizer
 
 
-def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device) -> dict:
+def train_epoch(
+    supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device, checkpoints=None
+) -> dict:
     """Train for one epoch over the images, one random genotype of the pool a step. Returns mean loss and accuracy."""
+    checkpoints = checkpoints or Checkpoints(network=supernet)
     set_seed(derive_seed(args.seed, epoch))
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
     steps = len(images) // args.batch_size
     choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-    totals, parameters = torch.zeros(2, device=device), list(supernet.parameters())  # finding them takes milliseconds
+    parameters = list(supernet.parameters())  # finding them takes milliseconds
     supernet.train()
     batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    for step, (x, labels) in enumerate(progress_bar(batches, total=steps, desc=f"epoch {epoch + 1}")):
+    first, totals = checkpoints.done, checkpoints.begin(epoch)
+    timed = pace.steps(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
+    for step, (x, labels) in enumerate(timed, start=first):
         done = epoch * steps + step
         set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
         with autocast(args.amp, device):
@@ -246,37 +177,10 @@ def train_epoch(supernet, optimizer, images: ImageSet, pool: list[Genotype], arg
         clip_gradients(supernet, parameters, args.grad_clip)
         optimizer.step()
         totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        checkpoints.after_step(step + 1)
+    set_lr(optimizer, cosine((epoch + 1) * steps - 1, args.epochs * steps, args.lr_max, args.lr_min))
     loss, accuracy = (totals / steps).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
-
-
-def write_dataset(
-    path: Path, pool: list[Genotype], scores: torch.Tensor, settings: dict, train: ImageSet, seconds: dict
-) -> dict:
-    """Write the NAS dataset from scores (scorings, P). Returns the summary that its header holds."""
-    accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
-    summary = {
-        "accuracy_mean": accuracies.mean().item(),
-        "accuracy_std": accuracies.std().item(),
-        "repeatability_tau": [tau(a, b) for a, b in pairwise(scores)],
-        "tau_with_params": tau(accuracies, [params for params, _ in costs]),
-    }
-    header = {
-        "search_space": NAG_SPACE.name,
-        "settings": settings,
-        "training_images": len(train),
-        "classes": train.classes,
-        "seconds": {name: round(value) for name, value in seconds.items()},
-        "summary": summary,
-        "versions": versions(),
-        "stand_alone": {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10},
-    }
-    records = [
-        Record(i, genotype, round(accuracies[i].item(), 6), *cost)
-        for i, (genotype, cost) in enumerate(zip(pool, costs, strict=True))
-    ]
-    write_records(path, records, header)
-    return summary
 
 
 # ---------------------------------------------------------------------------------------------------------- run
@@ -286,7 +190,7 @@ class Run:
     """A supernet in training: all that a checkpoint holds of it, and the images and genotypes that it works on.
 
     scores (scorings, P): accuracies of the pool, NaN where a genotype is not scored yet. epochs_done: epochs that it
-    was trained for. seconds: time spent, "training" and "scoring".
+    was trained for. seconds: time spent, "training" and "scoring". lines: that were logged, None if not known.
     state: the checkpoint to go on from, or {}. Ends the script where the flags or images do not go with it.
     """
 
@@ -298,21 +202,28 @@ class Run:
         self.supernet = build_supernet(config, device, args.cuda_graphs)
         self.optimizer = make_optimizer(self.supernet, args)
         self.scores = torch.full((args.scorings, len(self.pool)), float("nan"))
-        self.epochs_done, self.seconds = 0, {"training": 0.0, "scoring": 0.0}
+        self.epochs_done, self.seconds, self.lines = 0, {"training": 0.0, "scoring": 0.0}, None
         if state:
-            self._go_on_from(state)
-        self.log = RunLog(self.folder, args, device, self.epochs_done if state else None)
+            self.go_on_from(state)
+        self.checkpoints = Checkpoints(args.checkpoint_minutes, self.supernet, self.save, state)
 
-    def _go_on_from(self, state: dict) -> None:
+    def open_log(self) -> None:
+        """Begin the record of the run, or go on with it; from now on, this process alone writes to the folder."""
+        step = self.epochs_done if self.args.resume else None
+        self.log = RunLog(self.folder, self.args, self.device, step, self.lines)
+
+    def go_on_from(self, state: dict) -> None:
+        """Load a checkpoint of this run. Ends the script where the images do not go with it."""
         with user_input("--data"):
             check_split(self.train_images, self.held_out, state, self.args.resume)
         with user_input("--resume"), of_this_version(self.args.resume):
             self.supernet.load_state_dict(state["supernet"])
             load_optimizer(self.optimizer, state["optimizer"])
         self.scores, self.epochs_done, self.seconds = state["scores"], state["epoch"], state["seconds"]
+        self.lines = state.get("lines")
 
-    def save(self) -> None:
-        """Write checkpoint.pt, which --resume goes on from."""
+    def save(self, part: dict | None = None) -> None:
+        """Write checkpoint.pt, which --resume goes on from. part: of an epoch under way, see Checkpoints."""
         state = {
             "supernet": self.supernet.state_dict(),
             "supernet_config": asdict(self.supernet.config),
@@ -320,39 +231,91 @@ class Run:
             "epoch": self.epochs_done,
             "scores": self.scores,
             "seconds": self.seconds,
+            "lines": self.log.lines,
             **split_of(self.train_images, self.held_out),
             "args": vars(self.args),
         }
-        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state)
+        save_checkpoint(self.folder / "checkpoint.pt", "supernet", state | (part or {}))
+
+    def save_scores(self) -> None:
+        """Save within a scoring; end the script if a signal asked for that."""
+        self.save()
+        signals.save = False
+        if signals.stop:
+            signals.end()
 
     def train(self, epoch: int) -> None:
-        """Train for one epoch, log it and save. Ends the script when the loss is not finite."""
-        started, args = time.monotonic(), self.args
+        """Train for one epoch, log it and save. Ends the script when training has diverged."""
+        started, args = time.monotonic() - self.checkpoints.seconds, self.args
+        parts = self.supernet, self.optimizer, self.train_images, self.pool
         with enough_memory(SAVE_MEMORY):
-            values = train_epoch(self.supernet, self.optimizer, self.train_images, self.pool, args, epoch, self.device)
+            values = train_epoch(*parts, args, epoch, self.device, self.checkpoints)
         self.seconds["training"] += time.monotonic() - started
-        if not math.isfinite(values["loss"]):
-            fail(f"the loss is not finite in epoch {epoch + 1}; a smaller --lr_max may help")
+        stop_if_diverged(epoch + 1, values["loss"], self.supernet, advice="a smaller --lr_max may help")
         self.epochs_done = epoch + 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.log.log(self.epochs_done, **values, lr=lr, seconds=time.monotonic() - started)
         self.save()
         line = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"epoch {self.epochs_done}/{args.epochs}: {line}")
+        left = f"{left} for the training" if (left := pace.left()) else ""
+        print(f"epoch {self.epochs_done}/{args.epochs}: {line}{left}")
 
     def score(self, scoring: int) -> None:
         """Score all genotypes that this scoring, from 0, has not scored yet; log it and save."""
         row, batches = self.scores[scoring], scoring_batches(self.held_out, self.args, scoring)
-        with enough_memory(SAVE_MEMORY):
-            score_pool(self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save)
+        later = int(self.scores[scoring + 1 :].isnan().sum())
+        with enough_memory(SAVE_MEMORY), pace.paused():
+            score_pool(
+                self.supernet, self.pool, batches, row, self.args.score_amp, self.seconds, self.save_scores, later
+            )
+        self.report(scoring)
+        self.save()
+
+    def report(self, scoring: int) -> None:
+        """Log and print what a scoring, from 0, has found."""
+        row = self.scores[scoring]
         stability = {"tau_to_previous": tau(self.scores[scoring - 1], row)} if scoring else {}
-        self.log.log(self.epochs_done, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
+        epoch = self.args.epochs - self.args.scorings + scoring + 1  # that it follows
+        self.log.log(epoch, accuracy_mean=row.mean().item(), accuracy_std=row.std().item(), **stability)
         print(
             f"scoring {scoring + 1}/{self.args.scorings}: accuracy {row.mean():.4f} +- {row.std():.4f}"
             f" ({row.min():.4f} to {row.max():.4f})"
             + "".join(f", tau to the previous scoring {value:.3f}" for value in stability.values())
         )
+
+    def score_later(self, scoring: int, trained: bool) -> None:
+        """Leave the supernet for a scoring, from 0. trained: whether the epoch before it has just been trained.
+
+        Else it was before a stop, and what was left then is kept: by now, the next epoch may be under way.
+        """
+        if trained or not weights_file(self.folder, scoring).exists():
+            keep_weights(self.folder, scoring, self.supernet)
+
+    def work(self) -> Work:
+        """What is left to be scored."""
+        return Work(self.folder, self.args, self.held_out, self.pool, self.scores)
+
+    def merge(self) -> None:
+        """Merge what shards have found and, if nothing is missing, finish. Ends the script if the run needs it all."""
+        work = self.work()
+        with user_input("--resume"):
+            scores, seconds, note = work.merge()
+        if missing := int(scores.isnan().sum()):
+            there = f"{len(work.items) - missing} of {len(work.items)} scores are there"
+            if not self.args.score_only:
+                fail(f"--resume: {there}; find the others with --score_only, or --score_only --shard I/N")
+            print(f"{there}; the last shard merges them")
+            return
+        if note:
+            print(f"note: {note}")
+        before = self.scores.isnan().any(1)
+        self.args = argparse.Namespace(**{**vars(self.args), "score_only": False, "shard": None})
+        self.scores, self.seconds["scoring"] = scores, self.seconds["scoring"] + seconds
+        self.open_log()
+        for scoring in before.nonzero().flatten().tolist():
+            self.report(scoring)
         self.save()
+        self.finish()
 
     def finish(self) -> None:
         """Write supernet.pt and nasdata.jsonl."""
@@ -364,35 +327,94 @@ class Run:
         }
         save_checkpoint(self.folder / "supernet.pt", "supernet weights", weights)
         summary = write_dataset(path, self.pool, self.scores, settings, self.train_images, self.seconds)
+        remove_parts(self.folder)
         self.log.close()
+        largest = self.args.max_step  # the supernet scores no larger cells
+        size = f" --max_step {largest}" if largest != SupernetConfig.max_vertices else ""
         print(
             f"accuracy {summary['accuracy_mean']:.4f} +- {summary['accuracy_std']:.4f} over the pool; "
             f"tau with #params {summary['tau_with_params']:.3f}\n"
             f"training {self.seconds['training']:.0f} s, scoring {self.seconds['scoring']:.0f} s\n"
             f"wrote {path}\n"
-            f"next: python gan.py --nasbench_data {shown(path)}"
+            f"next: python {shown(shipped('gan.py'))} --nasbench_data {shown(path)}{size}"
         )
 
 
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def train_and_score(run: Run) -> None:
+    """Train to the end, with the scorings after the last epochs, or with --score_later without them."""
+    args, first_epoch = run.args, run.epochs_done
+    run.open_log()
+    print(
+        f"{len(run.pool)} genotypes, {len(run.train_images)} training and {args.score_images} scoring images,"
+        f" on {run.device}: {run.folder}"
+    )
+    pace.expect((args.epochs - first_epoch) * (len(run.train_images) // args.batch_size) - run.checkpoints.done)
+    with signals.held():
+        for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
+            if epoch >= first_epoch:
+                run.train(epoch)
+            scoring = epoch - (args.epochs - args.scorings)
+            if scoring >= 0 and run.scores[scoring].isnan().any():
+                run.score_later(scoring, epoch >= first_epoch) if args.score_later else run.score(scoring)
+    if args.score_later and (work := run.work()).items.numel():
+        run.log.close()
+        print(f"trained; {len(work.items)} scores are left to be found\nnext: {work.command()}")
+    else:
+        run.finish()
+
+
+def score_shard(run: Run) -> None:
+    """Score this process's share of a trained run; the last process to finish merges what all have found."""
+    index, count = this_shard(run.args.shard)
+    work = run.work()
+    if distributed.is_main():
+        print(f"shard {index} of {count}: {len(work.share(index, count))} of {len(work.items)} scores, on {run.device}")
+    with enough_memory(SAVE_MEMORY), signals.held():
+        work.score(run.supernet, index, count, run.device)
+    distributed.barrier()
+    if not distributed.is_main():
+        return
+    wait_for_folder(run.folder, "--resume")
+    with user_input("--resume"):
+        state = load_checkpoint(run.folder, "supernet", SAVED)
+    if state["scores"].isnan().any():
+        run.go_on_from(state)  # the supernet too, in whose place those of the scorings were loaded
+        run.merge()
+    else:
+        print(f"another process has merged the scores: {run.folder / 'nasdata.jsonl'}")
+    release_folder(run.folder)
+
+
+def trained_for_later(state: dict, folder: Path) -> bool:
+    """Whether the run of a checkpoint is trained to its end and has left all supernets that are needed to score."""
+    return state["epoch"] == state["args"]["epochs"] and has_weights(folder, state["scores"])
+
+
 def main(args: argparse.Namespace) -> None:
-    device = prepare(args)
+    device = prepare(args, shared=args.score_only)
+    device = distributed.start(device) if args.score_only else device
     args.amp = settle_training_amp(args.amp, device)  # which a resumed run keeps
     args.score_amp = settle_amp(args.score_amp, device)
     with user_input("--resume"):
         state = load_checkpoint(args.resume, "supernet") if args.resume else {}
+    unscored = not state or bool(state["scores"].isnan().any())
+    trained = bool(state) and trained_for_later(state, Path(args.output_dir))
+    if args.score_only and not trained:
+        fail(f"--score_only: {args.output_dir} is not trained to its end with --score_later; for that, give "
+             f"--resume {shown(args.output_dir)} --score_later")  # fmt: skip
     run = Run(args, device, state)
-    print(
-        f"{len(run.pool)} genotypes, {len(run.train_images)} training and {args.score_images} scoring images,"
-        f" on {device}: {run.folder}"
-    )
-    first_epoch = run.epochs_done
-    for epoch in range(max(first_epoch - 1, 0), args.epochs):  # the last epoch done may lack a part of its scoring
-        if epoch >= first_epoch:
-            run.train(epoch)
-        scoring = epoch - (args.epochs - args.scorings)
-        if scoring >= 0 and run.scores[scoring].isnan().any():
-            run.score(scoring)
-    run.finish()
+    if args.score_only and unscored:
+        score_shard(run)
+    elif args.score_only:
+        print(f"nothing is left to be scored in {run.folder}")
+    elif args.score_later and unscored and trained:
+        run.merge()
+    else:
+        train_and_score(run)
+    distributed.finish()
 
 
 if __name__ == "__main__":

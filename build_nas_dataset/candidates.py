@@ -7,7 +7,8 @@ with what was measured after each round of successive halving (one round without
         {"epochs": 5, "held_out_accuracy": 0.64, "loss": 1.02, "seconds": 80.1},
         {"epochs": 15, "held_out_accuracy": 0.71, "loss": 0.83, "seconds": 241.7}]}}
 
-A loss of null says that the training diverged. A candidate is known by its key, see key_of.
+A loss of null says that the training diverged: the loss, or a weight after the last step, was not a finite number. Such
+a candidate is ranked below all others. A candidate is known by its key, see key_of.
 """
 
 import hashlib
@@ -68,6 +69,11 @@ def part_file(folder: Path, rank: int) -> Path:
 def weights_file(folder: Path, key: str, k: int) -> Path:
     """The file in which a candidate's weights wait from the end of round k (from 0) for the next round."""
     return folder / "weights" / f"{key}-{k}.pt"
+
+
+def unfinished_file(folder: Path, key: str, k: int) -> Path:
+    """The file in which a candidate is saved within round k (from 0)."""
+    return folder / "weights" / f"{key}-{k}-unfinished.pt"
 
 
 def read_parts(folder: Path, names: str = "checkpoint*.pt", order: Iterable[str] = ()) -> dict[str, dict]:
@@ -139,6 +145,12 @@ def rank_correlations(results: list[dict]) -> dict[str, dict]:
     return correlations
 
 
+def said_of(training: dict) -> str:
+    """What is added to a line about a candidate: nothing, or that its training diverged."""
+    diverged = "; its training diverged, so it is ranked last (a smaller --lr_max may help)"
+    return diverged if training["loss"] is None else ""
+
+
 def print_table(ranked: list[dict], most: int = 20) -> None:
     """Print the first `most` of a ranking."""
     supernet = "supernet" if any(supernet_accuracy(result) is not None for result in ranked) else ""
@@ -148,7 +160,7 @@ def print_table(ranked: list[dict], most: int = 20) -> None:
         supernet = "" if accuracy is None else f"{accuracy:.4f}"
         print(
             f"  {rank:4d}  {training['epochs']:6d}  {result['held_out_accuracy']:8.4f} {training['params'] / 1e6:8.3f}M"
-            f" {training['macs'] / 1e6:9.1f}M  {supernet}"
+            f" {training['macs'] / 1e6:9.1f}M  {supernet}{'' if training['loss'] is not None else '  diverged'}"
         )
     if len(ranked) > most:
         print(f"  ... {len(ranked) - most} more in the file")

@@ -41,6 +41,8 @@ from build_nas_dataset.candidates import (
     read_candidates,
     read_parts,
     rounds_done,
+    said_of,
+    unfinished_file,
     weights_file,
 )
 from build_nas_dataset.scoring import check_split, split_of
@@ -48,6 +50,7 @@ from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.cifar import (
     REFERENCE_FLAGS,
     accuracy,
@@ -58,18 +61,26 @@ from training.cifar import (
     train,
 )
 from training.images import ImageSet
+from training.own_images import fit_batch
 from training.steps import build_network, go_on_from, open_log
 from utils import (
     ArgumentParser,
     RunLog,
+    add_checkpoint_minutes_flag,
     add_common_flags,
+    all_finite,
+    explicit_flags,
     fail,
     load_checkpoint,
     number,
     output_folder,
+    pace,
     parse_resumable,
     prepare,
     save_checkpoint,
+    shipped,
+    shown,
+    signals,
     user_input,
     write_json,
 )
@@ -82,18 +93,20 @@ MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags t
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, reference_flags=REFERENCE_FLAGS)
+    parser.prog = "python -m build_nas_dataset.eval_archs"
     group = parser.add_argument_group("genotypes")
-    group.add_argument("--archs", default="data/nasdata.jsonl", help="genotype file (.json) or NAS dataset")
+    group.add_argument("--archs", default=shipped("data/nasdata.jsonl"), help="genotype file (.json) or NAS dataset")
     taken = "candidates: the first of a genotype file, evenly over the ranking of a NAS dataset; 0: all"
     group.add_argument("--num_archs", type=number(int, 0), default=50, help=taken)
     add_training_flags(parser, epochs=50, schedule_epochs=600, holdout=5000)
     group = parser.add_argument_group("search and checkpoints")
     group.add_argument("--halving", action="store_true", help="successive halving: stop the worse candidates early")
     group.add_argument("--eta", type=number(int, 2), default=3, help="with --halving, one candidate in eta goes on")
+    add_checkpoint_minutes_flag(group)
     group.add_argument("--resume", help="run folder to go on with; candidates that are done are skipped")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, "candidates", tuple(MAY_CHANGE), ("results", "candidates"))
-    check_training_flags(parser, args, processes=1)
+    check_training_flags(parser, args, processes=1, given=explicit_flags(parser, argv))
     if args.sync_bn:
         parser.error("argument --sync_bn: not here, where each candidate is trained by one process")
     if args.halving and args.epochs < args.eta:
@@ -118,10 +131,15 @@ def plan(candidates: int, args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 class Weights(NamedTuple):
-    """The files with a candidate's weights: the one to go on from, and the one to leave for the next round, if any."""
+    """The files with a candidate's weights.
+
+    before: the one to go on from, if any. after: the one to leave for the next round, if any.
+    unfinished: the one for checkpoints within the round; None: there are none.
+    """
 
     before: Path | None = None
     after: Path | None = None
+    unfinished: Path | None = None
 
 
 NO_WEIGHTS = Weights()
@@ -141,26 +159,36 @@ def train_candidate(
 
     known: what the file of the candidates knows of it. before: its result of the round before, None in the first.
     """
-    started, start_epoch = time.monotonic(), 0
+    started, state = time.monotonic(), {"epoch": 0}
     if args.compile:
         torch.compiler.reset()  # else it gives up after a few networks
     network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
     optimizer = build_optimizer(network, args)
-    if weights.before:
+    stopped = weights.unfinished and weights.unfinished.exists()
+    if source := weights.unfinished if stopped else weights.before:
         with user_input("--resume", everywhere=True):  # each process has candidates of its own
-            state = load_checkpoint(weights.before, "candidate", ("network", "optimizer", "epoch"))
-            go_on_from(state, weights.before, network, optimizer)
-        start_epoch = state["epoch"]
-    loss = train(network, images, args, device, optimizer, start_epoch)["loss"]
-    measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
+            state = load_checkpoint(source, "candidate", ("network", "optimizer", "epoch"))
+            go_on_from(state, source, network, optimizer)
+    started -= state.get("seconds", 0.0)
+
+    def save(path: Path, part: dict) -> None:
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(path, "candidate", state | part)
+
+    def save_within(part: dict) -> None:
+        save(weights.unfinished, part | {"seconds": time.monotonic() - started})
+
+    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_within if weights.unfinished else None, state)
+    loss = train(network, images, args, device, optimizer, state["epoch"], checkpoints=checkpoints)["loss"]
+    with checkpoints.interruptible():
+        measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
     if weights.after:
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": args.epochs}
-        save_checkpoint(weights.after, "candidate", state)
+        save(weights.after, {"epoch": args.epochs})
     earlier = before["training"] if before else {"rounds": [], "seconds": 0.0}
     this_round = {
         "epochs": args.epochs,
         "held_out_accuracy": measured,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": loss if math.isfinite(loss) and all_finite(network) else None,
         "seconds": earlier["seconds"] + time.monotonic() - started,
     }
     training = describe_training(genotype, images, held_out, args, [*earlier["rounds"], this_round])
@@ -235,6 +263,7 @@ class Run:
             text = f"{len(keys)} candidates up to epoch {rounds[k][1]}, {len(todo)} to be trained"
             print(f"round {k + 1}/{len(rounds)}: {text}")
         own_todo = todo[distributed.rank() :: distributed.world()]
+        pace.expect(self.steps_left(len(own_todo), k, rounds))
         self.train_candidates(own_todo, k, rounds)
         distributed.barrier()
         self.results = read_parts(self.folder, order=self.candidates)
@@ -247,28 +276,39 @@ class Run:
             self.clear_weights({weights_file(self.folder, key, k) for key in keys}, last)
         distributed.barrier()  # until all have read and process 0 has cleared up, before anyone writes again
 
+    def steps_left(self, todo: int, k: int, rounds: list[tuple[int, int]]) -> int:
+        """The training steps of this process from round k on. todo: how many candidates it trains in that round."""
+        candidates = [todo, *(math.ceil(n / distributed.world()) for n, _ in rounds[k + 1 :])]
+        ends = [0, *(epochs for _, epochs in rounds)][k:]
+        epochs = sum(n * (after - before) for n, before, after in zip(candidates, ends, ends[1:], strict=False))
+        return epochs * (len(self.images) // self.args.batch_size)
+
     def train_candidates(self, keys: list[str], k: int, rounds: list[tuple[int, int]]) -> None:
-        """Train candidates in round k one after the other, and save after each."""
+        """Train candidates in round k one after the other, and save after each and within each."""
         args = argparse.Namespace(**{**vars(self.args), "epochs": rounds[k][1]})
         for i, key in enumerate(keys, 1):
             weights = Weights(
                 before=weights_file(self.folder, key, k - 1) if k else None,
                 after=weights_file(self.folder, key, k) if k + 1 < len(rounds) else None,
+                unfinished=unfinished_file(self.folder, key, k),
             )
             genotype, known = self.candidates[key]
-            with distributed.alone():
-                result = train_candidate(
-                    genotype, known, self.images, self.held_out, args, self.device, self.results.get(key), weights
-                )
-            self.own[key] = self.results[key] = result
-            self.log_round([key], k)
-            self.save()
+            with signals.held():
+                with distributed.alone():
+                    result = train_candidate(
+                        genotype, known, self.images, self.held_out, args, self.device, self.results.get(key), weights
+                    )
+                self.own[key] = self.results[key] = result
+                self.log_round([key], k)
+                self.save()
+            weights.unfinished.unlink(missing_ok=True)
             if self.log:
                 write_json(self.folder / "results.json", by_accuracy(list(self.results.values())))
                 training = result["training"]
                 print(
                     f"candidate {i}/{len(keys)}: held-out accuracy {result['held_out_accuracy']:.4f}, "
                     f"{training['params'] / 1e6:.3f} M parameters ({training['seconds']:.0f} s)"
+                    f"{said_of(training)}{pace.left()}"
                 )
 
     def clear_weights(self, kept: set[Path], last: bool) -> None:
@@ -310,8 +350,9 @@ def finish(run: Run) -> None:
     """Write and print the ranking."""
     ranked = by_accuracy(list(run.results.values()))
     if ranked[0]["training"]["loss"] is None:
-        fail("no candidate has a finite loss; a smaller --lr_max may help")
-    longest = [result for result in ranked if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
+        fail("the training of every candidate diverged; a smaller --lr_max may help")
+    converged = [result for result in ranked if result["training"]["loss"] is not None]
+    longest = [result for result in converged if result["training"]["epochs"] == ranked[0]["training"]["epochs"]]
     correlations = rank_correlations(longest)
     write_json(run.folder / "results.json", ranked)
     write_json(run.folder / "best.json", ranked[0])
@@ -323,16 +364,30 @@ def finish(run: Run) -> None:
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {run.folder / 'results.json'} and {run.folder / 'best.json'}")
-    print(f"next: {next_command(run.args, run.folder / 'best.json')}")
+    print(f"next: {next_command(run.args, run.folder / 'best.json', len(run.images))}")
 
 
-def next_command(args: argparse.Namespace, best: Path) -> str:
-    """The command that trains the best candidate in full, on the same images."""
-    flags, default = ["--arch", best], parse_args([])
-    for name in ("dataset", "data", "cache_dir", "skip_bad", "image_size", "auxiliary_weight"):
+TRAINED_ALIKE = """
+    dataset data cache_dir skip_bad image_size test_share test_seed cutout_size layers channels keep_prob
+    drop_path_keep_prob auxiliary_weight optimizer lr_max lr_min l2_reg grad_clip accumulate amp seed tf32
+""".split()  # the flags of train_cifar.py that a candidate's full training has in common with its brief one
+
+
+def next_command(args: argparse.Namespace, best: Path, num_images: int) -> str:
+    """The command that trains the best candidate in full, by the same flags on the same images.
+
+    num_images: those that the candidates were trained on.
+    """
+    default = parse_args(["--optimizer", args.optimizer])
+    default.optimizer, flags = "sgd", ["--arch", best]
+    if args.dataset == "folder":  # which the batch fits itself to again
+        default.batch_size = fit_batch(num_images, default.batch_size, args.accumulate)
+    for name in [*TRAINED_ALIKE, "batch_size"]:
         if (value := getattr(args, name)) != getattr(default, name):
             flags += [f"--{name}"] if value is True else [f"--{name}", value]
-    return f"python train_cifar.py {shlex.join(map(str, flags))}"
+    if args.schedule_epochs != default.schedule_epochs:
+        flags += ["--epochs", args.schedule_epochs]
+    return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -18,7 +18,7 @@ import torch
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace, find_space
 from models.cost import genotype_cost
-from utils import atomic_file, from_json, to_json
+from utils import atomic_file, check_tensors, from_json, one_line, to_json, writes
 
 FORMAT, VERSION = "nas-dataset", 1
 COLUMNS = ("id", "space", "accuracy", "params", "macs")  # those that a Record has a place for, besides the cells
@@ -52,7 +52,7 @@ def write_records(path: str | Path, records: Iterable[Record], header: dict) -> 
     records = iter(records)  # they need not fit in the memory
     first = list(islice(records, 1))
     space = {"search_space": first[0].genotype.space.name} if first else {}
-    with atomic_file(path) as file:
+    with writes(path), atomic_file(path) as file:
         file.write(to_json({"format": FORMAT, "version": VERSION, **space, **header}) + "\n")
         for record in chain(first, records):
             file.write(to_json(record.to_dict()) + "\n")
@@ -65,7 +65,7 @@ def read_header(path: str | Path) -> dict:
     if header.get("format") != FORMAT:
         raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
     if header.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {header.get('version')}, this code reads {VERSION}")
+        raise ValueError(f"{path} has format version {header.get('version')!s:.60}, this code reads {VERSION}")
     return header
 
 
@@ -126,13 +126,13 @@ def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Rec
             raise ValueError(f"a cell has no path from an input to the output{_or_too_many_edges(space)}")
         accuracy = data.get("accuracy")
         if not _is_number(accuracy) or not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r}")
+            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r:.60}")
         for name in ("params", "macs"):
             if name in data and (not _is_number(data[name], int) or not 0 <= data[name] < 1e15):
-                raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r}")
+                raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r:.60}")
         identity = data.get("id", number - 2)
         if not _is_number(identity, int):
-            raise ValueError(f"id must be a whole number, got {identity!r}")
+            raise ValueError(f"id must be a whole number, got {identity!r:.60}")
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
     others = {name: value for name, value in data.items() if name not in (*COLUMNS, *space.cells)}
@@ -155,8 +155,9 @@ def _read_reference(path: Path) -> list[Record]:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(data)
     except Exception as error:  # foreign or truncated files raise all sorts
-        reason = str(error).partition("\n")[0][:200]
+        reason = one_line(error, 120)
         raise ValueError(f"{path} is neither JSON lines nor a torch file of tensors ({reason})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of records, got {type(data).__name__}")
@@ -169,7 +170,7 @@ def _read_reference(path: Path) -> list[Record]:
                 raise ValueError(f"perf must be a percentage from 0 to 100, got {100 * accuracy}")
             genotype = None if None in cells else Genotype(*(_completed(*cell) for cell in cells)).prune()
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, ValueError) as error:
-            raise ValueError(f"{path}, record {i}: {type(error).__name__} {error}") from None
+            raise ValueError(f"{path}, record {i}: {type(error).__name__} {one_line(error, 120)}") from None
         if genotype is not None:
             records.append(Record(i, genotype, accuracy, *genotype_cost(genotype)))
             completed += any(len(_missing_inputs(ops)) > 0 for _, ops in cells)

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,34 @@ import torch
 from torch import nn
 
 from build_nas_dataset.objectives import shares_below, which_class
-from build_nas_dataset.records import Record
-from genotypes import Genotype
+from build_nas_dataset.random_cells import random_pool
+from build_nas_dataset.records import Record, write_records
+from build_nas_dataset.statistics import tau
+from genotypes import NAG_SPACE, Genotype
+from models.cost import genotype_cost
 from models.fast.cuda_graphs import can_record
 from models.fast.replay import parameters_to_clip, record_parts
 from models.supernet import Supernet, SupernetConfig
-from training.images import ImageSet, balanced_batch, load_images, normalize, num_balanced, split
-from utils import autocast, load_checkpoint, of_this_version, progress_bar
+from training.cifar import load_parts
+from training.image_parts import TEST_SEED
+from training.images import (
+    ImageSet,
+    balanced_batch,
+    check_classes,
+    load_images,
+    normalize,
+    num_balanced,
+    split,
+)
+from training.own_images import (
+    asked_split,
+    settle_batch_size,
+    settle_holdout,
+    settle_scoring,
+    settle_split,
+    take_unsettled,
+)
+from utils import autocast, fail, load_checkpoint, of_this_version, progress_bar, signals, user_input, versions
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
@@ -84,22 +106,52 @@ def score_pool(
     amp: str,
     seconds: dict[str, float],
     save: Callable[[], None],
+    later: int = 0,
 ) -> None:
     """Score the genotypes of the pool whose entry in `scores` (P,) is NaN, and fill these in.
 
     batches, amp: as in `score`. The time that it takes is added to seconds["scoring"].
-    save(): called every minute, so that a stop loses no more, but not at the end.
+    save(): called every minute and when a signal asks for it, so that a stop loses no more, but not at the end.
+    later: how many are to be scored after these, in other calls, which counts in the time left.
     """
     supernet.eval()
     todo, saved, results = scores.isnan().nonzero().flatten().tolist(), time.monotonic(), {}
-    for i in progress_bar(todo, desc="scoring"):
+    for i in progress_bar(todo, desc="scoring", later=later):
         results[i] = score(supernet, pool[i], batches, amp)
-        if time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
+        asked = signals.stop or signals.save
+        if asked or time.monotonic() - saved > SAVE_SECONDS or i == todo[-1]:
             scores[list(results)] = torch.stack(list(results.values())).cpu()
             seconds["scoring"] += time.monotonic() - saved
             saved, results = time.monotonic(), {}
             if i != todo[-1]:
                 save()
+
+
+def load_images_and_pool(
+    args: argparse.Namespace, device: torch.device, classes: list[str] | None = None
+) -> tuple[ImageSet, ImageSet, list[Genotype]]:
+    """Training images, held-out images and the pool. Ends the script when the flags ask for more than there is.
+
+    classes: the names of the classes that the images must have, those of the run to resume.
+    """
+    unsettled = take_unsettled(args)
+    train, _ = load_parts(args, device)
+    if classes:
+        with user_input("--data"):
+            check_classes(train, classes, args.resume)
+    settle_holdout(args, train, unsettled)
+    with user_input("--holdout"):
+        train, held_out = split(train, args.holdout, args.seed)
+        settle_scoring(args, num_balanced(held_out), unsettled)
+        scoring_batches(held_out, args)  # are there enough?
+    if args.num_images:
+        with user_input("--num_images"):
+            train = balanced_batch(train, args.num_images, args.seed)
+    settle_batch_size(args, train, unsettled)
+    if args.batch_size > len(train):
+        fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
+    with user_input("--pool_size"):
+        return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 
 
 def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: int = 0) -> list[tuple]:
@@ -131,7 +183,8 @@ def label_checksum(images: ImageSet) -> int:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on, which travel with the files that are passed on."""
-    left_out = ("data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs")
+    left_out = {"data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs", "checkpoint_minutes"}
+    left_out |= {"score_later", "score_only", "shard"}
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
@@ -151,6 +204,38 @@ def check_split(train: ImageSet, held_out: ImageSet, state: dict, path: str | Pa
         raise ValueError(f"the images are not those of {path}, or in another order")
 
 
+# ---------------------------------------------------------------------------------------------- the NAS dataset
+
+
+def write_dataset(
+    path: Path, pool: list[Genotype], scores: torch.Tensor, settings: dict, train: ImageSet, seconds: dict
+) -> dict:
+    """Write the NAS dataset from scores (scorings, P). Returns the summary that its header holds."""
+    accuracies, costs = scores.mean(0), [genotype_cost(genotype) for genotype in pool]
+    summary = {
+        "accuracy_mean": accuracies.mean().item(),
+        "accuracy_std": accuracies.std().item(),
+        "repeatability_tau": [tau(a, b) for a, b in pairwise(scores)],
+        "tau_with_params": tau(accuracies, [params for params, _ in costs]),
+    }
+    header = {
+        "search_space": NAG_SPACE.name,
+        "settings": settings,
+        "training_images": len(train),
+        "classes": train.classes,
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        "summary": summary,
+        "versions": versions(),
+        "stand_alone": {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10},
+    }
+    records = [
+        Record(i, genotype, round(accuracies[i].item(), 6), *cost)
+        for i, (genotype, cost) in enumerate(zip(pool, costs, strict=True))
+    ]
+    write_records(path, records, header)
+    return summary
+
+
 # --------------------------------------------------------------------------------------------- generated cells
 
 
@@ -161,7 +246,8 @@ class SupernetScorer:
     scorings of other held-out images. Where the NAS dataset took all of them, this is said, and those of its last
     scoring are used again.
 
-    supernet, settings: from load_supernet. data, cache_dir: the images that it was trained on, as in load_images.
+    supernet, settings: from load_supernet; the attribute settings has "data" too. data, cache_dir: the images that it
+        was trained on, as in load_images.
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
@@ -173,7 +259,11 @@ class SupernetScorer:
 
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
-        images, _ = load_images(settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad, device)
+        source = (settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad)
+        settings = argparse.Namespace(**{"test_share": None, "test_seed": TEST_SEED, "data": data, **vars(settings)})
+        images, test = load_images(*source, device, asked_split(settings))
+        settle_split(settings, images, test)
+        self.settings = settings
         held_out = self._held_out(images, settings, data)
         scorings: Sequence[int]
         scorings = range(settings.scorings, min(2 * settings.scorings, num_scorings(held_out, settings)))

@@ -30,11 +30,15 @@ from utils import (
     ArgumentParser,
     add_common_flags,
     all_finite,
+    check_tensors,
+    code_version,
     number,
+    one_line,
     output_folder,
     prepare,
     refuse_used,
     save_checkpoint,
+    shipped,
     shown,
     user_input,
     write_config,
@@ -82,8 +86,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"no such file: {path}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(weights)
     except Exception as error:  # foreign or truncated files raise all sorts
-        reason = str(error).partition("\n")[0][:200]
+        reason = one_line(error, 120)
         raise ValueError(f"{path} is not a torch file of tensors ({reason})") from None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path}: expected the state_dict of the reference's generator, names and tensors")
@@ -126,7 +131,7 @@ def convert(weights: Mapping[str, Tensor], max_vertices: int = NAG_SPACE.max_ver
     except KeyError as error:
         raise ValueError(f"{what}: {error.args[0]} is missing") from None
     except (ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{what}: {one_line(error, 120)}") from None
     if not all_finite(generator):
         raise ValueError(f"{what}: they are not all finite numbers")
     whole = Generator(**asdict(config))  # with the constants that a state_dict does not hold
@@ -136,6 +141,7 @@ def convert(weights: Mapping[str, Tensor], max_vertices: int = NAG_SPACE.max_ver
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
+    parser.prog = "python -m generation.from_reference"
     add = parser.add_argument_group("generator").add_argument
     add("weights", help="file of the reference: models/generator.pkl or models/generator_N.pkl")
     vertices = number(int, NAG_SPACE.min_vertices, NAG_SPACE.max_vertices)
@@ -159,7 +165,8 @@ def main(args: argparse.Namespace) -> None:
         if len(records) < 4:  # two to train the predictor, two to measure it
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least 4 are needed")
         data = TrainingData(records, num_classes, NAG_SPACE.max_vertices, device)
-    predictor, tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
+    with user_input("--nasbench_data"):
+        predictor, tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
     state = {
         "generator": generator.state_dict(),
         "generator_config": asdict(generator.config),
@@ -168,13 +175,14 @@ def main(args: argparse.Namespace) -> None:
         "predictor_tau": tau,
         "objectives": [objective.to_dict() for objective in data.objectives],
         "epoch": None,  # a file of the reference does not say
-        "args": {"nasbench_data": args.nasbench_data},
+        "args": {"nasbench_data": args.nasbench_data, "weights": args.weights, "seed": args.seed},
+        **code_version(),
     }
     write_config(folder, args, device)
     save_checkpoint(folder / "generator.pt", "gan", state)
     script = "generate_archs.py" if len(data.objectives) == 1 else "generate_archs_multiobj.py"
     print(f"wrote {folder / 'generator.pt'}")
-    print(f"next: python {script} --checkpoint {shown(folder / 'generator.pt')}")
+    print(f"next: python {shown(shipped(script))} --checkpoint {shown(folder / 'generator.pt')}")
 
 
 if __name__ == "__main__":

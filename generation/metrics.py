@@ -78,6 +78,7 @@ def sample_and_measure(
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics of some n genotypes, as many for each combination of labels, and the valid ones with their labels.
 
+    The same seed gives the same noise, however far the generator is trained: "index" tells which one a genotype is of.
     known: canonical genotypes that are not new, as for generation_metrics.
     """
     combinations = list(np.ndindex(*(objective.num_classes for objective in objectives)))
@@ -85,13 +86,13 @@ def sample_and_measure(
     for i, labels in enumerate(combinations):
         drawn += generator.sample(labels, -(-n // len(combinations)), derive_seed(seed, i))
         asked += [labels] * (len(drawn) - len(asked))
-    valid = [(genotype, labels) for genotype, labels in zip(drawn, asked, strict=True) if genotype is not None]
+    valid = [(i, genotype) for i, genotype in enumerate(drawn) if genotype is not None]
     values = generation_metrics(drawn, known)
     if valid:
-        values |= cell_statistics(genotype for genotype, _ in valid)
+        values |= cell_statistics(genotype for _, genotype in valid)
     shares = (obtained_classes(drawn, objectives, predictor) == np.array(asked)).mean(0)
     values |= {f"controllability_{o.name}": share.item() for o, share in zip(objectives, shares, strict=True)}
-    return values, [{**genotype.to_dict(), "labels": list(map(int, labels))} for genotype, labels in valid]
+    return values, [{**cell.to_dict(), "labels": list(map(int, asked[i])), "index": i} for i, cell in valid]
 
 
 def confusion(asked: Sequence[int], obtained: Sequence[int], num_classes: int) -> np.ndarray:

@@ -3,7 +3,7 @@
     python -m generation.search_benchmark --space nasbench201 --table accuracies.csv.gz --output_dir runs/search
     python -m generation.search_benchmark --space nasbench101 --table nasbench_full.tfrecord --methods nag,random
     python -m generation.search_benchmark --space nag --queries 64 --output_dir runs/nag-search \\
-        --evaluate_with "python -m generation.brief_training --dataset folder --data DIR --epochs 2"
+        --evaluate_with "python -m build_nas_dataset.brief_scores --dataset folder --data DIR --epochs 2"
 
 A search sees the signal, a validation accuracy after few epochs, of what it queries. It is judged by the figure: the
 test accuracy after many epochs of the best of its queries by the signal. Methods: nag (the generator, see search.py),
@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from build_nas_dataset.outside_scores import OutsideScorer, split_command
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.tabular import READERS
 from generation.search import Candidates, GeneratorSearch, PredictorSearch, SearchSettings, run_search
-from generation.search_command import CommandScorer
 from generation.search_report import BUDGETS, draw_regret, print_tables, summary_of
 from generation.search_rivals import evolution, local_search, random_search
 from generation.search_table import SearchTable
@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     folder = output_folder(args)
     if args.evaluate_with:
         with user_input("--evaluate_with"):
-            scorer = CommandScorer(args.evaluate_with, folder / "rounds")
+            scorer = OutsideScorer(split_command(args.evaluate_with), folder / "rounds")
         open_folder(folder, args)
         search_with_command(scorer, folder, args)
     else:
@@ -242,7 +242,7 @@ def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[
 # ------------------------------------------------------------------------------------------ scored by a command
 
 
-def search_with_command(scorer: CommandScorer, folder: Path, args: argparse.Namespace) -> None:
+def search_with_command(scorer: OutsideScorer, folder: Path, args: argparse.Namespace) -> None:
     """One search by the generator, whose queries are scored by a command; goes on from the folder's checkpoint."""
     space, settings, path = SPACES[args.space], SearchSettings(), folder / "checkpoint.pt"
     settings = replace(settings, start=min(settings.start, args.queries))

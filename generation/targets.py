@@ -5,11 +5,14 @@ from itertools import product
 
 from build_nas_dataset.objectives import Objective
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
-from models.cost import genotype_cost
+from models.cost import Cost, network_cost
+from models.network import CifarConfig, ImageNetConfig
 from models.ops import OPS, has_network
 from utils import fail
 
-RECORDS_NETWORK = (10, 6, 36)  # classes, layers and channels, whose counts the NAS dataset has
+# What --limits_for takes -> the network whose #params and MACs are counted, at its published size.
+COUNTED_NETWORKS = {"cifar": CifarConfig, "imagenet": ImageNetConfig}
+RECORDS_NETWORK = CifarConfig()  # whose counts the NAS dataset has
 LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
 
 
@@ -47,15 +50,16 @@ def wanted_classes(args: argparse.Namespace, objective: Objective) -> list[int]:
 
 
 class Limits:
-    """Hard limits on the exact #params and MACs of a CIFAR network, from the flags.
+    """Hard limits on the exact #params and MACs of a network, from the flags.
 
+    network: the CifarConfig or ImageNetConfig of --limits_for, --layers, --channels and --num_classes.
     Ends the script when no cell of up to max_vertices vertices can keep them, and where there are limits in a space
     whose genotypes have no such network.
     """
 
     def __init__(self, args: argparse.Namespace, max_vertices: int, space: SearchSpace = NAG_SPACE):
         self.space, self.counted = space, has_network(space)
-        self.network = (args.num_classes, args.layers, args.channels)
+        self.network = COUNTED_NETWORKS[args.limits_for](args.num_classes, args.layers, args.channels)
         self.bounds = {
             "params": (args.min_params or 0, args.max_params or float("inf")),
             "macs": (args.min_macs or 0, args.max_macs or float("inf")),
@@ -69,11 +73,13 @@ class Limits:
             self._check_reachable(max_vertices)
 
     def _check_reachable(self, max_vertices: int) -> None:
-        extremes = [genotype_cost(genotype, *self.network) for genotype in extreme_genotypes(max_vertices, self.space)]
-        _, layers, channels = self.network
+        extremes = [self.cost(genotype) for genotype in extreme_genotypes(max_vertices, self.space)]
+        network = self.network
         for name, costs in zip(self.bounds, zip(*extremes, strict=True), strict=True):
             low, high = self.bounds[name]
-            reach = f"cells have {min(costs):,} to {max(costs):,} at --layers {layers} --channels {channels}"
+            size = f"--layers {network.layers} --channels {network.channels}"
+            size += " --limits_for imagenet" if isinstance(network, ImageNetConfig) else ""
+            reach = f"cells have {min(costs):,} to {max(costs):,} at {size}"
             if low > high:
                 fail(f"--min_{name}: expected at most --max_{name} {si(high)}, got {si(low)}; {reach}")
             if high < min(costs):
@@ -92,11 +98,15 @@ class Limits:
                 return False
         return True
 
+    def cost(self, genotype: Genotype) -> Cost:
+        """#params and MACs of the network that is counted, for images of the size that it is made for."""
+        return network_cost(genotype, self.network)
+
     def keep(self, genotype: Genotype) -> bool:
         """Whether the genotype is within the limits."""
         if not self.given:
             return True
-        counts = genotype_cost(genotype, *self.network)
+        counts = self.cost(genotype)
         return all(low <= n <= high for n, (low, high) in zip(counts, self.bounds.values(), strict=True))
 
 

@@ -21,7 +21,7 @@ from models.fast.cuda_graphs import Recorded, can_record, side_by_side
 from models.generator import Generator, Request
 from models.graph import CellBatch, LabelledCells, MessagePassing
 from models.predictor import Predictor
-from utils import cosine, derive_seed, progress_bar, set_lr, set_seed
+from utils import cosine, derive_seed, pace, set_lr, set_seed
 
 
 class TrainingData:
@@ -130,7 +130,7 @@ class Trainer:
             network.train()
         step = self.step if epoch >= args.warmup_epochs else self.warmup_step
         history: dict[str, list[Tensor]] = {}
-        inputs = progress_bar(self.inputs(epoch, steps, source), total=steps, desc=f"epoch {epoch + 1}")
+        inputs = pace.steps(self.inputs(epoch, steps, source), total=steps, desc=f"epoch {epoch + 1}")
         for done, x in enumerate(inputs, start=epoch * steps):
             if args.lr_schedule == "cosine":
                 for optimizer in optimizers.values():

@@ -1,4 +1,4 @@
-"""#params and MACs of the CIFAR network in closed form, for one genotype or for a batch of them.
+"""#params and MACs of the CIFAR or the ImageNet network in closed form, for one genotype or for a batch of them.
 
 A cell's cost depends on few numbers, its CellCounts; OPS in models/ops.py says what each op adds to them. They are
 counted in one genotype by CellCounts.of, in a batch by CellCounts.of_batch; all that follows is the same for both.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.graph import CellBatch
-from models.network import CifarConfig, halved_inputs, is_reduction, vertex_stride
+from models.network import CifarConfig, ImageNetConfig, NetworkConfig, halved_inputs, is_reduction, vertex_stride
 from models.ops import OPS, check_has_network
 
 
@@ -27,12 +27,20 @@ def genotype_cost(
     The numbers are those of count_parameters and count_macs, thousands of times sooner: for pools and hard limits.
     Raises ValueError when the genotype is not valid, or of a space without networks.
     """
+    return network_cost(genotype, CifarConfig(num_classes, layers, channels), image_size)
+
+
+def network_cost(genotype: Genotype, config: NetworkConfig, image_size: int | None = None) -> "Cost":
+    """(#params, MACs) of one genotype in CifarNetwork or ImageNetNetwork, as in genotype_cost.
+
+    config: a CifarConfig or an ImageNetConfig, which says which network it is. image_size: in pixels; None: 32 and 224.
+    """
     check_has_network(genotype.space)
     pruned = genotype.prune()
     if pruned is None:
         raise ValueError("the genotype is not valid: a cell has no path from an input to the output")
     normal, reduction = CellCounts.of(pruned.normal, False), CellCounts.of(pruned.reduction, True)
-    return stack_cost(normal, reduction, CifarConfig(num_classes, layers, channels), image_size)
+    return stack_cost(normal, reduction, config, image_size or (224 if isinstance(config, ImageNetConfig) else 32))
 
 
 def batch_cost(normal: CellBatch, reduction: CellBatch, space: SearchSpace = NAG_SPACE) -> "Cost":
@@ -54,11 +62,23 @@ class Cost(NamedTuple):
         return Cost(self.params + other.params, self.macs + other.macs)
 
 
-def stack_cost(normal: "CellCounts", reduced: "CellCounts", config: CifarConfig, image_size: int) -> Cost:
-    """The cost of a CifarNetwork from the counts of its normal and its reduction cell."""
-    width, size, channels = 3 * config.channels, image_size, config.channels
-    cost = Cost(27 * width + 2 * width, 27 * width * size**2)  # of the stem
-    c_prev_prev, c_prev, halve_first = width, width, False
+def stem_cost(config: NetworkConfig, image_size: int) -> tuple[Cost, int, int]:
+    """The cost of a network's stem, and the channels and the size in pixels of the map s1 that it gives."""
+    if not isinstance(config, ImageNetConfig):
+        width = 3 * config.channels
+        return Cost(27 * width + 2 * width, 27 * width * image_size**2), width, image_size
+    width, cost, c_in, size = config.channels, Cost(0, 0), 3, image_size
+    for c_out in (width // 2, width, width):  # three convolutions 3x3 with stride 2, a batch norm after each
+        size, weights = (size + 1) // 2, 9 * c_in * c_out
+        cost += Cost(weights + 2 * c_out, weights * size**2)
+        c_in = c_out
+    return cost, width, size
+
+
+def stack_cost(normal: "CellCounts", reduced: "CellCounts", config: NetworkConfig, image_size: int) -> Cost:
+    """The cost of a CifarNetwork or ImageNetNetwork from the counts of its normal and its reduction cell."""
+    (cost, width, size), channels = stem_cost(config, image_size), config.channels
+    c_prev_prev, c_prev, halve_first = width, width, isinstance(config, ImageNetConfig)
     for layer in range(3 * config.layers + 2):
         reduction = is_reduction(layer, config.layers)
         channels = channels * 2 if reduction else channels

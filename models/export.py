@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from genotypes import Genotype
 from models.network import CifarNetwork, ImageNetNetwork, Network
-from utils import atomic_file, check_writable, from_json, write_json
+from utils import atomic_file, check_declared, check_writable, from_json, one_line, write_json
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}
@@ -86,15 +86,16 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> Networ
     try:
         network = rebuild(from_json(beside.read_text()), load(path.read_bytes()))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error})") from None
+        raise ValueError(f"{path} is not a safetensors file ({one_line(error, 120)})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error, 120)
         raise ValueError(f"{beside} does not describe the network of {path}: {reason}") from None
     return network.to(device, memory_format=torch.channels_last)
 
 
 def rebuild(known: dict, weights: dict[str, Tensor]) -> Network:
     """The network of a description (see export_network) and its weights, on the CPU, in eval mode."""
+    check_declared({**known, "weights": weights})
     network = NETWORKS[known["kind"]](Genotype.from_dict(known["genotype"]), **known["network_config"])
     network.load_state_dict(weights)
     return network.eval()

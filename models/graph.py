@@ -80,7 +80,7 @@ class CellBatch:
             adj = adj * (self.ops[..., space.token_id[space.none_op]] == 0)[:, None]
         for _ in range(space.num_inputs, len(vertices)):  # one edge farther each time
             reached = reached | ((reached[:, None].to(adj.dtype) @ adj).squeeze(1) > 0)
-            needed = needed | ((self.adj @ needed[:, :, None].to(self.adj.dtype)).squeeze(2) > 0)
+            needed = needed | ((adj @ needed[:, :, None].to(adj.dtype)).squeeze(2) > 0)
         if space.wiring is not None:
             return self, (reached & is_output).any(1)
         keep = (is_input | is_output | (reached & needed)).to(self.adj.dtype)

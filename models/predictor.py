@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch
-from utils import derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
+from utils import all_finite, derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
 
 HELD_OUT = 0.1  # share of the records that the predictor is measured on, and not trained on
 EPOCHS = 20
@@ -108,7 +108,7 @@ def train_predictor(
     """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
 
     cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K).
-    Its root mean square error on the records held out is kept in it.
+    Its root mean square error on the records held out is kept in it. Raises ValueError when the training diverges.
     """
     device = quantiles.device
     set_seed(derive_seed(seed, 2))
@@ -120,7 +120,7 @@ def train_predictor(
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=steps)
-    for _ in progress_bar(range(EPOCHS), desc="predictor"):
+    for epoch in progress_bar(range(EPOCHS), desc="predictor"):
         shuffled = train[torch.randperm(len(train), device=device)]
         for index in shuffled[: len(train) // batch_size * batch_size].split(batch_size):
             loss = F.mse_loss(predictor(tuple(batch[index] for batch in cells)), quantiles[index])
@@ -128,6 +128,8 @@ def train_predictor(
             loss.backward()
             optimizer.step()
             schedule.step()
+        if not all_finite(predictor):
+            raise ValueError(f"the predictor's training diverged in epoch {epoch + 1}; another --batch_size may help")
     predictor.requires_grad_(False)
     predicted, truth = predictor(tuple(batch[held_out] for batch in cells)).cpu(), quantiles[held_out].cpu()
     predictor.error.copy_((predicted - truth).square().mean(0).sqrt())

@@ -21,6 +21,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TWO_PROCESSES = (*TORCHRUN, "-m", "tests.two_processes")  # for scripts that are files
 
 
+def as_by_torchrun(patch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    """Set the variables by which torchrun tells a process which of `world` processes on one machine it is."""
+    values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        patch.setenv(name, str(value))
+
+
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     before = torch.get_num_threads()

@@ -1,6 +1,7 @@
 """build_nas_dataset/eval_archs.py, started as a user would, on a tiny folder of images."""
 
 import json
+import math
 import shlex
 import shutil
 from dataclasses import replace
@@ -178,7 +179,7 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
 
 
 def test_seconds_are_those_of_all_rounds(monkeypatch):
-    monkeypatch.setattr(eval_archs, "train", lambda *args: {"loss": 2.0})
+    monkeypatch.setattr(eval_archs, "train", lambda *args, checkpoints: {"loss": 2.0})
     monkeypatch.setattr(eval_archs, "accuracy", lambda *args: 0.5)
     args = eval_archs.parse_args("--layers 1 --channels 4".split())
     first = {"epochs": 1, "held_out_accuracy": 0.4, "loss": 3.0, "seconds": 100.0}
@@ -237,9 +238,33 @@ def test_of_each_candidate_the_latest_result_is_read_whichever_process_has_it(tm
 
 def test_when_all_candidates_diverge_the_file_says_so_and_there_is_no_best(capsys, images, archs, tmp_path):
     flags = [*candidate_flags(images, tmp_path, archs), *"--num_archs 1 --lr_max 1e30 --grad_clip 1e30".split()]
-    assert "no candidate has a finite loss" in refused(capsys, eval_archs, flags)
+    assert "the training of every candidate diverged" in refused(capsys, eval_archs, flags)
     (result,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert result["training"]["loss"] is None and not (tmp_path / "best.json").exists()
+
+
+def test_a_candidate_that_diverges_is_ranked_last_and_does_not_end_the_selection(
+    capsys, images, archs, tmp_path, monkeypatch
+):
+    """Its weights turn NaN in its last step, which no mean loss shows."""
+    train, accuracies = eval_archs.train, iter([0.9, 0.2, 0.8, 0.1, 0.3])
+
+    def last_step_diverges(network, *args, **kwargs):
+        values = train(network, *args, **kwargs)
+        if network.genotype == GENOTYPES[NAMES[0]].prune():
+            next(network.parameters()).data[0] = float("nan")
+        return values
+
+    monkeypatch.setattr(eval_archs, "train", last_step_diverges)
+    monkeypatch.setattr(eval_archs, "accuracy", lambda *args: next(accuracies))
+    flags = [*candidate_flags(images, tmp_path, archs), *"--num_archs 3 --halving --eta 2 --epochs 2".split()]
+    results = run_script(*flags)
+    assert list(results) == [NAMES[1], NAMES[2], NAMES[0]]  # 0.3 and 0.1 after two epochs, 0.9 after one
+    losses = [results[name]["training"]["loss"] for name in NAMES]
+    assert losses[0] is None and all(math.isfinite(loss) for loss in losses[1:])
+    out = capsys.readouterr().out
+    assert out.count("its training diverged, so it is ranked last (a smaller --lr_max may help)") == 1
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("diverged")] == ["2"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 """Flags of the training scripts: those of the public reference, defaults, and help texts."""
 
 import argparse
+import importlib
+from pathlib import Path
 
 import pytest
 
+import gan
+import generate_archs
+import generate_archs_multiobj
 import train_cifar
 import train_imagenet
 from build_nas_dataset import eval_archs
 from models.network import CifarConfig, ImageNetConfig
 from utils import ArgumentParser
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_cifar": train_cifar, "train_imagenet": train_imagenet, "eval_archs": eval_archs}
 
 
@@ -97,3 +103,76 @@ def test_flags_that_the_reference_never_reads_are_refused(capsys, script, flags)
         SCRIPTS[script].parse_args(flags.split())
     assert end.value.code == 2
     assert f"argument {flags.split()[0]}: the reference has this flag but never reads it" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- shipped files, the home folder
+
+
+def test_shipped_files_are_found_beside_the_scripts_from_any_folder(monkeypatch, tmp_path, capsys):
+    defaults = {
+        "nasbench_data": (gan, "data/nasdata.jsonl"),
+        "archs": (eval_archs, "data/nasdata.jsonl"),
+        "checkpoint": (generate_archs, "data/generator.pt"),
+    }
+    monkeypatch.chdir(ROOT)
+    for name, (script, value) in defaults.items():
+        assert getattr(script.parse_args([]), name) == value
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nasdata.jsonl").write_text("another one")
+    monkeypatch.chdir(tmp_path)
+    for name, (script, value) in defaults.items():
+        assert getattr(script.parse_args([]), name) == str(ROOT / value)
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        out = capsys.readouterr().out
+        assert f"(default: {value})" in " ".join(out.split()) and str(ROOT) not in out
+    assert generate_archs_multiobj.parse_args([]).checkpoint == str(ROOT / "data" / "generator_multiobj.pt")
+    assert train_cifar.parse_args([]).data == "data"  # what is downloaded lies where one works
+
+
+def test_cells_are_drawn_from_another_folder_and_the_next_command_works_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    generate_archs.main(generate_archs.parse_args("--num_archs 2 --device cpu --output_dir here --evaluate".split()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith(f"next: python {ROOT / 'visualize.py'} --arch here/best.json")
+    assert lines[-1].split()[:2] == ["python", str(ROOT / "train_cifar.py")]
+    assert (tmp_path / "here" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("module", ["build_nas_dataset", "build_nas_dataset.eval_archs", "generation.from_reference"])
+def test_a_module_shows_how_it_is_started(module, capsys):
+    script = importlib.import_module("build_nas_dataset.build_nas_dataset" if module == "build_nas_dataset" else module)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m {module} ") and f"\n    python -m {module} " in out
+
+
+def parse_paths(*words: str) -> argparse.Namespace:
+    parser = ArgumentParser("")
+    parser.add_argument("weights", nargs="?", help="a path without a flag")
+    parser.add_argument("--output_dir", help="a path")
+    parser.add_argument("--evaluate", nargs="+", help="several paths")
+    parser.add_argument("--folder", type=Path, help="a path as such")
+    return parser.parse_args(words)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_at_the_start_of_any_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse_paths("~/w.pkl", "--output_dir=~/x", "--evaluate", "~/a.pt", "b~.pt", "./~/c.pt", "--folder=~")
+    assert (args.weights, args.output_dir, args.folder) == ("/home/me/w.pkl", "/home/me/x", Path("/home/me"))
+    assert args.evaluate == ["/home/me/a.pt", "b~.pt", "./~/c.pt"]
+    assert train_cifar.parse_args(["--arch=~/g.json:3", "--data", "~/d"]).arch == "/home/me/g.json:3"
+
+
+@pytest.mark.parametrize(
+    ("home", "word"), [("", "~/x"), ("not/absolute", "~/x"), ("/home/me", "~nobody-of-this-name/x")]
+)
+def test_a_tilde_that_stands_for_no_home_folder_is_refused_by_the_name_of_its_flag(monkeypatch, capsys, home, word):
+    monkeypatch.setenv("HOME", home)
+    for words, flag in (([f"--output_dir={word}"], "--output_dir"), (["--evaluate", "a", word], "--evaluate")):
+        with pytest.raises(SystemExit) as end:
+            parse_paths(*words)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1
+        assert f"argument {flag}: there is no home folder for the ~ of {word}; " in line and f"./{word}" in line

@@ -7,6 +7,7 @@ them and can be repeated: what has failed once is kept in FAILED.
 
 import io
 import json
+import math
 import random
 import resource
 import signal
@@ -14,6 +15,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from PIL import ExifTags, Image
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
 from genotypes import NAG_SPACE, read_genotypes
+from models.generator import Generator
 from training.image_decoding import decode_image, without_pil_warnings
 from training.image_files import decode, list_part
 from utils import load_checkpoint, save_checkpoint
@@ -190,7 +193,8 @@ def fault_of(read: Callable[[Path], object], path: Path) -> str:
     try:
         read(path)
     except (ValueError, OSError) as error:
-        return f"more than a line: {str(error)[:150]!r}" if "\n" in str(error) else ""
+        longest = len(str(path)) + 200
+        return f"more than a line: {str(error)[:150]!r}" if "\n" in str(error) or len(str(error)) > longest else ""
     except (Exception, Hung) as error:
         return f"{type(error).__name__} {str(error)[:150]}"
     finally:
@@ -246,6 +250,65 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_ten_thousand_damaged_files_are_read_or_refused(name, tmp_path):
     assert fuzz(name, range(200, 10_200), tmp_path) == []
+
+
+LONG = 10**6  # characters
+
+
+@pytest.mark.parametrize("name", ["genotypes", "nas_dataset"])
+@pytest.mark.parametrize("key", ["ops", "matrix", "accuracy", "params", "id", "format", "version"])
+def test_a_value_of_a_megabyte_is_not_quoted_whole(name, key, tmp_path):
+    """In the place of every value of a valid file that has this key: a label, a number of any length, a list."""
+    reader = READERS[name]
+    lines = reader.make(tmp_path)[0].decode().splitlines()
+    for long in ("x" * LONG, ["x" * (LONG // 4)] * 4, [[0] * n for n in range(200)], 10**4000):
+        changed = [json.dumps(replaced(json.loads(line), key, long)) for line in lines]
+        path = tmp_path / f"long{reader.suffix}"
+        path.write_text("\n".join(changed))
+        assert fault_of(reader.read, path) == ""
+
+
+def replaced(data, key: str, value):
+    """Nested dictionaries and lists with the value in the place of what has the key."""
+    if isinstance(data, dict):
+        return {k: value if k == key else replaced(v, key, value) for k, v in data.items()}
+    return [replaced(v, key, value) for v in data] if isinstance(data, list) else data
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("conv_n", torch.tensor(math.inf)),
+        ("reduc_n", torch.tensor(math.nan)),
+        ("conv_n", torch.tensor(10**12)),
+        ("perf", torch.tensor(math.nan)),
+        ("perf", "x" * LONG),
+        ("conv_node", torch.zeros(1).expand(10**5, 10**6)),
+        ("conv_edge", torch.zeros(1).expand(10**6, 10**6)),
+        ("conv_edge", torch.full((10, 10), math.inf)),
+    ],
+)
+def test_numbers_of_the_reference_that_no_cell_has_are_refused(name, value, tmp_path):
+    entries = torch.load(io.BytesIO(reference_dataset(tmp_path)[0]), weights_only=True)
+    entries[1][name] = value
+    torch.save(entries, tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match=r"theirs\.pt") as error:
+        read_records(tmp_path / "theirs.pt")
+    assert len(str(error.value)) <= len(str(tmp_path / "theirs.pt")) + 200
+
+
+def test_checkpoints_that_declare_any_sizes_are_built_or_refused_in_bounds(tmp_path):
+    generator = Generator(latent_dim=4, vertex_size=6, graph_size=4)
+    whole = {"generator": generator.state_dict(), "generator_config": asdict(generator.config)}
+    draw, memory = random.Random(0), peak_memory()
+    numbers = [name for name, value in whole["generator_config"].items() if not isinstance(value, (str, bool))]
+    for _ in range(60):
+        config = dict(whole["generator_config"])
+        name, value = draw.choice(numbers), draw.choice([0, -1, 3, 50, 10**5, 10**12, math.inf, 0.5, "7", None])
+        config[name] = (value,) * draw.choice((1, 2)) if isinstance(config[name], tuple) else value
+        save_checkpoint(tmp_path / "g.pt", "gan", {**whole, "generator_config": config})
+        assert fault_of(Generator.from_checkpoint, tmp_path / "g.pt") == "", config
+    assert peak_memory() - memory < MEMORY / 2
 
 
 @pytest.mark.parametrize(("name", "number"), FAILED)

@@ -13,6 +13,7 @@ from generation.training import Trainer
 from models.cost import genotype_cost
 from models.generator import Generator
 from tests.small_training import refused
+from utils import code_version, load_checkpoint
 
 
 def write_dataset(folder, n):
@@ -58,6 +59,23 @@ def test_a_run_stopped_within_its_schedule_goes_on_as_if_it_had_not(tmp_path, mo
         assert all(torch.equal(whole[name][key], part[name][key]) for key in whole[name])
     assert any(not torch.equal(part["reference"][key], part["generator"][key]) for key in part["generator"])
     assert Generator.from_checkpoint(tmp_path / "part" / "generator.pt").sample((1,), 3, seed=0)
+
+
+def test_snapshots_of_the_generator_are_kept_and_are_those_of_their_epochs(tmp_path):
+    flags = f"--nasbench_data {write_dataset(tmp_path, 16)} --batch_size 4 --g_emb_size 8 --eval_size 6 --eval_every 9"
+    flags += " --pool_size 1000 --n_epochs 3 --warmup_epochs 1 --policy_gradient_cells 6 --lr_schedule constant"
+    gan.main(gan.parse_args(f"{flags} --output_dir {tmp_path / 'every'} --save_every 2".split()))
+    gan.main(gan.parse_args(["--resume", str(tmp_path / "every"), "--n_epochs", "4", "--save_every", "1"]))
+    names = sorted(path.name for path in (tmp_path / "every").glob("generator*.pt"))
+    assert names == ["generator-0002.pt", "generator-0004.pt", "generator.pt"]
+    second, last, final = (load_checkpoint(tmp_path / "every" / name, "gan") for name in names)
+    assert (second["epoch"], last["epoch"]) == (2, 4) and last.keys() == final.keys()
+    known = {"seed": 1997, "recipe": "robust", "n_epochs": 4, "warmup_epochs": 1, "lr_schedule": "constant"}
+    assert known.items() <= final["args"].items() and {"output_dir", "resume"}.isdisjoint(final["args"])
+    assert {name: final[name] for name in ("commit", "clean")} == code_version()
+    assert all(torch.equal(last["generator"][key], final["generator"][key]) for key in final["generator"])
+    assert any(not torch.equal(second["generator"][key], final["generator"][key]) for key in final["generator"])
+    assert Generator.from_checkpoint(tmp_path / "every" / names[0]).sample((1,), 3, seed=0)
 
 
 def test_recipes_set_defaults_and_flags_win():

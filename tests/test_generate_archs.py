@@ -10,13 +10,15 @@ import torch
 from small_objectives import objective
 
 import generate_archs
+from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import RandomCells, random_pool
-from build_nas_dataset.records import Record
+from build_nas_dataset.records import Record, read_records
 from generate_archs import Limits
+from generation.listing import add_ranks
 from generation.metrics import evaluate_cells
 from genotypes import GENOTYPES, Genotype
-from models.cost import genotype_cost
-from models.network import CifarNetwork, count_macs, count_parameters
+from models.cost import genotype_cost, network_cost
+from models.network import CifarNetwork, ImageNetConfig, ImageNetNetwork, count_macs, count_parameters
 from models.predictor import PredictorConfig
 from utils import derive_seed
 
@@ -70,6 +72,62 @@ def test_classes_of_the_nas_dataset_are_left_out_only_where_limits_are_on_its_ne
     assert [Limits(parse(*flags), 10).allow((c,), objectives) for c in (0, 1)] == [True, False]
     for other in (["--channels", 30], ["--layers", 5], ["--num_classes", 11]):
         assert all(Limits(parse(*flags, *other), 10).allow((c,), objectives) for c in (0, 1))
+
+
+def test_limits_are_on_the_imagenet_network_where_it_is_asked_for():
+    genotype, flags = GENOTYPES["NAG_HIGH_ACC"], ["--limits_for", "imagenet"]
+    args = parse(*flags)
+    assert (args.num_classes, args.layers, args.channels) == (1000, 4, 42)
+    assert parse(*flags, "--channels", 20).layers == 4 and parse("--layers", 3).num_classes == 10
+    with torch.device("meta"):
+        network = ImageNetNetwork(genotype, auxiliary=False)
+    macs = count_macs(network, 224)
+    assert [Limits(parse(*flags, "--max_macs", n), 10).keep(genotype) for n in (macs, macs - 1)] == [True, False]
+    (entry,) = generate_archs.merge([genotype], (0,), None, Limits(args, 10))
+    assert (entry["params"], entry["macs"]) == (count_parameters(network), macs)
+    assert Limits(parse(*flags, "--max_params", "3.5M"), 10).allow((1,), [objective("params", 4 * 10**6)])
+
+
+def test_real_cells_are_offered_and_the_best_of_the_highest_class_is_named(tmp_path, capsys):
+    flags = ["--num_archs", 6, "--include_real", "--limits_for", "imagenet", "--max_macs", "600M", "--device", "cpu"]
+    generate_archs.main(parse("--checkpoint", SHIPPED, *flags, "--output_dir", tmp_path))
+    lines = (tmp_path / "genotypes.json").read_text().splitlines()
+    entries = json.loads("\n".join(lines))
+    assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == entries  # one a line
+    records = {record.id: record for record in read_records(SHIPPED.with_name("nasdata.jsonl"))}
+    (accuracy,) = objectives_of(list(records.values()), {"accuracy": 3})
+    assert len(entries) == 36 and [entry["index"] for entry in entries] == list(range(36))
+    for entry in entries:
+        genotype = Genotype.from_dict(entry)
+        assert (entry["params"], entry["macs"]) == network_cost(genotype, ImageNetConfig()) and entry["macs"] <= 6e8
+        if entry["real"]:
+            record = records[entry["id"]]
+            assert record.genotype == genotype and record.accuracy == entry["nas_dataset_accuracy"]
+            assert entry["labels"] == [accuracy.class_of(record.accuracy)] and not entry["novel"]
+    for label in range(3):
+        own = [entry for entry in entries if entry["labels"] == [label]]
+        assert sum(entry["real"] for entry in own) == 6
+        assert [e["rank"] for e in own] == sorted(e["rank"] for e in own)
+    by_rank = sorted(entries, key=lambda entry: entry["rank"])
+    expected = [entry["predicted_unclipped"]["accuracy"] for entry in by_rank]
+    assert expected == sorted(expected, reverse=True) and by_rank[0]["rank"] == 1
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best == next(entry for entry in entries if entry["labels"] == [2])
+    out = capsys.readouterr().out
+    assert f"train_imagenet.py --arch {tmp_path / 'best.json'}\n" in out and "36 candidates" in out
+    assert out.count("6 real ones beside them") == 3 and "  real   no  accuracy" in out
+
+
+def test_equal_cells_share_a_rank_and_without_accuracy_there_is_none():
+    entries = [{"predicted_unclipped": {"accuracy": q}} for q in (0.3, 1.2, 1.1, 0.3)]
+    add_ranks(entries)
+    assert [entry["rank"] for entry in entries] == [3, 1, 2, 3]
+    entries = [{"predicted_unclipped": {"accuracy": q}, "supernet_accuracy": -q} for q in (0.3, 1.2)]
+    add_ranks(entries)
+    assert [entry["rank"] for entry in entries] == [1, 2]
+    entries = [{"predicted_unclipped": {"params": 0.5}}]
+    add_ranks(entries)
+    assert "rank" not in entries[0]
 
 
 class Source:

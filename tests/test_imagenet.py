@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import PHOTO_CLASSES, make_photos
+from small_training import PHOTO_CLASSES, as_by_torchrun, make_photos
 
 import train_imagenet
 from genotypes import GENOTYPES
@@ -32,6 +32,7 @@ def test_the_published_recipe_is_the_default():
     assert (args.epochs, args.batch_size, args.layers, args.channels, args.image_size) == (250, 256, 4, 42, 224)
     assert (args.lr, args.gamma, args.decay_period, args.momentum, args.l2_reg) == (0.1, 0.97, 1, 0.9, 3e-5)
     assert (args.label_smooth, args.auxiliary_weight, args.keep_prob, args.drop_path_keep_prob) == (0.1, 0.4, 1, 1)
+    assert args.grad_clip == 5.0
 
 
 def test_the_published_network_has_5_million_parameters_and_520_million_macs():
@@ -86,7 +87,7 @@ def test_batches_that_do_not_fit_the_shared_memory_go_through_pipes(monkeypatch,
         out = capsys.readouterr().out
         assert out.count("\n") == (not fits) and ("go through pipes" in out) == (not fits)
     assert out == ""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    as_by_torchrun(monkeypatch, rank=0, world=2)
     monkeypatch.setattr(imagenet, "free_shared_memory", lambda: needed)
     assert not imagenet.fits_shared_memory(args)
 

@@ -9,7 +9,8 @@ from small_objectives import objective
 
 from build_nas_dataset.random_cells import random_pool
 from generation.likelihood import class_probabilities, likelihood_pass, policy_gradient_loss, reward
-from genotypes import NAG_SPACE, CellSpec, SearchSpace
+from generation.metrics import obtained_classes
+from genotypes import NAG_SPACE, NASBENCH101, CellSpec, SearchSpace
 from models.cost import genotype_cost
 from models.generator import Generator, Request
 from models.graph import CellBatch, LabelledCells
@@ -67,6 +68,21 @@ def test_cells_are_drawn_as_often_as_their_likelihoods_say_which_sum_to_one(spac
     assert counts.keys() <= set(cells)
     found = torch.tensor([counts[cell] for cell in cells]) / n
     assert ((found - share).abs() < 5 * (share / n).sqrt() + 1 / n).all()
+
+
+def test_params_are_predicted_where_they_cannot_be_counted():
+    predictor = Predictor(2, vertex_size=8, space=NASBENCH101)
+    predictor.error.fill_(0.3)
+    pool = random_pool(20, seed=0, space=NASBENCH101)
+    cells = (CellBatch.encode([genotype["cell"] for genotype in pool]),)
+    objectives = [objective("params", 1e6, minimum=0, maximum=2e6), objective("accuracy", 0.5)]
+    (params, accuracy), valid = class_probabilities(cells, objectives, predictor)
+    expected = torch.distributions.Normal(predictor(cells)[:, 0], 0.3).cdf(torch.tensor(0.5))  # its quantile is 0.5
+    torch.testing.assert_close(params[:, 0], expected)
+    torch.testing.assert_close(params.sum(1), torch.ones(20))
+    assert valid.all() and not torch.equal(params, accuracy)
+    obtained = obtained_classes(pool, objectives, predictor)
+    assert (obtained[:, 0] == (predictor(cells)[:, 0] >= 0.5).numpy()).all()
 
 
 def test_the_reward_counts_the_labels_that_a_genotype_has():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from build_nas_dataset.random_cells import random_pool
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype
-from models.cost import batch_cost, genotype_cost
+from models.cost import batch_cost, genotype_cost, network_cost
 from models.graph import CellBatch
-from models.network import Cell, CifarNetwork, ImageNetNetwork, count_macs, count_parameters, drop_path_keep
+from models.network import (
+    Cell,
+    CifarConfig,
+    CifarNetwork,
+    ImageNetConfig,
+    ImageNetNetwork,
+    count_macs,
+    count_parameters,
+    drop_path_keep,
+)
 from models.ops import FactorizedReduce, drop_path
 from models.supernet import Supernet
 
@@ -84,6 +94,16 @@ def test_closed_form_cost_equals_counted_cost(genotypes, classes, layers, channe
             network = CifarNetwork(genotype, classes, layers, channels, auxiliary=False)
         counted = count_parameters(network), count_macs(network, size)
         assert genotype_cost(genotype, classes, layers, channels, size) == counted
+
+
+@pytest.mark.parametrize(("classes", "layers", "channels", "size"), [(1000, 4, 42, 224), (7, 1, 5, 197)])
+def test_closed_form_cost_of_the_imagenet_network_equals_counted_cost(classes, layers, channels, size):
+    for genotype in [*random_pool(3, seed=4), GENOTYPES["NAG_HIGH_ACC"]]:
+        with torch.device("meta"):
+            network = ImageNetNetwork(genotype, classes, layers, channels, auxiliary=False)
+        found = network_cost(genotype, ImageNetConfig(classes, layers, channels), size)
+        assert found == (count_parameters(network), count_macs(network, size))
+        assert size != 224 or found == network_cost(genotype, network.config)  # 224 pixels by default
 
 
 def test_cost_of_a_batch_is_that_of_its_genotypes():
@@ -236,11 +256,10 @@ def test_no_genotype_is_smaller_or_larger_than_the_extreme_ones():
     """The range that is named when a limit cannot be kept."""
     from generation.targets import extreme_genotypes
 
-    extremes = [genotype_cost(genotype) for genotype in extreme_genotypes(NAG_SPACE.max_vertices)]
-    small = random_pool(300, seed=0, max_vertices=5)  # the smallest are among small cells
-    costs = [genotype_cost(genotype) for genotype in random_pool(300, seed=0) + small]
-    for k in (0, 1):
-        values, bounds = [cost[k] for cost in costs], [cost[k] for cost in extremes]
+    genotypes = random_pool(300, seed=0) + random_pool(300, seed=0, max_vertices=5)  # the smallest are among the latter
+    for network, k in product((CifarConfig(), ImageNetConfig()), (0, 1)):
+        bounds = [network_cost(genotype, network)[k] for genotype in extreme_genotypes(NAG_SPACE.max_vertices)]
+        values = [network_cost(genotype, network)[k] for genotype in genotypes]
         assert min(bounds) <= min(values) and max(values) <= max(bounds)
         assert min(values) < 2 * min(bounds)  # and the bounds are not far off
 

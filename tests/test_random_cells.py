@@ -11,12 +11,14 @@ from genotypes import NAG_SPACE, SPACES, Genotype
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_random_batches_of_all_spaces_are_pruned_valid_and_distinct(space):
-    batch = random_batch(2000, torch.Generator().manual_seed(0), space)
+    batch = random_batch(5000, torch.Generator().manual_seed(0), space)
     drawn = [Genotype(*specs, space=space) for specs in zip(*(cells.decode(space) for cells in batch), strict=True)]
-    assert len(set(drawn)) == len(drawn) > 500 and all(genotype.prune() == genotype for genotype in drawn)
-    found, rng = cell_distributions(drawn, space), np.random.default_rng(0)
-    expected = cell_distributions({random_genotype(rng, space): None for _ in range(2000)}, space)
-    assert max(total_variation(found[name], expected[name]) for name in found) < 0.05
+    assert len(set(drawn)) == len(drawn) > 500 and all(genotype.prune() == genotype for genotype in drawn[:500])
+    others, rng = {}, np.random.default_rng(0)
+    while len(others) < 500:
+        others[random_genotype(rng, space)] = None
+    found, expected = cell_distributions(drawn[:500], space), cell_distributions(others, space)
+    assert max(total_variation(found[name], expected[name]) for name in found) < 0.08
 
 
 @pytest.mark.parametrize("max_vertices", [None, 6])

@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_training import as_by_torchrun
 
 import generate_archs
+from benchmarks import sampling_seeds
+from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.build_nas_dataset import settle_training_amp
 from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
@@ -26,7 +29,7 @@ from generation.metrics import evaluate_cells
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
-from models.predictor import Predictor
+from models.predictor import Predictor, PredictorConfig
 from models.supernet import Supernet
 from utils import settle_amp
 
@@ -227,6 +230,8 @@ def test_a_finished_multi_objective_run_can_be_resumed(robust, tmp_path):
 
 def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within_0_and_1():
     class Expecting:
+        config = PredictorConfig(1)
+
         def quantiles(self, genotypes):
             return torch.tensor([[-0.1], [1.1], [1.3]])
 
@@ -234,6 +239,7 @@ def test_cells_are_ranked_by_all_that_is_expected_but_a_quantile_is_shown_within
     generate_archs.rank(entries, Expecting(), [Objective("accuracy", (), (), 0, 1)], None)
     assert [entry["number"] for entry in entries] == [2, 1, 0]
     assert [entry["predicted_quantiles"]["accuracy"] for entry in entries] == [1, 1, 0]
+    assert [entry["predicted_unclipped"]["accuracy"] for entry in entries] == pytest.approx([1.3, 1.1, -0.1])
 
 
 def test_limits_are_kept_exactly(robust, tmp_path):
@@ -287,14 +293,41 @@ def test_evaluation_counts_every_cell_drawn(robust, supernet, images, nasdata, t
         assert "random cells" in out
         if not flags:
             random = run(*common, "--random", "--output_dir", tmp_path / "random")
-            assert "random cells: 36 drawn" in random and "generated cells" not in random
-        for result in json.loads((tmp_path / name / "evaluation.json").read_text()).values():
+            assert "random cells, sampling seed 1997: 36 drawn" in random and "generated cells" not in random
+        evaluation = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert evaluation.pop("sampling_seeds") == [1997] and "generated cells, sampling seed 1997: 36 drawn" in out
+        for result in evaluation.values():
             valid = round(result["drawn"] * result["validity"])
             assert result["drawn"] == 9 * 4
             matrix = np.array(result["params"]["asked_by_obtained"])
             assert matrix.sum() == valid and result["params"]["controllability"] == pytest.approx(matrix.trace() / 36)
             assert result["all"]["controllability"] <= result["params"]["controllability"]
             assert result["accuracy"]["by"] == ("supernet" if flags else "predictor")
+
+
+def test_several_sampling_seeds_give_the_mean_and_deviation_of_their_evaluations(robust, nasdata, tmp_path):
+    flags = ["generate_archs_multiobj.py", "--checkpoint", robust, "--num_archs", 4, "--evaluate", "--output_dir"]
+    out = run(*flags, tmp_path / "all", "--seed", 5, "--sampling_seeds", 3)
+    found = json.loads((tmp_path / "all" / "evaluation.json").read_text())
+    assert found["sampling_seeds"] == [5, 6, 7]
+    alone = []
+    for seed in found["sampling_seeds"]:
+        run(*flags, tmp_path / str(seed), "--seed", seed)
+        alone.append(json.loads((tmp_path / str(seed) / "evaluation.json").read_text()))
+    for title in ("generated cells", "random cells"):
+        measures = found["over sampling seeds"][title]
+        for name in ("accuracy", "params", "all"):
+            shares = [one[title][name]["controllability"] for one in alone]
+            value = measures[f"{name} controllability"]
+            assert value["values"] == shares and len(set(shares)) > 1
+            assert (value["mean"], value["std"]) == pytest.approx((np.mean(shares), np.std(shares, ddof=1)))
+        assert found[title] == alone[0][title]
+        assert f"{title} over the 3 sampling seeds 5 to 7, 36 drawn with each:" in out
+    assert f"  all controllability: {value['mean']:.3f} +- {value['std']:.3f}" in out
+    (gathered,) = sampling_seeds.gather([tmp_path / "all"])["runs"]
+    assert (gathered["training_seed"], gathered["cells_of_each_sampling_seed"]) == (1997, 36)
+    assert gathered["over sampling seeds"]["random cells"]["all controllability"]["mean"] == round(value["mean"], 5)
+    assert "--sampling_seeds: expected with --evaluate" in run("generate_archs.py", "--sampling_seeds", 2, ok=False)
 
 
 def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys):
@@ -342,6 +375,31 @@ def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "nasdata.jsonl").exists()
 
 
+def test_a_supernet_whose_weights_turn_nan_in_the_last_step_keeps_its_checkpoint(images, tmp_path, monkeypatch):
+    train_epoch = build_nas_dataset.train_epoch
+
+    def last_step_diverges(supernet, optimizer, images, pool, args, epoch, *rest):
+        if epoch == 1:
+            next(supernet.parameters()).data[0] = float("nan")
+            return {"loss": 1.0}
+        return train_epoch(supernet, optimizer, images, pool, args, epoch, *rest)
+
+    monkeypatch.setattr(build_nas_dataset, "train_epoch", last_step_diverges)
+    flags = ["--data", images, *SMALL_SUPERNET, "--epochs", 3, "--output_dir", tmp_path]
+    line = run("-m", "build_nas_dataset", *flags, ok=False)
+    assert line.endswith("the weights are not all finite numbers after epoch 2; a smaller --lr_max may help")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["supernet"].values())
+
+
+def test_a_predictor_that_diverges_ends_the_run_before_the_gan_is_trained(nasdata, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.predictor.PEAK_LR", 1e30)
+    flags = ["--nasbench_data", nasdata, *SMALL_GAN, *ROBUST_FLAGS, "--output_dir", tmp_path]
+    line = run("gan.py", *flags, ok=False)
+    assert "--nasbench_data: the predictor's training diverged in epoch 1; another --batch_size may help" in line
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_generator_of_invalid_cells_writes_an_empty_list(gan, nasdata, tmp_path):
     state = torch.load(gan / "generator.pt", weights_only=True)
     state["generator"]["cells.normal.add_edge.2.bias"] -= 1e4  # no edges
@@ -362,12 +420,16 @@ def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, 
     assert "novelty is not computed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [["gan.py"], ["-m", "build_nas_dataset"]])
-def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun: this script works in one process" in run(*script, ok=False)
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (["gan.py"], "torchrun: this script works in one process"),
+        (["-m", "build_nas_dataset"], "torchrun: one process trains"),
+    ],
+)
+def test_scripts_of_one_process_refuse_torchrun(script, message, monkeypatch):
+    as_by_torchrun(monkeypatch, rank=0, world=2)
+    assert message in run(*script, ok=False)
 
 
 BAD_INPUT = [

@@ -73,6 +73,32 @@ def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
     assert following[1:] == ["python", "train_cifar.py", "--evaluate", str(folder / "checkpoint.pt")]
 
 
+def test_weights_that_turn_nan_in_the_last_step_of_an_epoch_do_not_overwrite_the_checkpoint(
+    capsys, images, tmp_path, monkeypatch
+):
+    train_epoch = train_cifar.train_epoch
+
+    def last_step_diverges(step, images, args, epoch, *rest):
+        values = train_epoch(step, images, args, epoch, *rest)
+        if epoch == 1:
+            next(step.network.parameters()).data[0] = float("inf")
+        return values
+
+    monkeypatch.setattr(train_cifar, "train_epoch", last_step_diverges)
+    flags = [*TINY, *words(TWO_EPOCHS, IMAGES=images), "--output_dir", tmp_path]
+    line = refused(capsys, train_cifar, flags)
+    assert line.endswith("the weights are not all finite numbers after epoch 2; a smaller --lr_max may help")
+    state = load_checkpoint(tmp_path, "cifar")
+    assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["network"].values())
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_learning_rate_at_which_training_diverges_is_named(capsys, images, tmp_path):
+    flags = [*TINY, *words(TWO_EPOCHS, IMAGES=images), *"--lr_max 1e30 --grad_clip 1e30 --output_dir".split(), tmp_path]
+    assert "epoch 1; a smaller --lr_max may help" in refused(capsys, train_cifar, flags)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_test_images_are_used_once_after_the_last_epoch(run):
     folder, output = run
     assert len(re.findall("test error", output)) == 1
@@ -276,7 +302,7 @@ def test_bad_flags_of_ensembles_exports_and_steps_are_refused(capsys, run, image
         ("--arch missing.json", "missing.json"),
         ("--epochs 0", "--epochs"),
         ("--keep_prob 1.5", "--keep_prob"),
-        ("--image_size 16", "29 to 40"),
+        ("--image_size 16 --auxiliary_weight 0.4", "29 to 40"),
         ("--holdout 48", "--holdout"),
         ("--batch_size 100", "48 training images"),
     ],

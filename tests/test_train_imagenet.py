@@ -15,7 +15,9 @@ import torch
 from small_training import PHOTO_CLASSES, ROOT, TWO_PROCESSES, make_photos, threads, words
 
 import train_imagenet
+import utils
 from models.export import load_network
+from models.network import ImageNetNetwork
 from training.image_stream import EvalStream, open_images
 from training.steps import network_from_checkpoint
 from utils import load_checkpoint, save_checkpoint
@@ -58,6 +60,7 @@ def one_thread():
 def run_script(*flags) -> None:
     """Run the script in this process."""
     train_imagenet.main(train_imagenet.parse_args(list(map(str, flags))))
+    assert utils.pace.done == utils.pace.expected  # what the time left is reckoned from
 
 
 def train(*flags) -> None:
@@ -80,6 +83,25 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------- training
+
+
+def test_a_training_that_diverges_keeps_the_last_good_checkpoints(capsys, images, tmp_path, monkeypatch):
+    train_epoch = train_imagenet.train_epoch
+
+    def last_step_diverges(step, stream, args, epoch, *rest):
+        values = train_epoch(step, stream, args, epoch, *rest)
+        if epoch == 1:
+            next(step.network.parameters()).data[0] = float("nan")
+        return values
+
+    line = refused(capsys, "--data", images, "--lr", 1e30, "--grad_clip", 0, "--output_dir", tmp_path / "none")
+    assert "epoch 1; a smaller --lr may help" in line and not list((tmp_path / "none").glob("*.pt"))
+    monkeypatch.setattr(train_imagenet, "train_epoch", last_step_diverges)
+    line = refused(capsys, "--data", images, "--output_dir", tmp_path)
+    assert line.endswith("the weights are not all finite numbers after epoch 2; a smaller --lr may help")
+    for name in ("checkpoint.pt", "best.pt"):
+        state = load_checkpoint(tmp_path / name, "imagenet")
+        assert state["epoch"] == 1 and all(weight.isfinite().all() for weight in state["network"].values())
 
 
 def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
@@ -125,6 +147,32 @@ def test_a_resumed_run_equals_one_that_never_stopped(run, images, tmp_path, monk
     assert metrics(folder) == metrics(run[0])
     ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, run[0]))
     assert (ours["test"], ours["best"]) == (theirs["test"], theirs["best"])
+
+
+def test_a_finished_run_goes_on_for_more_epochs(capsys, run, tmp_path, monkeypatch):
+    """With the learning rate that a longer run would have had, and with drop path as at the end of its schedule."""
+    folder, seen = Path(shutil.copytree(run[0], tmp_path / "longer")), []
+    forward = ImageNetNetwork.forward
+    monkeypatch.setattr(
+        ImageNetNetwork,
+        "forward",
+        lambda self, x, progress=1.0: seen.append(float(progress)) or forward(self, x, progress),
+    )
+    run_script("--resume", folder, "--epochs", 3)
+    state = load_checkpoint(folder, "imagenet")
+    assert (state["epoch"], state["args"]["epochs"], state["args"]["schedule_epochs"]) == (3, 3, 2)
+    assert metrics(folder)[:2] == metrics(run[0])
+    assert metrics(folder)[2]["lr"] == pytest.approx(0.02 * 0.97**2) and set(seen) == {1.0}
+    line = small_training.refused(capsys, train_imagenet, ["--resume", folder, "--epochs", 1])
+    assert "--epochs: the run to resume has 3 epochs already, got 1" in line
+
+
+def test_a_run_of_an_older_version_keeps_the_schedule_that_it_had(run, tmp_path):
+    state = load_checkpoint(run[0], "imagenet")
+    del state["args"]["schedule_epochs"]
+    save_checkpoint(tmp_path / "checkpoint.pt", "imagenet", state)
+    args = train_imagenet.parse_args(["--resume", str(tmp_path), "--epochs", "5"])
+    assert (args.epochs, args.schedule_epochs) == (5, 2)
 
 
 def test_the_best_epoch_is_measured_too_when_it_is_not_the_last(images, tmp_path, monkeypatch):
@@ -292,10 +340,10 @@ def test_images_that_were_skipped_before_a_stop_are_told_at_the_end(images, tmp_
     (broken / "train" / "red" / "3.jpg").write_bytes(b"no image")
     train_epoch = train_imagenet.train_epoch
 
-    def stop_in_the_second(step, stream, args, epoch, device):
+    def stop_in_the_second(step, stream, args, epoch, *rest):
         if epoch == 1:
             raise KeyboardInterrupt
-        return train_epoch(step, stream, args, epoch, device)
+        return train_epoch(step, stream, args, epoch, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_imagenet, "train_epoch", stop_in_the_second)

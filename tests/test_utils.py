@@ -3,6 +3,7 @@
 import argparse
 import math
 import multiprocessing
+import os
 import platform
 import random
 import shutil
@@ -98,6 +99,69 @@ def test_checking_takes_a_small_part_of_loading(tmp_path):
     assert min(times["check"]) < min(times["load"])
 
 
+def described(**declared) -> dict:
+    """The content of a checkpoint of a network of 12 tensors with 1,200 numbers in all, which declares these sizes."""
+    return {"net_config": declared, "net": {str(i): torch.zeros(10, 10) for i in range(12)}}
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"layers": 100_000},
+        {"num_layers": 13},
+        {"mlp_layers": -1},
+        {"vertex_size": 257},
+        {"label_sizes": (10, 10**9)},
+        {"channels": math.nan},
+        {"num_classes": 10**6},
+    ],
+)
+def test_a_checkpoint_that_declares_more_than_it_holds_is_refused_before_anything_is_built(tmp_path, declared):
+    utils.save_checkpoint(tmp_path / "a.pt", "test", described(**declared))
+    with pytest.raises(ValueError, match=rf"a\.pt is not a readable checkpoint: it declares {next(iter(declared))} "):
+        utils.load_checkpoint(tmp_path / "a.pt", "test")
+
+
+def test_flags_in_a_checkpoint_are_bounded_too_and_sizes_that_its_tensors_bear_out_are_not(tmp_path):
+    for args, refused in (({"layers": 13}, True), ({"batch_size": 10**6, "layers": 12}, False)):
+        utils.save_checkpoint(tmp_path / "a.pt", "test", described(layers=12, channels=256) | {"args": args})
+        if refused:
+            with pytest.raises(ValueError, match="it declares layers 13, expected 0 to 12"):
+                utils.load_checkpoint(tmp_path / "a.pt", "test")
+        else:
+            assert utils.load_checkpoint(tmp_path / "a.pt", "test")["args"] == args
+
+
+def test_a_tensor_that_claims_more_than_it_holds_and_a_knot_of_lists_are_refused_at_once(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pt", "test", {"deep": [{"w": torch.zeros(1).expand(10**6, 10**6)}]})
+    with pytest.raises(ValueError, match=r"a\.pt .*claims 1000000000000 elements"):
+        utils.load_checkpoint(tmp_path / "a.pt", "test")
+    knot = [torch.ones(2)]
+    for _ in range(40):  # 2**40 ways to the tensor
+        knot = [knot, knot]
+    utils.save_checkpoint(tmp_path / "b.pt", "test", {"knot": knot})
+    assert len(list(utils.tensors_in(utils.load_checkpoint(tmp_path / "b.pt", "test")))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("content", ["x" * 10**7, "x y\n" * 10**6, "a/b " * 10**6])
+def test_what_a_message_quotes_is_cut_to_a_line(content, capsys):
+    with pytest.raises(SystemExit):
+        utils.fail(f"--arch: /a/long/{'path/' * 60}a.json, genotype 3: unknown op {content}")
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "a.json, genotype 3: unknown op " in line and len(line) < 320 + 250
+    assert line.endswith("...\n")
+
+
+def test_a_message_of_usual_length_is_whole(capsys):
+    text = f"--output_dir: {'/folder' * 30} holds another run; go on with that run by --resume {'/folder' * 30}"
+    with pytest.raises(SystemExit):
+        utils.fail(text)
+    assert text in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------- locks, strict JSON
 
 HOLD = "import utils, time, sys; utils.hold_folder(utils.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -157,6 +221,54 @@ def test_numbers_that_json_does_not_have_become_null_and_are_refused_by_readers(
         (tmp_path / "genotypes.json").write_text(text)
         with pytest.raises(ValueError, match=r"genotypes\.json is not a JSON file: .*is not JSON"):
             read_genotypes(tmp_path / "genotypes.json")
+
+
+def git(folder, *words):
+    """Run git in a folder. Returns its output."""
+    someone = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", *someone, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_run_records_the_commit_of_the_code_and_whether_its_files_were_changed(tmp_path, monkeypatch):
+    unknown = {"commit": None, "clean": None}
+    outer, code = tmp_path / "outer", tmp_path / "outer" / "a folder: of the code"
+    code.mkdir(parents=True)
+    monkeypatch.setattr(utils, "HOME", code)
+    git(outer, "init", "-q")
+    git(outer, "commit", "-q", "--allow-empty", "-m", "not of the code")
+    assert utils.code_version() == unknown  # another repository lies around it, with a commit that says nothing
+    git(code, "init", "-q")
+    assert utils.code_version() == unknown  # no commit yet
+    (code / "gan.py").write_text("1\n")
+    git(code, "add", "gan.py")
+    git(code, "commit", "-q", "-m", "first")
+    commit = git(code, "rev-parse", "HEAD")
+    (code / "notes.txt").write_text("not tracked")
+    os.utime(code / "gan.py", (1, 1))  # git would look at the file again, and write to its index
+    before = {path: path.stat().st_mtime_ns for path in (code / ".git").rglob("*")}
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a hook
+    assert utils.code_version() == {"commit": commit, "clean": True}
+    assert {path: path.stat().st_mtime_ns for path in (code / ".git").rglob("*")} == before
+    if os.geteuid() == 0:  # a checkout that belongs to another user
+        for path in (code, *code.rglob("*")):
+            os.chown(path, 12345, 12345)
+        assert utils.code_version() == {"commit": commit, "clean": True}
+    (code / "gan.py").write_text("2\n")
+    utils.write_config(tmp_path, argparse.Namespace(), CPU)
+    config = utils.from_json((tmp_path / "config.json").read_text())
+    assert (config["commit"], config["clean"]) == (commit, False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no git
+    assert utils.code_version() == unknown
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code_is_found_in_50_ms_of_processor_time():
+    before = sum(os.times()[:4])  # of this process and of those it started
+    for _ in range(4):
+        utils.code_version()
+    assert sum(os.times()[:4]) - before < 4 * 0.05
 
 
 def test_a_record_of_an_older_version_with_nan_is_read_to_its_end(tmp_path):

@@ -1,5 +1,6 @@
 """Drawings of cells: every format, faithful sources, and what a user sees when something is wrong."""
 
+import json
 import random
 import re
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import visualize
-from genotypes import GENOTYPES, NAG_SPACE, CellSpec, SearchSpace
+from generation.strips import ascii_picture, codes_of, match, strip
+from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace
+from tests.small_training import refused
 
 ROOT = Path(__file__).parent.parent
 MAGIC = {"svg": b"<?xml", "png": b"\x89PNG\r\n\x1a\n", "pdf": b"%PDF-"}
@@ -36,10 +39,11 @@ def random_cell(seed: int) -> CellSpec:
 def vertices_and_edges(source: str):
     """Vertex number -> label and the set of edges of a .gv file."""
     labels = {int(v): label for v, label in re.findall(r'^\s*(\d+) \[label="?([^"\s\\\]]+)', source, re.MULTILINE)}
-    return labels, {(int(src), int(dst)) for src, dst in re.findall(r"(\d+) -> (\d+)", source)}
+    edges = re.findall(r"(\d+) -> (\d+)(?! \[style=invis\])", source)
+    return labels, {(int(src), int(dst)) for src, dst in edges}
 
 
-@pytest.mark.parametrize("format", visualize.FORMATS)
+@pytest.mark.parametrize("format", visualize.PICTURES)
 def test_script_writes_a_picture_and_a_source_for_each_cell(tmp_path, format):
     result = run_script("--arch", "NAG_HIGH_ACC", "--output_dir", "figures", "--format", format, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -84,7 +88,7 @@ def test_any_cell_can_be_drawn(tmp_path, seed):
 
 def test_drawing_is_reproducible(tmp_path):
     cell = GENOTYPES["NAG_ENSEMBLE_A"].normal
-    for format in visualize.FORMATS:
+    for format in visualize.PICTURES:
         first, second = (visualize.draw(cell, tmp_path / name / "cell", format).read_bytes() for name in "ab")
         assert first == second
 
@@ -154,3 +158,104 @@ def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path):
     result = run_script("--arch", "NAG_HIGH_ACC", "--output_dir", "file/figures", cwd=tmp_path)
     assert result.returncode == 2
     assert re.fullmatch(r"visualize\.py: error: --output_dir: .+\n", result.stderr)
+
+
+def drawn(tmp_path, *arguments) -> Path:
+    """The folder of the pictures that visualize.py makes."""
+    visualize.main(visualize.parse_args([*map(str, arguments), "--output_dir", str(tmp_path / "figures")]))
+    return tmp_path / "figures"
+
+
+def test_title_says_size_and_class_and_the_legend_has_every_op(tmp_path):
+    entry = {**GENOTYPES["NAG_FEW_PARAMS"].to_dict(), "labels": [2], "params": 1_086_022, "macs": 190_000_000}
+    (tmp_path / "cells.json").write_text(json.dumps([entry]))
+    svg = (drawn(tmp_path, "--arch", tmp_path / "cells.json:0") / "normal.svg").read_text()
+    assert "1.086 M parameters, 190.0 M MACs, class 2</text>" in svg
+    for op in NAG_SPACE.ops:
+        assert svg.count(f">{op}</text>") == 1 + GENOTYPES["NAG_FEW_PARAMS"].normal.ops.count(op)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_inputs_keep_their_places(tmp_path, seed):
+    """input0 is above input1, whatever the cell and also where two cells are compared."""
+    cell = random_cell(seed)
+    visualize.write_source(cell, tmp_path / "one")
+    graph = visualize.compare_graph(cell, random_cell(seed + 10), "two", ("a", "b"))
+    (tmp_path / "two.gv").write_text(graph.source)
+    for name, inputs in (("one", 1), ("two", 2)):
+        svg = visualize.render(tmp_path / f"{name}.gv", "svg").read_text()
+        heights = {i: re.findall(rf'<text [^>]* y="([-.\d]+)"[^>]*>input{i}</text>', svg) for i in (0, 1)}
+        assert len(heights[0]) == len(heights[1]) == inputs
+        assert all(float(a) < float(b) for a, b in zip(*heights.values(), strict=True))
+
+
+def test_compared_cells_mark_exactly_what_only_one_has():
+    a, b = GENOTYPES["NAG_ENSEMBLE_B"].normal, GENOTYPES["NAG_ENSEMBLE_B"].reduction
+    assert "#a3004f" not in visualize.compare_graph(a, a, "same", ("a", "a")).source
+    source = visualize.compare_graph(a, b, "other", ("a", "b")).source  # seqconv3x3 is in both, avgpool3x3 in one
+    marked = {line.split(" [")[0].strip() for line in source.splitlines() if "#a3004f" in line}
+    assert marked == {"a3", "a0 -> a3", "a2 -> a3", "a3 -> a4", "b2 -> b3"}
+
+
+def test_matching_finds_every_edge_in_a_relabelled_cell():
+    cell = GENOTYPES["NAG_HIGH_ACC"].normal
+    twin = cell.canonical()
+    assert twin != cell
+    pairs = match(cell, twin)
+    assert len(pairs) == cell.num_vertices
+    for dst in range(cell.num_vertices):
+        assert all(twin.matrix[pairs[src]][pairs[dst]] for src in cell.predecessors(dst))
+
+
+def test_ascii_shows_every_edge(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    visualize.main(visualize.parse_args(["--arch", "NAG_HIGH_ACC", "--format", "ascii"]))
+    out = capsys.readouterr().out
+    assert out.isascii() and "4.274 M parameters" in out
+    assert list(tmp_path.iterdir()) == []
+    for cell in GENOTYPES["NAG_HIGH_ACC"].cells:
+        rows = ascii_picture(cell, "title").splitlines()[2:]
+        found = [[mark == "o" for mark in row.split()[2:]] for row in rows]
+        assert found == [[bool(cell.matrix[src][v]) for src in range(v)] for v in range(cell.num_vertices)]
+        assert "\n".join(rows) in out
+
+
+def test_a_cell_of_the_nas_dataset_and_the_best_of_a_run_can_be_drawn(tmp_path, capsys):
+    nas_dataset = ROOT / "data" / "nasdata.jsonl"
+    record = json.loads(nas_dataset.read_text().splitlines()[18])  # the header is the first line
+    svg = (drawn(tmp_path / "a", "--arch", f"{nas_dataset}:17") / "normal.svg").read_text()
+    assert f"accuracy {record['accuracy']:.4f}</text>" in svg
+    cells = [{**GENOTYPES[name].to_dict(), "labels": labels} for name, labels in (("NAG_ENSEMBLE_A", [0]),
+             ("NAG_ENSEMBLE_B", [2]), ("NAG_ENSEMBLE_C", [2]))]  # fmt: skip
+    (tmp_path / "genotypes.json").write_text(json.dumps(cells))
+    svg = (drawn(tmp_path / "b", "--arch", tmp_path) / "normal.svg").read_text()
+    assert "1.086 M parameters" in svg and "class 2" in svg
+    for arch in (f"{nas_dataset}:4000", nas_dataset, tmp_path / "a"):
+        assert str(arch).partition(".jsonl:")[0] in refused(capsys, visualize, ["--arch", arch])
+
+
+@pytest.mark.parametrize("format", visualize.PICTURES)
+def test_a_sheet_shows_the_first_cells_of_each_class(tmp_path, format):
+    cells = [
+        {**Genotype(random_cell(i), random_cell(i + 50)).to_dict(), "labels": [i % 2], "params": i} for i in range(30)
+    ]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    folder = drawn(tmp_path, "--arch", tmp_path / "cells.json", "--sheet", "--format", format)
+    picture = (folder / f"sheet.{format}").read_bytes()
+    assert picture.startswith(MAGIC[format])
+    if format == "svg":
+        shown = [int(i) for i in re.findall(r"<!-- (\d+): \d", picture.decode())]
+        assert sorted(shown) == list(range(24))
+
+
+def test_a_strip_stays_within_its_frame_and_codes_differ():
+    for seed in range(20):
+        picture = strip(random_cell(seed))
+        xs = [vertex.x for vertex in picture.vertices]
+        assert min(xs) - picture.half_width >= 0 and max(xs) + picture.half_width <= picture.width
+        for arc in picture.arcs:
+            middle = (arc[0][1] + 3 * arc[1][1] + 3 * arc[2][1] + arc[3][1]) / 8  # of the curve
+            assert picture.top <= middle <= picture.bottom
+    clash = SearchSpace("clash", ("cell",), ("in",), ("conv3x3", "c3", "identity"), 7)
+    for space in (NAG_SPACE, clash):
+        assert len(set(codes_of(space).values())) == len(space.tokens)

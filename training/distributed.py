@@ -11,9 +11,11 @@ Every process reads the same flags and files, so bad input ends all of them alik
 
 import atexit
 import contextlib
+import functools
 import gc
-import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -23,26 +25,40 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported before there is a process group, see finish
 from torch import nn
 
-from utils import fail
+from utils import fail, this_process
 
+LONGEST_START = timedelta(minutes=10)  # for all processes to meet; torchrun itself may have been killed meanwhile
 LONGEST_WAIT = timedelta(days=7)  # a candidate takes long; when a process dies, torchrun itself ends the others
+PATIENCE = 30  # seconds, after which a process says that it waits for the others to start
 
 _alone = False  # see alone
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the other processes, if torchrun started this one. Returns the device of this process.
+    """Join the other processes, if there are any: see this_process. Returns the device of this process.
 
-    device: the device of --device; of several GPUs, each process takes the one with its LOCAL_RANK.
+    device: the device of --device; of several GPUs, each process takes the one with its local rank.
     """
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    process = this_process()
+    if process.world == 1:
         return device
     if device.type != "cpu":
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        device = torch.device(device.type, process.local_rank)
         if device.index >= (there := torch.accelerator.device_count()):
             fail(f"torchrun: --nproc_per_node: expected at most the {there} GPUs of this machine", everywhere=True)
         torch.accelerator.set_device_index(device.index)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=LONGEST_WAIT)
+    who = f"process {process.rank} of {process.world}"
+    waiting = threading.Timer(PATIENCE, print, [f"{who} is waiting for the others at {process.master}"])
+    waiting.daemon = True
+    waiting.start()
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=LONGEST_START))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LONGEST_WAIT)
+    except (dist.DistError, ValueError) as error:
+        fail(f"torchrun: {who} does not find the others at {process.master}: {error}", everywhere=True)
+    finally:
+        waiting.cancel()
     if device.type == "cpu":
         atexit.register(finish)  # after a failure too; not with NCCL, which would wait for the other processes
     return device
@@ -57,13 +73,14 @@ def finish() -> None:
     default argument.
     """
     if dist.is_initialized():
+        _cpu_group.cache_clear()
         gc.collect()
         dist.destroy_process_group()
 
 
 def planned_world() -> int:
     """The number of processes, which is known before `start` too, for the checks of flags."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return this_process().world
 
 
 def world() -> int:
@@ -118,9 +135,12 @@ def average_buffers(network: nn.Module) -> None:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes are here; signals are still heeded, unlike in a call that only waits."""
     if world() > 1:
-        dist.barrier()
+        waiting = dist.barrier(async_op=True)
+        while not waiting.is_completed():
+            time.sleep(0.01)
+        waiting.wait()
 
 
 @contextlib.contextmanager
@@ -143,13 +163,33 @@ def first_process_first() -> Iterator[None]:
     same_everywhere(True)
 
 
-def merged(own: dict) -> dict:
-    """The entries of the dicts of all processes in one dict."""
+def gathered(own: Any) -> list:
+    """The values that the processes have, by their numbers."""
     parts = [own]
     if world() > 1:
         parts = [None] * world()
         dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}
+    return parts
+
+
+def merged(own: dict) -> dict:
+    """The entries of the dicts of all processes in one dict."""
+    return {key: value for part in gathered(own) for key, value in part.items()}
+
+
+def largest(value: int) -> int:
+    """The largest of the numbers that the processes have. They meet on the CPU, so that no GPU is waited for."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(tensor)
+
+
+@functools.cache
+def _cpu_group() -> dist.ProcessGroup | None:
+    """The process group for tensors on the CPU; None stands for the group of all else, where that is it."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def same_everywhere(value: Any) -> Any:

@@ -15,23 +15,26 @@ import torch
 from genotypes import Genotype, load_genotype
 from models.export import check_export
 from models.network import NetworkConfig
-from utils import add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
+from training.distributed import planned_world
+from training.own_images import say
+from training.predicting import find_images
+from utils import LARGEST, MOST_LAYERS, add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
 
 ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for is so in any case, and it is dropped
 
 
 def add_arch_flag(group: argparse._ActionsContainer) -> None:
     """The flag of the genotype to train."""
-    text = "genotype: a published name, FILE.json or FILE.json:INDEX"
+    text = "genotype: a published name, FILE.json, FILE.json:INDEX, FILE.jsonl:INDEX, or a run folder (its best)"
     group.add_argument("--arch", default="NAG_HIGH_ACC", help=text)
 
 
 def add_network_flags(group: argparse._ActionsContainer, config: NetworkConfig) -> None:
     """The flags of a stand-alone network; `config` has the defaults."""
-    count, share = number(int, 1), number(float, 0, 1, above=True)
+    layers, share = number(int, 1, MOST_LAYERS), number(float, 0, 1, above=True)
     add = group.add_argument
-    add("--layers", type=count, default=config.layers, help="normal cells per stack, N of the paper")
-    add("--channels", type=number(int, 2), default=config.channels, help="channels C of the first stack")
+    add("--layers", type=layers, default=config.layers, help="normal cells per stack, N of the paper")
+    add("--channels", type=number(int, 2, LARGEST), default=config.channels, help="channels C of the first stack")
     add("--keep_prob", type=share, default=config.keep_prob, help="probability that the classifier's dropout keeps")
     drop_path = "probability that drop path keeps a branch in the last cell at the end of training"
     add("--drop_path_keep_prob", type=share, default=config.drop_path_keep_prob, help=drop_path)
@@ -61,11 +64,20 @@ def check_step_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
                      f"--accumulate), got {args.batch_size}")  # fmt: skip
 
 
-def check_image_size(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
-    """Refuse images that the auxiliary head does not take. sizes: the smallest and the largest that it takes, in px."""
+def check_image_size(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: tuple[int, int], given: set[str]
+) -> None:
+    """Switch the auxiliary head off for images that it does not take, or refuse them where its weight was given.
+
+    sizes: the smallest and the largest that it takes, in px. given: the flags that were given.
+    """
     low, high = sizes
-    if args.auxiliary_weight and not low <= args.image_size <= high:
+    if not args.auxiliary_weight or low <= args.image_size <= high:
+        return
+    if "auxiliary_weight" in given or args.resume:
         parser.error(f"argument --image_size: the auxiliary head takes {low} to {high} px; add --auxiliary_weight 0")
+    args.auxiliary_weight = 0.0
+    say(f"--auxiliary_weight 0: no auxiliary head, which takes images of {low} to {high} px, not {args.image_size}")
 
 
 def check_sync_bn(args: argparse.Namespace, device: torch.device) -> None:
@@ -92,6 +104,12 @@ def shown_defaults(defaults: dict[str, tuple[float, float]], index: int) -> str:
 # --------------------------------------------------------------------------------------------------- evaluation
 
 
+def add_predict_flag(group: argparse._ActionsContainer) -> None:
+    """The flag of single images to classify."""
+    text = "with --evaluate: classify an image, or all in a folder; the test error is then measured only with --data"
+    group.add_argument("--predict", metavar="PATH", help=text)
+
+
 def evaluation_args(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
@@ -100,11 +118,17 @@ def evaluation_args(
     checkpoints: list[str],
     names: set[str],
 ) -> argparse.Namespace:
-    """The flags of an evaluation. Those of `names` that are not given are taken from the training of the networks.
+    """The flags of an evaluation. Those of `names` that are not given are taken from the training of the networks;
+    --data is None where it only classifies the images of --predict.
 
     args: the flags as parsed. checkpoints: the files of --evaluate. kind: what they are checkpoints of.
     Ends the script when a flag asks for another network, or when networks were trained for images of other sizes.
     """
+    if args.predict:
+        if planned_world() > 1:
+            parser.error("argument --predict: works in one process; start it with python")
+        with user_input("--predict"):
+            find_images(args.predict)
     if args.export:
         if len(checkpoints) > 1:
             parser.error("argument --export: expected one checkpoint in --evaluate")
@@ -120,9 +144,16 @@ def evaluation_args(
     first = states[0]["args"]
     for path, state in zip(checkpoints, states, strict=True):
         for name in sorted(inherited & {"dataset", "image_size"}):
-            if (other := state["args"][name]) != first[name]:
-                fail(f"--evaluate: {path} was trained with --{name} {other}, {checkpoints[0]} with {first[name]}")
-    return argparse.Namespace(**{**vars(args), **{name: first[name] for name in inherited}})
+            if (other := state["args"].get(name)) != first.get(name):
+                fail(f"--evaluate: {path} was trained with --{name} {other}, {checkpoints[0]} with {first.get(name)}")
+    split = {path: state["args"].get("test_checksum") for path, state in zip(checkpoints, states, strict=True)}
+    measured = "data" in given or not args.predict
+    if measured and (other := next((path for path in checkpoints if split[path] != split[checkpoints[0]]), None)):
+        fail(f"--evaluate: {other} was trained on images that {checkpoints[0]} is to be tested on")
+    kept = {name: first[name] for name in inherited if name in first}
+    if not measured:
+        kept["data"] = None
+    return argparse.Namespace(**{**vars(args), **kept})
 
 
 def check_network_flags(args: argparse.Namespace, given: set[str], state: dict, path: str) -> None:

@@ -1,7 +1,7 @@
 """Image files on disk: class folders, or .zip files of them, listed, decoded to one size, and kept decoded.
 
-    train, test = list_parts(Path("DIR"))                                  # names only
-    images, labels = load_part(train, 32, cache_dir=None, skip_bad=False)  # (N, 3, 32, 32) uint8, (N,) long
+    part = list_part(Path("DIR/train"))                                    # names only
+    images, labels = load_part(part, 32, cache_dir=None, skip_bad=False)   # (N, 3, 32, 32) uint8, (N,) long
 
 Whatever is wrong with a file or a folder is a ValueError or OSError of one line that names it.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +35,6 @@ from training.image_decoding import (
 )
 from utils import atomic_file, progress_bar
 
-TRAIN_NAMES = ("train",)
-TEST_NAMES = ("test", "val", "valid", "validation")  # the first that is there is taken
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # other files are ignored
 RESIZE_RULE = "shortest side to image_size by antialiased bicubic, centre crop"
 CACHE_VERSION = 3  # raised when the pixels of an image change
@@ -48,6 +47,17 @@ MAX_THREADS = 8
 # ------------------------------------------------------------------------------------- folders and zips of images
 
 
+class PlainSplit(NamedTuple):
+    """How a plain tree of class folders was split: a share of each class is tested on, which the seed decides.
+
+    checksum: of the names of the test images.
+    """
+
+    share: float
+    seed: int
+    checksum: int
+
+
 @dataclass
 class Part:
     """The image files of one part of a dataset, the training or the test part.
@@ -56,51 +66,22 @@ class Part:
     members: "class/.../x.jpg" -> its size in bytes and its time of change in ns or, in a .zip, its checksum; sorted by
         name. For example {"cat/1.png": (2071, 1700000000000000000), "dog/1.png": ...}.
     prefix: what all names inside a .zip begin with, for example "train/", and `members` leaves out.
+    plain: whether it is a plain tree of class folders, without a test part beside it. whole, split: of a part that was
+        split off from one, the tree with all members, and how it was split.
     """
 
     path: Path
     classes: list[str]
     members: dict[str, tuple[int, int]]
     prefix: str = ""
+    plain: bool = False
+    whole: "Part | None" = None
+    split: PlainSplit | None = None
 
     def labels(self) -> torch.Tensor:
         """The class of each member, an index into `classes`: (N,) long."""
         index = {name: i for i, name in enumerate(self.classes)}
-        return torch.tensor([index[name.split("/")[0]] for name in self.members])
-
-
-def list_parts(data: Path) -> tuple[Part, Part]:
-    """The training and the test part in the folder `data`.
-
-    Raises ValueError when their classes differ, or when a file is in both, by a link: it would be tested on what it
-    was trained on.
-    """
-    if not data.is_dir():
-        raise ValueError(f"{data} is not a folder: expected one that holds train and test, folders or .zip files")
-    of_train, of_test = {}, {}
-    train = list_part(_find_part(data, TRAIN_NAMES), of_train)
-    test = list_part(_find_part(data, TEST_NAMES), of_test)
-    if both := of_train.keys() & of_test.keys():
-        first, second = min((of_train[file], of_test[file]) for file in both)
-        raise ValueError(
-            f"{data}: {train.path.name}/{shown_text(first)}".rstrip("/")
-            + f" and {test.path.name}/{shown_text(second)}".rstrip("/")
-            + " are the same file, by a link: expected other images to test on than to train"
-        )
-    if train.classes != test.classes:
-        only = [(a.path, sorted(set(a.classes) - set(b.classes))) for a, b in ((train, test), (test, train))]
-        differing = "; ".join(f"only in {path}: {first_of(names)}" for path, names in only if names)
-        raise ValueError(f"{data}: train and test must have the same classes, but {differing}")
-    return train, test
-
-
-def _find_part(data: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (data / name).is_dir():
-            return data / name
-        if (data / f"{name}.zip").is_file():
-            return data / f"{name}.zip"
-    raise ValueError(f"{data} holds no {' or '.join(names)}: expected a folder of class folders, or a .zip of them")
+        return torch.tensor([index[name.split("/")[0]] for name in self.members], dtype=torch.long)
 
 
 def list_part(path: Path, seen: dict[tuple[int, int], str] | None = None) -> Part:
@@ -110,7 +91,7 @@ def list_part(path: Path, seen: dict[tuple[int, int], str] | None = None) -> Par
     """
     seen = {} if seen is None else seen
     files, folders = _walk(path, seen) if path.is_dir() else _list_zip(path, seen)
-    files = {name: files[name] for name in sorted(files) if _is_image(name)}
+    files = {name: files[name] for name in sorted(files) if is_image(name)}
     prefix = "" if path.is_dir() else _common_top(files)
     files = {name.removeprefix(prefix): stamp for name, stamp in files.items()}
     folders = {name.removeprefix(prefix) for name in folders if name.startswith(prefix) and not _hidden(name)}
@@ -148,7 +129,7 @@ def _walk(path: Path, seen: dict[tuple[int, int], str]) -> tuple[dict[str, tuple
         _note_once(path, relative, os.stat(folder), seen_folders)
         folders.add(base)
         below[:] = [name for name in below if not _hidden(f"{base}{name}/")]
-        for name in filter(_is_image, names):
+        for name in filter(is_image, names):
             status = os.stat(os.path.join(folder, name))
             _note_once(path, base + name, status, seen)
             files[base + name] = (status.st_size, status.st_mtime_ns)
@@ -199,7 +180,8 @@ def without_dots(name: str) -> str:
     return "/".join(part for part in name.split("/") if part != ".") if "./" in name else name
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image, by its name."""
     return name.lower().endswith(EXTENSIONS) and not _hidden(name)
 
 
@@ -229,6 +211,26 @@ def load_part(
 
     image_size: S, in pixels. cache_dir, skip_bad: see images.load_images.
     """
+    return without_broken(part, *decoded(part, image_size, cache_dir, skip_bad))
+
+
+def load_split(
+    train: Part, test: Part, image_size: int, cache_dir: str | Path | None, skip_bad: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels as of load_part, of the two parts of a plain tree, which is decoded and cached as a whole."""
+    images, broken = decoded(train.whole, image_size, cache_dir, skip_bad)
+    names = [name for name in train.whole.members if name not in broken]
+    loaded = []
+    for part in (train, test):
+        own = images[torch.tensor([name in part.members for name in names], dtype=torch.bool)]
+        loaded.append(without_broken(part, own, {name: broken[name] for name in broken if name in part.members}))
+    return loaded
+
+
+def decoded(
+    part: Part, image_size: int, cache_dir: str | Path | None, skip_bad: bool
+) -> tuple[torch.Tensor, dict[str, str]]:
+    """Images (N, 3, S, S) that can be read, and name -> reason of those that cannot; see load_part."""
     key = cache_key(part, image_size)
     files = cache_files(part, image_size, cache_dir)
     images, broken = next(filter(None, (read_cache(file, key) for file in files)), (None, {}))
@@ -238,6 +240,11 @@ def load_part(
         write_cache(files, key, images, broken)
     if broken and not skip_bad:
         refuse_broken(part, broken)
+    return images, broken
+
+
+def without_broken(part: Part, images: torch.Tensor, broken: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a part that could be read, and their labels; says which could not."""
     labels = part.labels()
     if broken:
         print(f"{part.path}: {len(broken)} of {len(labels)} images cannot be read, left out: {first_of(list(broken))}")
@@ -338,13 +345,15 @@ def cache_files(part: Part, image_size: int, cache_dir: str | Path | None) -> li
     """The files in which decoded images may be kept, best first.
 
     Their names depend on where the source is, not on what it holds, so that a new cache replaces an outdated one.
+    A plain tree, which is `data` itself, keeps its cache within, as `data` does that holds train and test.
     """
     source = hashlib.sha256(str(part.path.resolve()).encode()).hexdigest()[:8]
     name = f"{part.path.stem}-{image_size}px-{source}.pt"
     if cache_dir is not None:
         return [Path(cache_dir) / name]
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [part.path.parent / name, Path(user_cache) / "nag" / name]
+    beside = part.path if part.plain and part.path.is_dir() else part.path.parent
+    return [beside / name, Path(user_cache) / "nag" / name]
 
 
 def read_cache(file: Path, key: str) -> tuple[torch.Tensor, dict[str, str]] | None:

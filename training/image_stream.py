@@ -13,6 +13,7 @@ any number of workers and of training processes.
 import contextlib
 import multiprocessing.queues
 import os
+import signal
 import sys
 import time
 import traceback
@@ -30,7 +31,8 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from training.image_decoding import MAX_PIXELS, decode_rgb, short_reason, shown_text, without_pil_warnings
-from training.image_files import Part, as_bytes, list_parts, reader, refuse_broken
+from training.image_files import Part, PlainSplit, as_bytes, reader, refuse_broken
+from training.image_parts import TEST_SEED, list_parts
 from training.images import normalize
 from utils import derive_seed, fail
 
@@ -62,6 +64,11 @@ class ImageFiles:
     def classes(self) -> list[str]:
         return self.part.classes
 
+    @property
+    def plain_split(self) -> PlainSplit | None:
+        """How training and test images were split, where they are from one plain tree of class folders."""
+        return self.part.split
+
     def subset(self, index: Tensor) -> "ImageFiles":
         """The images at `index` (M,), in that order."""
         return replace(self, names=self.names[index.numpy()], labels=self.labels[index])
@@ -70,15 +77,18 @@ class ImageFiles:
         return self.names[index].decode("utf-8", "surrogateescape")
 
 
-def open_images(data: str | Path) -> tuple[ImageFiles, ImageFiles]:
+def open_images(
+    data: str | Path, test_split: tuple[float | None, int] = (None, TEST_SEED)
+) -> tuple[ImageFiles, ImageFiles]:
     """The training and the test (val, valid, validation) images of a folder, each a tree of class folders or a .zip.
 
+    test_split: share of each class to test on and seed, for a plain tree; see image_parts.list_parts.
     Only names are read. Raises ValueError or OSError with one line that names what is wrong.
     """
     files = []
-    for part in list_parts(Path(data)):
-        names = np.array([as_bytes(name) for name in part.members])
-        files.append(ImageFiles(replace(part, members={}), names, part.labels()))
+    for part in list_parts(Path(data), *test_split):
+        names = np.array([as_bytes(name) for name in part.members], dtype=np.bytes_)
+        files.append(ImageFiles(replace(part, members={}, whole=None), names, part.labels()))
     return files[0], files[1]
 
 
@@ -101,11 +111,14 @@ class Batch(NamedTuple):
 class Decoded(Dataset):
     """Decodes and crops the images of a batch, in a worker.
 
-    random_crop: whether a random part of an image is resized, as in training; else its centre.
+    random_crop: whether a random part of an image is resized, as in training; else its centre. files: None where only
+    `prepared` is used.
     decode_jpeg: a decoder from image_decoding.find_jpeg_decoder.
     """
 
-    def __init__(self, files: ImageFiles, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None):
+    def __init__(
+        self, files: ImageFiles | None, image_size: int, random_crop: bool, seed: int, decode_jpeg: Callable | None
+    ):
         self.files, self.image_size, self.seed, self.decode_jpeg = files, image_size, seed, decode_jpeg
         self.random_crop = random_crop
         resize = v2.Resize(round(image_size * TEST_MARGIN))
@@ -140,7 +153,11 @@ class Decoded(Dataset):
 
     def image(self, index: int) -> Tensor:
         """One image, decoded and cropped: (3, S, S) uint8."""
-        image = decode_rgb(self.read(self.files.name(index)), self.decode_jpeg)
+        return self.prepared(self.read(self.files.name(index)))
+
+    def prepared(self, content: bytes) -> Tensor:
+        """The image of a file's content, decoded and cropped: (3, S, S) uint8."""
+        image = decode_rgb(content, self.decode_jpeg)
         height, width = transforms.get_size(image)
         if not self.random_crop and self.image_size**2 * max(height, width) > MAX_PIXELS * min(height, width):
             raise ValueError(f"{width} x {height} pixels, expected less unequal sides")  # it would be resized whole
@@ -173,7 +190,18 @@ def through_pipe(batch: Batch) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """Make a worker end when a batch cannot be sent (for example, too many open files), so that the run ends too."""
+    """Make a worker end when a batch cannot be sent (for example, too many open files), so that the run ends too.
+
+    Signals that reach all processes of a terminal or a batch job are for the training process, which ends its workers
+    when it has saved. It does so by SIGTERM where one hangs, so that a second one is heeded.
+    """
+
+    def ignore_once(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in {"SIGINT", "SIGUSR1", "SIGHUP"} & signal.__dict__.keys():  # Windows lacks some
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ignore_once)
 
     def end(error: Exception, batch: object):
         traceback.print_exception(error, file=sys.stderr)
@@ -242,9 +270,9 @@ class Stream:
             pin_memory=self.pin_memory,
         )
 
-    def read(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch in order, as the workers make them."""
-        self.keys[:] = [(epoch, batch.numpy()) for batch in self.batches(epoch)]
+    def read(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch in order from number `first`, as the workers make them."""
+        self.keys[:] = [(epoch, batch.numpy()) for batch in self.batches(epoch)[first:]]
         batches = iter(self.loader)
         while True:
             started = time.monotonic()
@@ -287,12 +315,12 @@ class TrainStream(Stream):
         order = torch.randperm(len(self.files), generator=generator)[: len(self) * self.batch_size]
         return [batch[self.rank :: self.world] for batch in order.split(self.batch_size)]
 
-    def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of x (B, 3, S, S) float in channels_last layout and labels (B,), normalised.
+    def epoch(self, epoch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of x (B, 3, S, S) float in channels_last layout and labels (B,), normalised, from number `first`.
 
         In the place of images that are skipped, others of the batch are repeated.
         """
-        for batch in self.read(epoch):
+        for batch in self.read(epoch, first):
             if batch.broken:
                 if not len(batch.labels):
                     raise ValueError(f"{self.files.part.path}: not one image of a batch can be read")
@@ -310,9 +338,9 @@ class EvalStream(Stream):
         index = torch.arange(len(self.files))[self.rank :: self.world]
         return list(index.split(self.batch_size)) if len(index) else []
 
-    def epoch(self, epoch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised batches of x (B, 3, S, S) float in channels_last layout and labels (B,), without broken images."""
-        for batch in self.read(epoch):
+        for batch in self.read(epoch, first):
             if len(batch.labels):
                 yield normalize(to_device(batch.images, device), MEAN, STD), to_device(batch.labels, device)
 

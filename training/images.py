@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from training.image_decoding import channels_first, first_of, short_reason, square_pixels
-from training.image_files import list_parts, load_part
+from training.image_files import PlainSplit, load_part, load_split
+from training.image_parts import TEST_SEED, list_parts
 
 CIFAR_STATISTICS = {  # mean and standard deviation of the training pixels in each channel, black 0 and white 1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -33,6 +34,7 @@ class ImageSet:
     """Images with their labels, all on one device.
 
     mean, std: of the training images' pixels in each channel, black being 0 and white 1.
+    plain_split: how training and test images were split, where they are from one plain tree of class folders.
     """
 
     images: torch.Tensor  # (N, 3, S, S) uint8
@@ -40,6 +42,7 @@ class ImageSet:
     classes: list[str]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    plain_split: PlainSplit | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,14 +66,17 @@ def load_images(
     cache_dir: str | Path | None = None,
     skip_bad: bool = False,
     device: torch.device | str = "cpu",
+    test_split: tuple[float | None, int] = (None, TEST_SEED),
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of a dataset, as squares of image_size x image_size pixels.
 
     dataset: "cifar10" or "cifar100", which are downloaded into the folder `data` when they are not there, or "folder":
-        `data` holds `train` and `test` (or val, valid, validation), each a folder or a .zip of class folders.
+        `data` holds `train` and `test` (or val, valid, validation), each a folder or a .zip of class folders, or is a
+        plain tree, such a folder or .zip itself, that is split.
     cache_dir: the folder in which decoded images are kept for the next time, for dataset "folder" only; None: beside
         the source, or ~/.cache/nag where that cannot be written.
     skip_bad: whether images that cannot be read are left out; else they are an error.
+    test_split: share of each class to test on and seed, for a plain tree; see image_parts.list_parts.
     Raises ValueError or OSError with one line that names what is wrong.
     """
     if image_size < 1:
@@ -78,7 +84,7 @@ def load_images(
     if dataset in CIFAR_STATISTICS:
         train, test = load_cifar(dataset, Path(data), image_size)
     elif dataset == "folder":
-        train, test = load_folder(Path(data), image_size, cache_dir, skip_bad)
+        train, test = load_folder(Path(data), image_size, cache_dir, skip_bad, test_split)
     else:
         raise ValueError(f"unknown dataset {dataset!r}: expected cifar10, cifar100 or folder")
     return train.to(device), test.to(device)
@@ -106,18 +112,20 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
     return sets[0], sets[1]
 
 
-def load_folder(data: Path, image_size: int, cache_dir: str | Path | None, skip_bad: bool) -> tuple[ImageSet, ImageSet]:
+def load_folder(
+    data: Path, image_size: int, cache_dir: str | Path | None, skip_bad: bool, test_split: tuple[float | None, int]
+) -> tuple[ImageSet, ImageSet]:
     """The images of class folders, normalised by the statistics of their training part; see load_images."""
-    train, test = list_parts(data)
+    train, test = list_parts(data, *test_split)
     if cache_dir is not None:  # refused now rather than after the decoding
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    train_images, train_labels = load_part(train, image_size, cache_dir, skip_bad)
-    test_images, test_labels = load_part(test, image_size, cache_dir, skip_bad)
-    mean, std = channel_statistics(train_images)
-    return (
-        ImageSet(train_images, train_labels, train.classes, mean, std),
-        ImageSet(test_images, test_labels, test.classes, mean, std),
-    )
+    if train.split:
+        loaded = load_split(train, test, image_size, cache_dir, skip_bad)
+    else:
+        loaded = [load_part(part, image_size, cache_dir, skip_bad) for part in (train, test)]
+    mean, std = channel_statistics(loaded[0][0])
+    train, test = (ImageSet(*images, train.classes, mean, std, train.split) for images in loaded)
+    return train, test
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

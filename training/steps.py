@@ -23,6 +23,7 @@ from models.fast.cuda_graphs import Recorded
 from models.network import Network
 from models.ops import check_has_network
 from training import distributed
+from training.checkpoints import Checkpoints
 from training.images import ImageSet
 from utils import (
     RunLog,
@@ -30,6 +31,7 @@ from utils import (
     load_optimizer,
     of_this_version,
     on_device,
+    pace,
     progress_bar,
     set_lr,
     set_seed,
@@ -198,19 +200,26 @@ def train_steps(
     batches: Iterable[tuple[Tensor, Tensor]],
     progress: Tensor,
     learning_rate: Callable[[int], float],
-    title: str = "",
+    epoch: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train for one epoch. Returns the mean loss and the training accuracy over all processes.
 
-    batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,).
+    batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,), without those of the
+    checkpoints.done steps that were done before a stop.
     progress: (steps,), the share of the whole run that is done after each step, by which drop path grows.
-    learning_rate: the learning rate of each step of the epoch, which are numbered from 0. title: of the progress bar.
+    learning_rate: the learning rate of each step of the epoch, which are numbered from 0. epoch: its number, from 0.
     """
-    totals = torch.zeros(2, device=step.device)
+    checkpoints = checkpoints or Checkpoints(network=step.network)
+    done = checkpoints.done
+    totals = checkpoints.begin(epoch)
     step.network.train()
-    for i, (x, labels) in enumerate(progress_bar(batches, total=len(progress), desc=title)):
+    timed = pace.steps(batches, initial=done, total=len(progress), desc=f"epoch {epoch + 1}")
+    for i, (x, labels) in enumerate(timed, start=done):
         set_lr(step.optimizer, learning_rate(i))
         totals += step(x, labels, progress[i])
+        checkpoints.after_step(i + 1)
+    set_lr(step.optimizer, learning_rate(len(progress) - 1))  # for an epoch whose steps were all done before a stop
     distributed.average_buffers(step.network)
     loss, accuracy = (distributed.sum_over_ranks(totals) / (len(progress) * distributed.world())).tolist()
     return {"loss": loss, "train_accuracy": accuracy}
@@ -251,16 +260,16 @@ def accumulate_gradients(
 
 @torch.inference_mode()
 def evaluate(
-    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto"
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto", total: int = 0
 ) -> dict[str, float]:
     """The accuracy in eval mode over the images of all processes: {"top1", "top5", "images": how many there were}.
 
-    batches: this process's images, x (B, 3, S, S) and labels (B,). Of fewer than 5 classes, top-5 counts all guesses.
-    Raises ValueError when there are no images.
+    batches: this process's images, x (B, 3, S, S) and labels (B,). total: how many batches there are; 0: not known.
+    Of fewer than 5 classes, top-5 counts all guesses. Raises ValueError when there are no images.
     """
     network.eval()
     correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
-    for x, labels in batches:
+    for x, labels in progress_bar(batches, total=total or None, desc="evaluate"):
         with autocast(amp, device):
             logits, _ = network(x)
         top1 = logits.argmax(1) == labels
