@@ -151,6 +151,18 @@ def nasbench201(data: dict) -> Rows:
     return [head, *sorted(rows[1:], key=lambda cells: int(cells[1]))]
 
 
+def searches(data: dict) -> Rows:
+    """Table of searches on a tabular benchmark: figures after some queries, and what nag has more than the others."""
+    budgets, rows = [str(n) for n in data["budgets"]], []
+    for name, method in data["methods"].items():
+        figures = [f"{at['mean']:.3f} ({at['std']:.3f})" for at in (method["at"][n] for n in budgets)]
+        rows.append([name, str(method["repeats"]), *figures, f"{method['seconds']:.1f} s"])
+    for name, at in data["nag_minus"].items():
+        gaps = [f"{at[n]['mean']:+.3f} ({at[n]['low']:+.3f} to {at[n]['high']:+.3f})" for n in budgets]
+        rows.append([f"nag minus {name}", str(data["methods"]["nag"]["repeats"]), *gaps, ""])
+    return [["", "n", *budgets, "processor time"], *rows]
+
+
 def faults_by_script(data: dict) -> Rows:
     """Table of the fault harness: a row for each kind of fault, a column for each script."""
     scripts = data["faults"]
@@ -165,6 +177,8 @@ TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
     "controllability": Table(("sampling_seeds.json", "training_seeds.json"), controllability),
     "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
+    "search_nasbench201": Table(("search_nasbench201.json",), searches),
+    "search_nasbench101": Table(("search_nasbench101.json",), searches),
     "faults": Table(("faults.json",), faults_by_script),
 }
 
@@ -176,6 +190,8 @@ COMMANDS = {
     "truth_seed1.jsonl": f"{TRAIN}/truth_cells.json --seed 1 --results docs/results/truth_seed1.jsonl",
     "truth_seed2.jsonl": f"{TRAIN}/truth_cells.json --seed 2 --results docs/results/truth_seed2.jsonl",
     "nasbench201_controllability.json": "python -m benchmarks.nasbench201, see docs/reproduce.md",
+    "search_nasbench201.json": "python -m generation.search_benchmark, see docs/reproduce.md",
+    "search_nasbench101.json": "python -m generation.search_benchmark, see docs/reproduce.md",
     "faults.json": "python -m tests.test_faults",
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",

@@ -200,17 +200,16 @@ def read_nasbench201(path: str | Path, epochs: int | None = None) -> Benchmark:
     All 15,625 architectures must be there once. Raises ValueError naming the line and what is wrong.
     """
     digest, rows = hashlib.sha256(), {}
-    lines = csv.reader(_lines_of(path, digest))
-    columns = {name.strip(): i for i, name in enumerate(next(lines, []))}
+    lines = _rows_of(path, digest)
+    _, head = next(lines, (1, []))
+    columns = {name.strip(): i for i, name in enumerate(head)}
     found = {int(match[1]) for name in columns if (match := re.fullmatch(r"cifar10_val_(\d{1,4})", name))}
     after = {int(match[1]) for name in columns if (match := re.fullmatch(r"cifar10_test_(\d{1,4})", name))}
     if "cell" not in columns or not found or not after:
         raise ValueError(f"{path}, line 1: expected the columns cell, cifar10_val_N and cifar10_test_N")
     epochs = _check_epochs(path, epochs, found)
     names = ("cell", f"cifar10_val_{epochs}", f"cifar10_test_{max(after)}")
-    for line in lines:
-        if not line:
-            continue
+    for row, line in lines:
         try:
             text, *accuracies = (line[columns[name]] for name in names)
             ops = from_nasbench201(text)["cell"].ops
@@ -219,15 +218,22 @@ def read_nasbench201(path: str | Path, epochs: int | None = None) -> Benchmark:
                 raise ValueError(f"the architecture {text} is there twice")
             rows[packed] = Row(packed, *map(_fraction, accuracies))
         except IndexError:
-            raise ValueError(
-                f"{path}, line {lines.line_num}: expected {len(columns)} columns, got {len(line)}"
-            ) from None
+            raise ValueError(f"{path}, line {row}: expected {len(columns)} columns, got {len(line)}") from None
         except ValueError as error:
-            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+            raise ValueError(f"{path}, line {row}: {error}") from None
     wanted = len(NASBENCH201.ops) ** 6
     if len(rows) < wanted:
         raise ValueError(f"{path}: rows are missing: it has {len(rows)} of the {wanted} architectures")
     return Benchmark(NASBENCH201, list(rows.values()), epochs, max(after), digest.hexdigest())
+
+
+def _rows_of(path: str | Path, digest) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line and its entries, without empty lines. Raises ValueError where it is no CSV file."""
+    lines = csv.reader(_lines_of(path, digest))
+    try:
+        yield from ((lines.line_num, line) for line in lines if line)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
 
 
 def _lines_of(path: str | Path, digest) -> Iterator[str]:

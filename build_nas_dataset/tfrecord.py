@@ -59,7 +59,7 @@ def read_measurements(path: str | Path, digest=None) -> Iterator[Measurement]:
             place = f"record {count} at byte {offset}"
             try:
                 payload = _payload(file, head, digest)
-                yield _measurement(payload, place)
+                yield parse_record(payload, place)
             except ValueError as error:
                 raise ValueError(f"{path}, {place}: {error}") from None
             offset, count = offset + len(payload) + 16, count + 1
@@ -91,7 +91,7 @@ def _payload(file, head: bytes, digest) -> bytes:
     return payload
 
 
-def _measurement(payload: bytes, place: str) -> Measurement:
+def parse_record(payload: bytes, place: str) -> Measurement:
     """The content of a record. Raises ValueError with what is wrong."""
     try:
         key, epochs, adjacency, labels, encoded = json.loads(payload)

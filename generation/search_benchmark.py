@@ -257,8 +257,11 @@ def search_with_command(scorer: OutsideScorer, folder: Path, args: argparse.Name
         save_checkpoint(path, "search", {"args": vars(args), "search": search.state_dict()})
         print(f"{len(search.genotypes)} queries, best score {max(search.scores):.4f}")
 
-    with user_input("--evaluate_with"):
-        run_search(search, random_pool(settings.start, args.seed, space), scorer, args.queries, after_round)
+    def scores_of(genotypes):
+        with user_input("--evaluate_with"):
+            return scorer(genotypes)
+
+    run_search(search, random_pool(settings.start, args.seed, space), scores_of, args.queries, after_round)
     order = np.argsort(-np.array(search.scores), kind="stable")
     found = [{**search.genotypes[i].to_dict(), "score": search.scores[i], "query": int(i) + 1} for i in order]
     write_json(folder / "genotypes.json", found)

@@ -337,11 +337,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_results(tmp_path):
         bench.close()
 
 
-def test_the_table_of_faults_is_that_of_the_last_run():
-    results = json.loads((ROOT / "docs" / "results" / "faults.json").read_text())
-    assert table(results["faults"]) in (ROOT / "docs" / "results.md").read_text()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_that_met_a_fault_goes_on_to_the_same_results(bench, name):
@@ -359,18 +354,6 @@ def all_faults(bench: Bench, name: str) -> Counter:
     return counts
 
 
-def table(faults: dict[str, dict[str, int]]) -> str:
-    """How many faults of each kind each script endured, in Markdown."""
-    kinds = sorted({kind for counts in faults.values() for kind in counts}, key=str.lower)
-    rows = [["fault", *faults, "all"]]
-    for kind in kinds:
-        counts = [found.get(kind, 0) for found in faults.values()]
-        rows.append([kind, *counts, sum(counts)])
-    rows.append(["all", *(sum(row[i] for row in rows[1:]) for i in range(1, len(rows[0])))])
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
-
-
 def main(names: list[str]) -> None:
     """With the name of a script: print how many faults of each kind it has endured. Without: try all, and write."""
     if names:
@@ -384,7 +367,6 @@ def main(names: list[str]) -> None:
     outputs = {name: process.communicate()[0] for name, process in processes.items()}
     found = {name: json.loads(output) for name, output in outputs.items() if output}
     write_json(ROOT / "docs" / "results" / "faults.json", {"faults": found, "versions": versions()})
-    print(table(found))
     sys.exit(len(found) < len(SCRIPTS))
 
 

@@ -5,6 +5,7 @@ Each input is a valid file with a few random changes, all from the seed (name, n
 them and can be repeated: what has failed once is kept in FAILED.
 """
 
+import gzip
 import io
 import json
 import math
@@ -26,8 +27,11 @@ from PIL import ExifTags, Image
 
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
+from build_nas_dataset.tabular import read_nasbench101, read_nasbench201
+from build_nas_dataset.tfrecord import parse_metrics, parse_record
 from genotypes import NAG_SPACE, read_genotypes
 from models.generator import Generator
+from tests.test_tabular import PAIR, STRINGS, csv_of, metrics, payload, tfrecord
 from training.image_decoding import decode_image, without_pil_warnings
 from training.image_files import decode, list_part
 from utils import load_checkpoint, save_checkpoint
@@ -128,12 +132,39 @@ def checkpoint(folder: Path) -> list[bytes]:
     return [(folder / "valid").read_bytes()]
 
 
+def records_of_nasbench101(folder: Path) -> list[bytes]:
+    """What stands between the checksums of a record."""
+    return [payload(), payload(PAIR, epochs=108)]
+
+
+def tables_of_nasbench201(folder: Path) -> list[bytes]:
+    text = "\n".join(csv_of(STRINGS[:8])).encode()
+    return [text, gzip.compress(text)]
+
+
+def read_some_of_nasbench201(path: Path) -> None:
+    """The files here have a few of the 15,625 rows."""
+    try:
+        read_nasbench201(path)
+    except ValueError as error:
+        if "rows are missing" not in str(error):
+            raise
+
+
 READERS = {
     "genotypes": Reader(genotype_files, read_genotypes, ".json"),
     "nas_dataset": Reader(nas_dataset, read_records, ".jsonl"),
     "reference_dataset": Reader(reference_dataset, read_records, ".pt"),
     "checkpoint": Reader(checkpoint, lambda path: load_checkpoint(path, "gan", ("args",)), ".pt"),
     "zip": Reader(zips, lambda path: decode(list_part(path), 8, skip_bad=False), ".zip"),
+    "nasbench101": Reader(lambda folder: [tfrecord(payload(), payload(PAIR))], read_nasbench101, ".tfrecord"),
+    "nasbench101_record": Reader(
+        records_of_nasbench101, lambda path: parse_record(path.read_bytes(), "record 0"), ".json"
+    ),
+    "nasbench101_metrics": Reader(
+        lambda folder: [metrics(1000, 0.5, 0.25)], lambda path: parse_metrics(path.read_bytes()), ".bin"
+    ),
+    "nasbench201": Reader(tables_of_nasbench201, read_some_of_nasbench201, ".csv"),
     **{kind.lower(): image_reader(kind) for kind in IMAGES},
 }
 

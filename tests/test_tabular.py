@@ -205,6 +205,8 @@ def test_a_bad_table_of_nasbench201_is_refused_by_its_line(capsys, tmp_path):
     for message, (number, line) in changes.items():
         text = "\n".join([*lines[:number], line, *lines[number + 1 :]])
         assert message in refusal(capsys, tmp_path, text.encode(), flag="--nasbench201")
+    long = f'"{"x" * 200_000}"'.encode()
+    assert "line 1: field larger than" in refusal(capsys, tmp_path, long, flag="--nasbench201")
     packed = gzip.compress("\n".join(lines).encode())
     assert "is not a whole gzip file" in refusal(capsys, tmp_path, packed[:100], flag="--nasbench201")
     assert "is not a text file" in refusal(capsys, tmp_path, b"\xff\xff", flag="--nasbench201")
