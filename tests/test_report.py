@@ -220,7 +220,7 @@ def test_a_search_scored_by_a_command_is_told(tmp_path):
 
 
 def test_head_says_command_versions_device_and_duration(folder):
-    text = write(folder / "head.html", folder / "gan")
+    text = (folder / "page.html").read_text()
     words = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
     for expected in ("python script.py --flag 'a b'", "torch 2.99", "abacus", "3 min 4 s", "commit not recorded",
                      "0.81 of the cells drawn have the accuracy class asked for (chance 0.33)"):  # fmt: skip
