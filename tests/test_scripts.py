@@ -26,7 +26,7 @@ from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
 from generation.metrics import evaluate_cells
-from genotypes import Genotype
+from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
 from models.predictor import Predictor, PredictorConfig
@@ -414,9 +414,9 @@ def test_cells_are_not_new_by_comparison_with_another_nas_dataset(gan, nasdata, 
     """The default is a path that may be of another file by now."""
     checkpoint, args = torch.load(gan / "generator.pt", weights_only=True), generate_archs.parse_args([])
     objectives = [Objective.from_dict(objective) for objective in checkpoint["objectives"]]
-    assert generate_archs.read_nas_dataset(args, checkpoint, objectives) == read_records(nasdata)
+    assert generate_archs.read_nas_dataset(args, checkpoint, objectives, NAG_SPACE) == read_records(nasdata)
     checkpoint["args"]["nasbench_data"] = "data/nasdata.jsonl"
-    assert generate_archs.read_nas_dataset(args, checkpoint, objectives) is None
+    assert generate_archs.read_nas_dataset(args, checkpoint, objectives, NAG_SPACE) is None
     assert "novelty is not computed" in capsys.readouterr().out
 
 
