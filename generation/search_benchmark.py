@@ -22,6 +22,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -51,6 +52,7 @@ from utils import (
     progress_bar,
     save_checkpoint,
     shown,
+    signals,
     to_json,
     user_input,
     whole_lines,
@@ -96,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    signals.listen()
     torch.set_num_threads(1)
     folder = output_folder(args)
     if args.evaluate_with:
@@ -230,13 +233,18 @@ def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[
         for name, seed in tasks:
             yield name, one_repeat(name, seed, where, args.queries)
         return
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one ends the others
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal, ignore) as pool:
         futures = {pool.submit(one_repeat, name, seed, where, args.queries): name for name, seed in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             fail("--workers: a process was killed (perhaps for its memory); the same command goes on from here")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # what they were at is done again later
+                process.terminate()
 
 
 # ------------------------------------------------------------------------------------------ scored by a command
@@ -244,7 +252,7 @@ def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[
 
 def search_with_command(scorer: OutsideScorer, folder: Path, args: argparse.Namespace) -> None:
     """One search by the generator, whose queries are scored by a command; goes on from the folder's checkpoint."""
-    space, settings, path = SPACES[args.space], SearchSettings(), folder / "checkpoint.pt"
+    space, settings, path = SPACES[args.space], SearchSettings(), folder / "search.pt"
     settings = replace(settings, start=min(settings.start, args.queries))
     search = GeneratorSearch(space, space.max_vertices, args.seed, settings)
     if path.exists():
