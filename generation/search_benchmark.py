@@ -120,10 +120,12 @@ def open_folder(folder: Path, args: argparse.Namespace) -> None:
     config = folder / "config.json"
     if config.exists():
         with user_input("--output_dir"):
-            before = json.loads(config.read_text()).get("args", {})
+            before = json.loads(config.read_text())
+            if not isinstance(before, dict) or not isinstance(before.get("args"), dict):
+                raise ValueError(f"{config} is no record of a run")
         for name in KEPT:
-            if before.get(name) != getattr(args, name):
-                fail(f"--{name}: the run in {folder} has {before.get(name)}, got {getattr(args, name)}")
+            if before["args"].get(name) != getattr(args, name):
+                fail(f"--{name}: the run in {folder} has {before['args'].get(name)}, got {getattr(args, name)}")
     with writes(config):
         write_config(folder, args, torch.device("cpu"))
 
@@ -217,13 +219,20 @@ def read_lines(path: Path, table: SearchTable, queries: int) -> dict[int, dict]:
     lines = {}
     with user_input("--output_dir"):
         for line in whole_lines(path):
-            rows = line.get("rows") if isinstance(line, dict) else None
-            if not isinstance(rows, list) or len(rows) != queries or not set(rows) <= set(range(len(table))):
+            if not is_search(line, len(table), queries):
                 raise ValueError(f"{path} holds a line that is no search of {queries} queries in this table")
             lines[line["seed"]] = line
         if path.exists():
             path.write_text("".join(to_json(line) + "\n" for line in lines.values()))
     return lines
+
+
+def is_search(line, size: int, queries: int) -> bool:
+    """Whether a line of a method's file is of a search of so many queries in a table of so many rows."""
+    if not isinstance(line, dict) or not isinstance(line.get("seed"), int):
+        return False
+    rows = line.get("rows")
+    return isinstance(rows, list) and len(rows) == queries and all(type(r) is int and 0 <= r < size for r in rows)
 
 
 def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

@@ -230,8 +230,9 @@ def test_the_benchmark_compares_goes_on_and_keeps_what_is_done(tmp_path, capsys,
     assert (out / "regret.png").read_bytes().startswith(b"\x89PNG")
 
     assert "--queries: the run in" in refused(capsys, search_benchmark, [*flags[:4], "--queries", 25, *flags[6:]])
-    (out / "local.jsonl").write_text('{"seed": 0, "rows": [1, 2]}\n')
-    assert "no search of 24 queries" in refused(capsys, search_benchmark, flags)
+    for rows in ([1, 2], [*range(23), 60], [[1]] * 24, None):
+        (out / "local.jsonl").write_text(json.dumps({"seed": 0, "rows": rows}) + "\n")
+        assert "no search of 24 queries" in refused(capsys, search_benchmark, flags)
     assert "has 60 cells, got 61" in refused(capsys, search_benchmark, [*flags[:4], "--queries", 61])
 
 
