@@ -116,9 +116,11 @@ def nas_run(folder: Path) -> Path:
 
 
 def search_run(folder: Path) -> Path:
-    results = [{"method": name, "seed": seed, "regret": [0.1 / (q + 1) + scale * seed for q in range(20)]}
-               for name, scale in (("random", 0.002), ("nag", 0.001)) for seed in (1, 2)]  # fmt: skip
-    return write_run(folder, {"queries": 20}, results=results)
+    """Two methods, two repeats: what the best query has after the queries at which that changes."""
+    runs = {"random": [{"seed": 1, "best": [[1, 0.5], [7, 0.7]]}, {"seed": 2, "best": [[1, 0.6]]}],
+            "nag": [{"seed": 1, "best": [[1, 0.5], [3, 0.9]]}, {"seed": 2, "best": [[1, 0.6], [20, 0.8]]}]}  # fmt: skip
+    results = {"queries": 20, "optimum": 0.95, "runs": runs}
+    return write_run(folder, {"queries": 20, "space": "nasbench201"}, results=results)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,9 @@ def test_numbers_on_the_page_equal_those_in_the_files(folder):
         assert numbers[f"Kendall's tau with {name}, high end of the interval"] == value["interval"][1]
     numbers = numbers_of(text, "train_cifar")
     assert numbers["test error"] == 0.25 and numbers["published test error"] == 0.0273
-    assert numbers_of(text, "search")["nag: regret after 20 queries, mean"] == pytest.approx(0.005 + 0.0015)
+    numbers = numbers_of(text, "search")
+    assert numbers["nag: regret after 20 queries, mean of percentage points"] == pytest.approx((5 + 15) / 2)
+    assert numbers["random: regret after 20 queries, mean of percentage points"] == pytest.approx((25 + 35) / 2)
 
 
 def test_the_nas_dataset_is_told_as_it_is(folder):
@@ -206,8 +210,17 @@ def test_the_nas_dataset_is_told_as_it_is(folder):
     ]
 
 
+def test_a_search_scored_by_a_command_is_told(tmp_path):
+    queries = [{**GENOTYPES[name].to_dict(), "score": score, "query": query}
+               for name, score, query in (("NAG_ENSEMBLE_A", 0.75, 2), ("NAG_ENSEMBLE_C", 0.5, 1))]  # fmt: skip
+    run = write_run(tmp_path / "run", {"queries": 2, "evaluate_with": "command"}, genotypes=queries)
+    text = write(tmp_path / "page.html", run)
+    assert "The best of 2 queries has the score 0.7500" in text
+    assert numbers_of(text, "search") == {"queries": 2, "best score": 0.75}
+
+
 def test_head_says_command_versions_device_and_duration(folder):
-    text = write(folder / "head.html", folder / "gan")
+    text = (folder / "page.html").read_text()
     words = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
     for expected in ("python script.py --flag 'a b'", "torch 2.99", "abacus", "3 min 4 s", "commit not recorded",
                      "0.81 of the cells drawn have the accuracy class asked for (chance 0.33)"):  # fmt: skip
@@ -241,10 +254,10 @@ def test_an_unfinished_run_and_one_of_another_version_say_what_is_missing(tmp_pa
     nas = write_run(tmp_path / "nas", {"scorings": 2, "epochs": 2})
     cells = write_run(tmp_path / "cells", {"max_draws": 9, "checkpoint": "gone.pt"}, genotypes=[])
     text = write(tmp_path / "page.html", nas, cells, write_run(tmp_path / "e", {"halving": 0}),
-                 write_run(tmp_path / "s", {"queries": 1}, results=[{"method": "a", "regret": []}]),
+                 write_run(tmp_path / "s", {"queries": 1}, results=[]),
                  write_run(tmp_path / "odd", {"halving": 0}, results=[{"training": {"rounds": 3}}]))  # fmt: skip
     for sentence in ("nasdata.jsonl is missing", "no such checkpoint: gone.pt", "results.json is missing",
-                     "holds no searches", "not as this version writes them"):  # fmt: skip
+                     "neither results.json with searches", "not as this version writes them"):  # fmt: skip
         assert sentence in text
 
 

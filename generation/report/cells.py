@@ -84,7 +84,7 @@ def entry_text(i: int, genotype: Genotype, known: dict) -> str:
 def estimates(known: dict) -> list[str]:
     """What predictor and supernet say of a cell, in words."""
     quantiles = known.get("predicted_quantiles") or {}
-    words = [f"rank {known['rank']} of those drawn"] if isinstance(known.get("rank"), int) else []
+    words = [f"rank {known['rank']} among all candidates"] if isinstance(known.get("rank"), int) else []
     words += [f"predicted place in {name} {value:.4f}" for name, value in quantiles.items()]
     if known.get("supernet_accuracy") is not None:
         words.append(f"re-scored accuracy {known['supernet_accuracy']:.4f}")

@@ -219,24 +219,58 @@ def add_candidates(page: Page, section: Section, run: Run, results: list[dict]) 
 
 
 def search_sections(page: Page, run: Run) -> list[Section]:
-    """Of a search benchmark: regret against queries. Each result names its method and the regret after each query."""
-    section = Section("search", "Search", run.name)
-    methods: dict[str, list] = {}
-    for entry in run.objects("results.json"):
-        name, values = entry.get("method"), entry.get("regret")
-        if isinstance(name, str) and isinstance(values, list) and values:
-            methods.setdefault(name, []).append(values)
-    if not methods:
+    """Of generation.search_benchmark: regret against queries, or the queries of a search scored by a command."""
+    section = Section("search", f"Search of the space {run.args.get('space', '')}".rstrip(), run.name)
+    found = run.json("results.json")
+    if isinstance(found, dict) and isinstance(found.get("runs"), dict) and found["runs"]:
+        add_regret(page, section, found)
+    elif queries := run.objects("genotypes.json"):
+        add_queries(page, section, run, queries)
+    else:
         section.verdict = "No search is done yet."
-        section.missing.append("results.json holds no searches with a method and the regret after each query.")
-        return [section]
-    arrays = {name: np.array([run[: min(map(len, runs))] for run in runs], float) for name, runs in methods.items()}
-    caption = "Mean over seeds, and one standard deviation; how far the best cell found is below the best there is."
-    section.figures.append(page.figure(figures.regret(arrays), "Regret against queries", caption))
-    last = {name: values[:, -1].mean() for name, values in arrays.items()}
-    for name, values in arrays.items():
-        section.number(f"{name}: seeds", len(values))
-        section.number(f"{name}: regret after {values.shape[1]} queries, mean", float(last[name]), 5)
-    best = min(last, key=last.get)
-    section.verdict = f"{best} has the lowest mean regret, {last[best]:.5f}, after {arrays[best].shape[1]} queries."
+        section.missing.append("There is neither results.json with searches nor genotypes.json with what was queried.")
     return [section]
+
+
+def add_regret(page: Page, section: Section, found: dict) -> None:
+    """How far the best query so far, by the signal, is below the best of all cells, in percentage points."""
+    optimum, queries = found["optimum"], found["queries"]
+    methods = {}
+    for name, runs in found["runs"].items():
+        steps = [np.array(run["best"], float) for run in runs]  # (changes, 2): the query, the figure from then on
+        at = [np.searchsorted(changes[:, 0], np.arange(1, queries + 1), side="right") - 1 for changes in steps]
+        figure = np.stack([changes[place, 1] for changes, place in zip(steps, at, strict=True)])
+        methods[name] = 100 * (optimum - figure)
+    drawn = figures.regret(methods, "regret (percentage points)")
+    caption = f"Mean over repeats, and one standard deviation; the best of all cells has {100 * optimum:.3f} %."
+    section.figures.append(page.figure(drawn, "Regret against queries", caption))
+    section.number("best of all cells", optimum, 5)
+    for name, values in methods.items():
+        section.number(f"{name}: repeats", len(values))
+        section.number(
+            f"{name}: regret after {queries} queries, mean of percentage points", float(values[:, -1].mean())
+        )
+    last = {name: values[:, -1].mean() for name, values in methods.items()}
+    best = min(last, key=last.get)
+    section.verdict = f"After {queries} queries {best} has the lowest mean regret, {last[best]:.3f} percentage points."
+
+
+def add_queries(page: Page, section: Section, run: Run, queries: list[dict]) -> None:
+    """The score of the best query so far, and the 12 best cells."""
+    in_order = sorted(queries, key=lambda entry: entry["query"])
+    scores = [entry["score"] for entry in in_order]
+    steps = [entry["query"] for entry in in_order]
+    lines = {"best so far": (steps, np.maximum.accumulate(scores).tolist()), "query": (steps, scores)}
+    section.figures.append(page.figure(figures.curves(lines, "score", "query"), "Scores", "By the command of the run."))
+    section.number("queries", len(queries))
+    section.number("best score", max(scores), 4)
+    section.verdict = f"The best of {len(queries)} queries has the score {max(scores):.4f}."
+    cells = []
+    for i, entry in enumerate(queries[:12]):
+        genotype = known_cell(entry)
+        facts = [f"score {entry['score']:.4f}, query {entry['query']}"]
+        number = page.cell(f"query {entry['query']}: score {entry['score']:.4f}", genotype)
+        arch = shown(f"{run.folder}/genotypes.json:{i}")
+        cell = {"number": number, "index": i, "strips": strips_of(genotype), "facts": facts}
+        cells.append(cell | {"command": f"python visualize.py --arch {arch}"})
+    section.sheet.append({"title": "The best queries", "cells": cells})
