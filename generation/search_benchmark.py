@@ -22,6 +22,7 @@ import argparse
 import functools
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -51,6 +52,7 @@ from utils import (
     progress_bar,
     save_checkpoint,
     shown,
+    signals,
     to_json,
     user_input,
     whole_lines,
@@ -96,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    signals.listen()
     torch.set_num_threads(1)
     folder = output_folder(args)
     if args.evaluate_with:
@@ -117,10 +120,12 @@ def open_folder(folder: Path, args: argparse.Namespace) -> None:
     config = folder / "config.json"
     if config.exists():
         with user_input("--output_dir"):
-            before = json.loads(config.read_text()).get("args", {})
+            before = json.loads(config.read_text())
+            if not isinstance(before, dict) or not isinstance(before.get("args"), dict):
+                raise ValueError(f"{config} is no record of a run")
         for name in KEPT:
-            if before.get(name) != getattr(args, name):
-                fail(f"--{name}: the run in {folder} has {before.get(name)}, got {getattr(args, name)}")
+            if before["args"].get(name) != getattr(args, name):
+                fail(f"--{name}: the run in {folder} has {before['args'].get(name)}, got {getattr(args, name)}")
     with writes(config):
         write_config(folder, args, torch.device("cpu"))
 
@@ -214,13 +219,20 @@ def read_lines(path: Path, table: SearchTable, queries: int) -> dict[int, dict]:
     lines = {}
     with user_input("--output_dir"):
         for line in whole_lines(path):
-            rows = line.get("rows") if isinstance(line, dict) else None
-            if not isinstance(rows, list) or len(rows) != queries or not set(rows) <= set(range(len(table))):
+            if not is_search(line, len(table), queries):
                 raise ValueError(f"{path} holds a line that is no search of {queries} queries in this table")
             lines[line["seed"]] = line
         if path.exists():
             path.write_text("".join(to_json(line) + "\n" for line in lines.values()))
     return lines
+
+
+def is_search(line, size: int, queries: int) -> bool:
+    """Whether a line of a method's file is of a search of so many queries in a table of so many rows."""
+    if not isinstance(line, dict) or not isinstance(line.get("seed"), int):
+        return False
+    rows = line.get("rows")
+    return isinstance(rows, list) and len(rows) == queries and all(type(r) is int and 0 <= r < size for r in rows)
 
 
 def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
@@ -230,13 +242,18 @@ def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[
         for name, seed in tasks:
             yield name, one_repeat(name, seed, where, args.queries)
         return
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one ends the others
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), signal.signal, ignore) as pool:
         futures = {pool.submit(one_repeat, name, seed, where, args.queries): name for name, seed in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             fail("--workers: a process was killed (perhaps for its memory); the same command goes on from here")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # what they were at is done again later
+                process.terminate()
 
 
 # ------------------------------------------------------------------------------------------ scored by a command
@@ -244,7 +261,7 @@ def run_all(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[
 
 def search_with_command(scorer: OutsideScorer, folder: Path, args: argparse.Namespace) -> None:
     """One search by the generator, whose queries are scored by a command; goes on from the folder's checkpoint."""
-    space, settings, path = SPACES[args.space], SearchSettings(), folder / "checkpoint.pt"
+    space, settings, path = SPACES[args.space], SearchSettings(), folder / "search.pt"
     settings = replace(settings, start=min(settings.start, args.queries))
     search = GeneratorSearch(space, space.max_vertices, args.seed, settings)
     if path.exists():

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +28,7 @@ from generation.search_report import summary_of, tables_of
 from generation.search_rivals import evolution, local_search, random_search
 from generation.search_table import SearchTable, changed_cells
 from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, to_nasbench201
-from tests.small_training import refused
+from tests.small_training import ROOT, refused, start
 from tests.test_tabular import CHAIN, PAIR, STRINGS, payload, tfrecord
 
 SMALL101 = replace(NASBENCH101, max_vertices=4)
@@ -227,9 +230,43 @@ def test_the_benchmark_compares_goes_on_and_keeps_what_is_done(tmp_path, capsys,
     assert (out / "regret.png").read_bytes().startswith(b"\x89PNG")
 
     assert "--queries: the run in" in refused(capsys, search_benchmark, [*flags[:4], "--queries", 25, *flags[6:]])
-    (out / "local.jsonl").write_text('{"seed": 0, "rows": [1, 2]}\n')
-    assert "no search of 24 queries" in refused(capsys, search_benchmark, flags)
+    for rows in ([1, 2], [*range(23), 60], [[1]] * 24, None):
+        (out / "local.jsonl").write_text(json.dumps({"seed": 0, "rows": rows}) + "\n")
+        assert "no search of 24 queries" in refused(capsys, search_benchmark, flags)
     assert "has 60 cells, got 61" in refused(capsys, search_benchmark, [*flags[:4], "--queries", 61])
+
+
+def test_several_processes_find_the_same_and_end_by_a_signal(tmp_path):
+    flags = ["--space", "nasbench101", "--table", small_table(tmp_path), "--queries", 20, "--methods", "random,local"]
+    for out, workers in (("a", 1), ("b", 2)):
+        start(
+            "-m",
+            "generation.search_benchmark",
+            *flags,
+            "--output_dir",
+            tmp_path / out,
+            "--workers",
+            workers,
+            "--repeats",
+            3,
+        )
+    for name in ("random.jsonl", "local.jsonl"):
+        rows = [
+            {line["seed"]: line["rows"] for line in map(json.loads, (tmp_path / out / name).read_text().splitlines())}
+            for out in "ab"
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 3
+    words = [sys.executable, "-m", "generation.search_benchmark", *flags, "--output_dir", tmp_path / "c"]
+    with subprocess.Popen([*map(str, words), "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "c" / "random.jsonl").exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "ended by SIGINT" in errors
+    assert 0 < len((tmp_path / "c" / "random.jsonl").read_text().splitlines()) < 200
 
 
 def test_flags_of_the_benchmark_that_do_not_fit_are_refused(capsys, tmp_path):
