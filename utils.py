@@ -179,7 +179,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().print_help(file)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, but that ~ at the start of a text or path stands for the home folder, as in a shell.
+        """Parse the command line. A ~ at the start of a text or path stands for the home folder, as in a shell.
 
         An empty value is refused: a shell variable that is not set does not leave a flag out.
         """
@@ -877,7 +877,7 @@ def hold_folder(folder: Path, flag: str = "--output_dir") -> None:
 
 
 def try_to_hold_folder(folder: Path, flag: str) -> str:
-    """As hold_folder, but another process that holds the lock does not end the script: says who it is, else ""."""
+    """Hold the lock of a run folder if it is free, and return "". Else return who holds it, as run.lock says it."""
     if (key := folder.resolve()) in _held:
         return ""
     with user_input(flag):

@@ -44,7 +44,7 @@ from training.own_images import (
     settle_split,
     take_unsettled,
 )
-from utils import autocast, fail, load_checkpoint, of_this_version, progress_bar, signals, user_input, versions
+from utils import autocast, load_checkpoint, of_this_version, progress_bar, signals, user_input, versions
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
@@ -148,8 +148,6 @@ def load_images_and_pool(
         with user_input("--num_images"):
             train = balanced_batch(train, args.num_images, args.seed)
     settle_batch_size(args, train, unsettled)
-    if args.batch_size > len(train):
-        fail(f"--batch_size: expected at most the {len(train)} training images, got {args.batch_size}")
     with user_input("--pool_size"):
         return train, held_out, random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
 

@@ -195,7 +195,10 @@ def test_a_forked_process_does_not_hold_the_lock_beyond_the_end_of_the_run(tmp_p
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
     utils.release_folder(tmp_path)
-    other_process(tmp_path).kill()
+    other = other_process(tmp_path)  # the lock is free, though the child lives
+    assert child.is_alive()
+    assert f"process {other.pid} on" in (tmp_path / "run.lock").read_text()
+    other.kill()
     child.kill()
 
 

@@ -39,7 +39,7 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, fail, number, set_seed, user_input, writes
+from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, number, set_seed, user_input, writes
 
 MOST_WRONG = 24  # images that are kept in predictions.npz
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
@@ -145,8 +145,6 @@ def load_data(
         with user_input("--num_images"):
             images = balanced_batch(images, args.num_images, args.seed)
     settle_batch_size(args, images, unsettled)
-    if args.batch_size > len(images):
-        fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
     return images, held_out, test
 
 

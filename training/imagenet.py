@@ -152,8 +152,6 @@ def load_data(args: argparse.Namespace, classes: list[str] | None = None) -> tup
         with user_input("--num_images"):
             images = balanced_batch(images, args.num_images, args.seed)
     settle_batch_size(args, images, unsettled)
-    if args.batch_size > len(images):
-        fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
     return images, selection, test
 
 

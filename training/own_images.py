@@ -17,7 +17,7 @@ import torch
 from training import distributed
 from training.image_files import is_image
 from training.image_parts import TEST_SEED, TEST_SHARE, holds_parts
-from utils import number, this_process, user_input
+from utils import fail, number, this_process, user_input
 
 OF_A_SPLIT = ("test_share", "test_seed", "test_checksum")  # what checkpoints hold of it, among their "args"
 FEW_BATCHES = 20  # with fewer images than so many batches of the default size, the size of a batch is fitted
@@ -127,9 +127,21 @@ def settle_holdout(args: argparse.Namespace, images, unsettled: dict | None) -> 
 
 
 def settle_batch_size(args: argparse.Namespace, images: Sized, unsettled: dict | None) -> None:
-    """Fit a default of --batch_size to few images; of a size that was given, say how many images are left over."""
-    if unsettled is None:
-        return
+    """Fit a default of --batch_size to few training images; of a size that was given, say how many are left over.
+
+    Ends the script when a batch has more images than there are.
+    """
+    if unsettled is not None:
+        _fit_batch_size(args, images, unsettled)
+    if args.batch_size > len(images):
+        fail(f"--batch_size: expected at most the {len(images)} training images, got {args.batch_size}")
+
+
+def _fit_batch_size(args: argparse.Namespace, images: Sized, unsettled: dict) -> None:
+    """Choose the size of a batch that leaves over few images, or say how many the size that was given leaves over.
+
+    unsettled: "flags", the names of the flags that were not given, and "parts", by which a batch has to be divisible.
+    """
     default, left = args.batch_size, len(images) % args.batch_size
     if "batch_size" not in unsettled["flags"]:
         if left and default <= len(images):

@@ -21,7 +21,7 @@ BEST = 12  # cells of each class on the contact sheet
 
 
 def generate_sections(page: Page, run: Run) -> list[Section]:
-    """Of a run of generate_archs.py: evaluation, distributions, cells over the NAS dataset, contact sheet."""
+    """The sections on a run of generate_archs.py: its evaluation, what its cells look like, and a contact sheet."""
     section = Section("generate_archs", "Generated cells", run.name)
     if run.args.get("random"):
         section.title = "Random cells"
@@ -310,7 +310,10 @@ def say_of_cells(section: Section, run: Run, entries: list) -> None:
 
 
 def add_samples(section: Section, run: Run, page: Page, epochs: int = 5, noises: int = 2) -> None:
-    """The same noise through training: for each class, cells of some noises after some epochs."""
+    """Add a figure of how the cells that a generator draws from the same noise change during its training.
+
+    epochs: how many epochs are shown, spread over the training. noises: how many samples of noise for each class.
+    """
     paths = sorted((run.folder / "samples").glob("epoch-*.json"))
     if not paths:
         return

@@ -70,7 +70,7 @@ def repeat_numbers(section: Section, dataset: NasDataset) -> None:
 
 
 def build_section(page: Page, run: Run) -> list[Section]:
-    """Of a run of build_nas_dataset: its NAS dataset, the supernet's training, scoring against scoring."""
+    """The sections on a run of build_nas_dataset: its NAS dataset, how the supernet trained, how two scorings agree."""
     path = run.folder if run.folder.is_file() else run.folder / "nasdata.jsonl"
     if path.is_file():
         section = dataset_section(page, page.dataset(path), [], run.name)
@@ -143,7 +143,7 @@ def add_calibration(page: Page, section: Section, generator: TrainedGenerator, d
 
 
 def gan_sections(page: Page, run: Run) -> list[Section]:
-    """Of a run of gan.py: the NAS dataset, and the training."""
+    """The sections on a run of gan.py: the NAS dataset that it learned from, and its training."""
     section = Section("gan", "Training of the generator", run.name)
     generator = checkpoint_of(page, run, section)
     path = run.args.get("nasbench_data") or (generator.nasbench_data if generator else "data/nasdata.jsonl")

@@ -26,7 +26,7 @@ WORST = 24  # images
 
 
 def train_sections(page: Page, run: Run) -> list[Section]:
-    """Of a run of train_cifar.py or train_imagenet.py."""
+    """The section on a run of train_cifar.py or train_imagenet.py: its curves, its result and its mistakes."""
     imagenet = run.kind == "train_imagenet"
     section = Section(run.kind, f"Training of {run.args.get('arch', 'a network')}", run.name)
     result = run.json("result.json")
@@ -148,7 +148,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def eval_sections(page: Page, run: Run) -> list[Section]:
-    """Of a run of eval_archs.py: ranks by epoch, and how well other measures foretell the ranking."""
+    """The section on a run of eval_archs.py: ranks by epoch, and how well other measures foretell the ranking."""
     section = Section("eval_archs", "Brief training of candidates", run.name)
     results = [entry for entry in run.objects("results.json") if isinstance(entry.get("training"), dict)]
     if not results:
@@ -219,7 +219,7 @@ def add_candidates(page: Page, section: Section, run: Run, results: list[dict]) 
 
 
 def search_sections(page: Page, run: Run) -> list[Section]:
-    """Of generation.search_benchmark: regret against queries, or the queries of a search scored by a command."""
+    """The section on a run of search_benchmark.py: regret against queries, or the scores that a command gave."""
     section = Section("search", f"Search of the space {run.args.get('space', '')}".rstrip(), run.name)
     found = run.json("results.json")
     if isinstance(found, dict) and isinstance(found.get("runs"), dict) and found["runs"]:
