@@ -144,7 +144,7 @@ def test_cell_with_an_unused_input_builds_a_network_that_learns():
 @pytest.mark.parametrize(
     "options",
     [
-        {"backend": "aot_eager"},
+        pytest.param({"backend": "aot_eager"}, marks=pytest.mark.slow),
         pytest.param({"options": {"fallback_random": True}}, marks=pytest.mark.slow),  # inductor drops other paths else
     ],
 )

@@ -520,7 +520,12 @@ def test_bad_input_gets_one_line_and_nothing_is_written(command, reason, files, 
 
 
 @pytest.mark.parametrize(
-    "script", ["gan.py", "train_cifar.py --dataset folder --data IMAGES", "train_imagenet.py --data IMAGES"]
+    "script",
+    [
+        "gan.py",
+        pytest.param("train_cifar.py --dataset folder --data IMAGES", marks=pytest.mark.slow),
+        pytest.param("train_imagenet.py --data IMAGES", marks=pytest.mark.slow),
+    ],
 )
 def test_compile_without_a_compiler_is_refused(script, images, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "g++"))

@@ -236,6 +236,7 @@ def test_the_benchmark_compares_goes_on_and_keeps_what_is_done(tmp_path, capsys,
     assert "has 60 cells, got 61" in refused(capsys, search_benchmark, [*flags[:4], "--queries", 61])
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same_and_end_by_a_signal(tmp_path):
     flags = ["--space", "nasbench101", "--table", small_table(tmp_path), "--queries", 20, "--methods", "random,local"]
     for out, workers in (("a", 1), ("b", 2)):
