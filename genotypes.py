@@ -445,7 +445,7 @@ def from_nasbench201(text: str) -> Genotype:
     nodes = [node.strip("|").split("|") for node in text.strip().split("+")]
     edges = [edge.partition("~") for node in nodes for edge in node]
     if [len(node) for node in nodes] != [1, 2, 3] or "".join(source for _, _, source in edges) != "001012":
-        raise ValueError(f"expected an architecture as |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, got {text[:200]!r}")
+        raise ValueError(f"expected an architecture as |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, got {text[:80]!r}")
     labels = [*NASBENCH201.inputs, *(op for op, _, _ in edges), NASBENCH201.output]
     return Genotype(CellSpec(NASBENCH201.wiring, labels, NASBENCH201), space=NASBENCH201)
 

@@ -1,15 +1,16 @@
-"""Gather evaluations over sampling seeds into the result file of the controllability table of docs/results.md.
+"""Gather evaluations over sampling seeds into a result file: of the controllability table of docs/results.md, say.
 
     python generate_archs_multiobj.py --num_archs 400 --evaluate --seed 1998 --sampling_seeds 8 --output_dir runs/both
     python generate_archs.py --num_archs 300 --evaluate --seed 1998 --sampling_seeds 8 --output_dir runs/accuracy
     python -m benchmarks.sampling_seeds runs/both runs/accuracy --out docs/results/sampling_seeds.json
 
-The runs have to be of one commit and have the same versions of Python, torch and numpy. `make tables` then writes the
-table anew, see benchmarks/tables.py.
+The runs have to be of one commit and have the same versions of Python, torch and numpy. Folders of this machine are
+left out of the commands. `make tables` then writes the table anew, see benchmarks/tables.py.
 """
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -20,13 +21,39 @@ DIGITS = 5  # of a share or distance
 WHAT = "Controllability of generators by the predictor and by exact counts, over sampling seeds: docs/results.md"
 
 
+FOLDERS = ("--output_dir", "--cache_dir")  # flags that are left out of a command
+READ = {"--data": "DIR", "--checkpoint": "RUN"}  # flag -> what stands for a folder of this machine
+
+
+def anywhere(command: str) -> str:
+    """A command without the folders of the machine on which it was given."""
+    words, kept = iter(shlex.split(command)), []
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in FOLDERS or flag in READ:
+            value = value or next(words, "")
+            if flag in READ:
+                kept += [flag, READ[flag] if Path(value).is_absolute() else value]
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def training_of(generator: Path) -> str | None:
+    """The command that trained a generator, when it lies in the folder of that run."""
+    config = generator.parent / "config.json"
+    return anywhere(from_json(config.read_text())["command"]) if config.is_file() else None
+
+
 def entry_of(config: dict, evaluation: dict) -> dict:
     """What the file says of one run, from its config.json and evaluation.json."""
     path = config["args"]["checkpoint"]
     path = str(Path(path, "generator.pt")) if Path(path).is_dir() else path
+    training, accuracy = training_of(Path(path)), evaluation.get("generated cells", {}).get("accuracy", {})
     return {
-        "command": config["command"],
-        "generator": path,
+        "command": anywhere(config["command"]),
+        **({"training": training} if training else {"generator": path}),
+        **{name: accuracy[name] for name in ("by", "ceiling") if accuracy.get(name) is not None},
         "training_seed": load_checkpoint(path, "gan")["args"].get("seed"),  # None: saved before it was kept
         "sampling_seeds": evaluation["sampling_seeds"],
         "cells_of_each_sampling_seed": evaluation["random cells"]["drawn"],

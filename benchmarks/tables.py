@@ -130,6 +130,45 @@ def controllability(over_seeds: dict, others: dict) -> Rows:
     return [head, *rows, *rest]
 
 
+def supernet_labels(over_seeds: dict, others: dict) -> Rows:
+    """Table of accuracy classes by the supernet: the shipped generators over sampling seeds, then draws of one seed."""
+    rows = []
+    for run in over_seeds["runs"]:
+        count, seeds = f"{run['cells_of_each_sampling_seed']:,} each", len(run["sampling_seeds"])
+        for title, key in ((f"`{run['generator']}`", "generated cells"), ("random cells", "random cells")):
+            found = run["over sampling seeds"][key]
+            share = found["accuracy controllability"]
+            both = shown(found["all controllability"]) if "params controllability" in found else ""
+            means = shown([found[f"accuracy mean of class {c}"]["mean"] for c in range(3)])
+            ceiling = shown(share["mean"] / run["ceiling"], 2)
+            rows.append([f"{title}; over {seeds} sampling seeds", count, shown(share), ceiling, both, means])
+    head, *rest = plain(others)
+    return [head, *rows, *rest]
+
+
+# What the flags of the ablation leave out or add.
+PARTS = {
+    "": "as it is",
+    "--policy_gradient_weight 0": "likelihood alone (`{}`)",
+    "--pool_size 0": "likelihood of the NAS dataset's own cells (`{}`)",
+    "--adversarial_weight 1": "with the discriminator (`{}`)",
+}
+
+
+def ablation(data: dict) -> Rows:
+    """Table of the ablation: a row for each training, by the flags that it was given beside the schedule."""
+    names = ["uniqueness", "params controllability", "accuracy controllability", "all controllability"]
+    rows = [["", "uniqueness", "#params class", "accuracy class, by the predictor", "both"]]
+    rows[0].append("distance: vertices, ops, density")
+    for run in data["runs"]:
+        flags = run["training"].partition("--warmup_epochs 8")[2].replace("--device cpu", "").strip()
+        found = run["over sampling seeds"]["generated cells"]
+        distance = shown([found[f"distance {name}"]["mean"] for name in ("vertices", "ops", "density")])
+        title = PARTS.get(flags, "`{}`").format(flags)
+        rows.append([title, *(shown(found[name]) for name in names), distance])
+    return rows
+
+
 def nasbench201(data: dict) -> Rows:
     """Table of generators for NAS-Bench-201: asked against obtained by the truth, and random cells beside them."""
     head = ["", "K", "n", "true class is the class asked for", "validity", "uniqueness", "novelty", "reached"]
@@ -176,6 +215,8 @@ def faults_by_script(data: dict) -> Rows:
 TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
     "controllability": Table(("sampling_seeds.json", "training_seeds.json"), controllability),
+    "supernet_labels": Table(("supernet_seeds.json", "supernet_labels.json"), supernet_labels),
+    "ablation": Table(("ablation.json",), ablation),
     "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
     "search_nasbench201": Table(("search_nasbench201.json",), searches),
     "search_nasbench101": Table(("search_nasbench101.json",), searches),

@@ -14,6 +14,7 @@ input to the output are cells of the benchmark, but not of a NAS dataset: they a
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -256,10 +257,10 @@ def _lines_of(path: str | Path, digest) -> Iterator[str]:
 
 def _fraction(text: str) -> float:
     """A percentage as a fraction."""
-    value = float(text) / 100
-    if not 0 <= value <= 1:
-        raise ValueError(f"an accuracy must be from 0 to 100 %, got {text[:40]!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text) / 100) <= 1:
+            return value
+    raise ValueError(f"an accuracy must be a number from 0 to 100 %, got {text[:40]!r}")
 
 
 READERS = {NASBENCH101.name: read_nasbench101, NASBENCH201.name: read_nasbench201}

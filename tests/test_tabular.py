@@ -198,7 +198,7 @@ def test_a_bad_table_of_nasbench201_is_refused_by_its_line(capsys, tmp_path):
         "line 3: expected an architecture as": (2, "1,|none~0|,1,2,3"),
         "line 4: the architecture": (3, lines[2]),
         "line 5: expected 5 columns, got 3": (4, "4,|none~0|+|none~0|none~1|+|none~0|none~1|none~2|,5"),
-        "line 6: an accuracy must be from 0 to 100 %, got 'nan'": (5, lines[5].rpartition(",")[0] + ",nan"),
+        "line 6: an accuracy must be a number from 0 to 100 %, got 'nan'": (5, lines[5].rpartition(",")[0] + ",nan"),
         "line 1: expected the columns cell, cifar10_val_N": (0, "index,cell"),
         "rows are missing: it has 20 of the 15625": (0, lines[0]),
     }
