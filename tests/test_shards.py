@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -165,9 +166,14 @@ def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_wr
 
 def test_shards_work_side_by_side_but_one_process_at_each(one, run, capsys):
     """Another process holds shard 0; the run's own lock is taken for the merging only."""
-    hold = "import pathlib, sys, time; from plumbing.locks import hold_folder; "
-        "hold_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", hold, shards.part_file(run, 0, 2).parent]
+    hold = """
+        import pathlib, sys, time
+        from plumbing.locks import hold_folder
+        hold_folder(pathlib.Path(sys.argv[1]))
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(hold), shards.part_file(run, 0, 2).parent]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         line = refused(capsys, build_nas_dataset, ["--resume", run, "--score_only", "--shard", "0/2"])
