@@ -1,1 +1,1 @@
-"""What is below all scripts: command lines, run folders, checkpoint files, signals, progress. Knows nothing of cells."""
+"""What is below all scripts: flags, run folders, checkpoint files, signals, progress. Knows nothing of cells."""

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from small_training import ROOT, as_by_torchrun, make_images, refused
 
 from build_nas_dataset import build_nas_dataset, scoring, shards
 from build_nas_dataset.build_nas_dataset import main, parse_args
+from build_nas_dataset.supernet_training import train_epoch
 from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 from plumbing.locks import release_folder
 
@@ -166,14 +166,15 @@ def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_wr
 
 def test_shards_work_side_by_side_but_one_process_at_each(one, run, capsys):
     """Another process holds shard 0; the run's own lock is taken for the merging only."""
-    hold = """
-        import pathlib, sys, time
+    hold = """if True:
+        import sys, time
+        from pathlib import Path
         from plumbing.locks import hold_folder
-        hold_folder(pathlib.Path(sys.argv[1]))
+        hold_folder(Path(sys.argv[1]))
         print("held", flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(hold), shards.part_file(run, 0, 2).parent]
+    command = [sys.executable, "-c", hold, shards.part_file(run, 0, 2).parent]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         line = refused(capsys, build_nas_dataset, ["--resume", run, "--score_only", "--shard", "0/2"])
@@ -199,7 +200,7 @@ def test_flags_for_several_processes_are_checked(one, monkeypatch, capsys):
 
 def test_a_run_that_is_not_trained_for_it_is_not_scored_by_shards(images, tmp_path, monkeypatch, capsys):
     """It stopped in its last epoch; by --score_later it goes on, and leaves what it has not scored yet."""
-    train_epoch, folder = build_nas_dataset.train_epoch, tmp_path / "run"
+    folder = tmp_path / "run"
 
     def stop_in_third_epoch(*args):
         if args[5] == 2:
