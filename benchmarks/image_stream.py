@@ -27,8 +27,9 @@ from PIL import Image, ImageFilter
 from benchmarks.common import Report, begin, interleave, parse_args
 from genotypes import GENOTYPES
 from models.network import ImageNetNetwork, count_macs
+from training.color_jitter import augment
 from training.image_decoding import find_jpeg_decoder
-from training.image_stream import MEAN, STD, EvalStream, TrainStream, augment, open_images
+from training.image_stream import MEAN, STD, EvalStream, TrainStream, open_images
 from training.images import normalize
 
 SIZE, BATCH, CLASSES = 224, 64, 8

@@ -20,10 +20,11 @@ import torch
 
 from benchmarks import plain_images
 from benchmarks.common import Comparison, Report, Run, begin, growth, parse_args, print_memory, steps_of
-from build_nas_dataset.build_nas_dataset import make_optimizer, settle_training_amp, train_epoch
 from build_nas_dataset.build_nas_dataset import parse_args as script_args
+from build_nas_dataset.flags import settle_training_amp
 from build_nas_dataset.records import read_records
 from build_nas_dataset.scoring import build_supernet, score
+from build_nas_dataset.supernet_training import make_optimizer, train_epoch
 from genotypes import Genotype
 from models.fast.cuda_graphs import can_record
 from models.supernet import Supernet, SupernetConfig

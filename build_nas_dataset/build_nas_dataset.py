@@ -17,14 +17,12 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 if not __package__:  # started as a file, the path that the published README names: packages are found beside the folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch.nn import functional as F
 
 from build_nas_dataset.flags import (
     MAX_SCORINGS,
@@ -39,7 +37,6 @@ from build_nas_dataset.flags import (
 from build_nas_dataset.scoring import (
     build_supernet,
     check_split,
-    clip_gradients,
     label_checksum,
     load_images_and_pool,
     score_pool,
@@ -58,40 +55,28 @@ from build_nas_dataset.shards import (
     weights_file,
 )
 from build_nas_dataset.statistics import tau
-from genotypes import Genotype
+from build_nas_dataset.supernet_training import make_optimizer, train_epoch
 from models.network import CifarNetwork
-from models.supernet import Supernet, SupernetConfig
+from models.supernet import SupernetConfig
+from plumbing.checkpoint_files import load_checkpoint, of_this_version, save_checkpoint
+from plumbing.console import pace
+from plumbing.flags import ArgumentParser, add_common_flags, explicit_flags, parse_resumable
+from plumbing.locks import release_folder
+from plumbing.run_folder import RunLog, output_folder
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.flags import check_image_size
-from training.images import ImageSet, train_batches
 from training.own_images import check_data_flags
-from training.steps import build_optimizer
 from utils import (
-    ArgumentParser,
-    RunLog,
-    add_common_flags,
-    autocast,
-    cosine,
-    derive_seed,
     enough_memory,
-    explicit_flags,
     fail,
-    load_checkpoint,
     load_optimizer,
-    of_this_version,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    release_folder,
-    save_checkpoint,
-    set_lr,
     set_seed,
     settle_amp,
     shipped,
     shown,
-    signals,
     stop_if_diverged,
     user_input,
 )
@@ -134,53 +119,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "torchrun: one process trains, with --score_later; then several score, with --resume RUN --score_only"
         )
     return args
-
-
-# -------------------------------------------------------------------------------------------------------- parts
-
-
-def make_optimizer(supernet: Supernet, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD for the weights of a supernet, with a momentum of zero to start with.
-
-    torch would start a weight's momentum in the first step that gives it a gradient, with the same result. But a step
-    gives gradients to the weights on one genotype's path, and fused kernels take the momentum of all weights or none.
-    """
-    optimizer = build_optimizer("sgd", supernet, args.lr_max, momentum=0.9, weight_decay=args.l2_reg)
-    for parameter in supernet.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def train_epoch(
-    supernet, optimizer, images: ImageSet, pool: list[Genotype], args, epoch: int, device, checkpoints=None
-) -> dict:
-    """Train for one epoch over the images, one random genotype of the pool a step. Returns mean loss and accuracy."""
-    checkpoints = checkpoints or Checkpoints(network=supernet)
-    set_seed(derive_seed(args.seed, epoch))
-    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, epoch, 1))
-    steps = len(images) // args.batch_size
-    choices = torch.randint(len(pool), (steps,), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-    parameters = list(supernet.parameters())  # finding them takes milliseconds
-    supernet.train()
-    batches = train_batches(images, args.batch_size, generator, args.cutout_size, args.image_size // 8)
-    first, totals = checkpoints.done, checkpoints.begin(epoch)
-    timed = pace.steps(islice(batches, first, None), initial=first, total=steps, desc=f"epoch {epoch + 1}")
-    for step, (x, labels) in enumerate(timed, start=first):
-        done = epoch * steps + step
-        set_lr(optimizer, cosine(done, args.epochs * steps, args.lr_max, args.lr_min))
-        with autocast(args.amp, device):
-            logits, auxiliary = supernet(x, pool[choices[step]], progress=(done + 1) / (args.epochs * steps))
-            loss = F.cross_entropy(logits, labels)
-            total = loss if auxiliary is None else loss + args.auxiliary_weight * F.cross_entropy(auxiliary, labels)
-        optimizer.zero_grad()
-        total.backward()
-        clip_gradients(supernet, parameters, args.grad_clip)
-        optimizer.step()
-        totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
-        checkpoints.after_step(step + 1)
-    set_lr(optimizer, cosine((epoch + 1) * steps - 1, args.epochs * steps, args.lr_max, args.lr_min))
-    loss, accuracy = (totals / steps).tolist()
-    return {"loss": loss, "train_accuracy": accuracy}
 
 
 # ---------------------------------------------------------------------------------------------------------- run

@@ -22,7 +22,7 @@ from build_nas_dataset.records import read_records
 from build_nas_dataset.statistics import bootstrap_interval, tau
 from genotypes import Genotype, read_genotypes
 from models.ops import check_has_network
-from utils import load_checkpoint
+from plumbing.checkpoint_files import load_checkpoint
 
 
 def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:

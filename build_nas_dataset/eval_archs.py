@@ -25,12 +25,11 @@ import argparse
 import math
 import shlex
 import shutil
-import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from build_nas_dataset.candidate_training import Weights, train_candidate
 from build_nas_dataset.candidates import (
     best_of_round,
     by_accuracy,
@@ -47,43 +46,31 @@ from build_nas_dataset.candidates import (
 )
 from build_nas_dataset.scoring import check_split, split_of
 from genotypes import Genotype
-from models.cost import genotype_cost
-from models.network import CifarNetwork
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import pace
+from plumbing.files import write_json
+from plumbing.flags import (
+    ArgumentParser,
+    add_checkpoint_minutes_flag,
+    add_common_flags,
+    explicit_flags,
+    number,
+    parse_resumable,
+)
+from plumbing.run_folder import RunLog, output_folder
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
-from training.checkpoints import Checkpoints
 from training.cifar import (
     REFERENCE_FLAGS,
-    accuracy,
     add_training_flags,
-    build_optimizer,
     check_training_flags,
     load_data,
-    train,
 )
 from training.images import ImageSet
 from training.own_images import fit_batch
-from training.steps import build_network, go_on_from, open_log
-from utils import (
-    ArgumentParser,
-    RunLog,
-    add_checkpoint_minutes_flag,
-    add_common_flags,
-    all_finite,
-    explicit_flags,
-    fail,
-    load_checkpoint,
-    number,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    save_checkpoint,
-    shipped,
-    shown,
-    signals,
-    user_input,
-    write_json,
-)
+from training.steps import open_log
+from utils import fail, shipped, shown, user_input
 
 MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags that a resumed run need not keep
 
@@ -125,99 +112,6 @@ def plan(candidates: int, args: argparse.Namespace) -> list[tuple[int, int]]:
         rounds = [(n, epochs // args.eta) for n, epochs in rounds]
         rounds.append((math.ceil(rounds[-1][0] / args.eta), args.epochs))
     return rounds
-
-
-# ------------------------------------------------------------------------------------------- training candidates
-
-
-class Weights(NamedTuple):
-    """The files with a candidate's weights.
-
-    before: the one to go on from, if any. after: the one to leave for the next round, if any.
-    unfinished: the one for checkpoints within the round; None: there are none.
-    """
-
-    before: Path | None = None
-    after: Path | None = None
-    unfinished: Path | None = None
-
-
-NO_WEIGHTS = Weights()
-
-
-def train_candidate(
-    genotype: Genotype,
-    known: dict,
-    images: ImageSet,
-    held_out: ImageSet,
-    args: argparse.Namespace,
-    device: torch.device,
-    before: dict | None = None,
-    weights: Weights = NO_WEIGHTS,
-) -> dict:
-    """Train one candidate up to epoch args.epochs. Returns its result, see candidates.py.
-
-    known: what the file of the candidates knows of it. before: its result of the round before, None in the first.
-    """
-    started, state = time.monotonic(), {"epoch": 0}
-    if args.compile:
-        torch.compiler.reset()  # else it gives up after a few networks
-    network = build_network(CifarNetwork, genotype, len(images.classes), args, device)
-    optimizer = build_optimizer(network, args)
-    stopped = weights.unfinished and weights.unfinished.exists()
-    if source := weights.unfinished if stopped else weights.before:
-        with user_input("--resume", everywhere=True):  # each process has candidates of its own
-            state = load_checkpoint(source, "candidate", ("network", "optimizer", "epoch"))
-            go_on_from(state, source, network, optimizer)
-    started -= state.get("seconds", 0.0)
-
-    def save(path: Path, part: dict) -> None:
-        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(path, "candidate", state | part)
-
-    def save_within(part: dict) -> None:
-        save(weights.unfinished, part | {"seconds": time.monotonic() - started})
-
-    checkpoints = Checkpoints(args.checkpoint_minutes, network, save_within if weights.unfinished else None, state)
-    loss = train(network, images, args, device, optimizer, state["epoch"], checkpoints=checkpoints)["loss"]
-    with checkpoints.interruptible():
-        measured = accuracy(network, held_out, args.eval_batch_size, args.amp)
-    if weights.after:
-        save(weights.after, {"epoch": args.epochs})
-    earlier = before["training"] if before else {"rounds": [], "seconds": 0.0}
-    this_round = {
-        "epochs": args.epochs,
-        "held_out_accuracy": measured,
-        "loss": loss if math.isfinite(loss) and all_finite(network) else None,
-        "seconds": earlier["seconds"] + time.monotonic() - started,
-    }
-    training = describe_training(genotype, images, held_out, args, [*earlier["rounds"], this_round])
-    return {**known, "held_out_accuracy": measured, "training": training}
-
-
-def describe_training(
-    genotype: Genotype, images: ImageSet, held_out: ImageSet, args: argparse.Namespace, rounds: list[dict]
-) -> dict:
-    """What a result says of the network that was trained, of how it was trained, and of the rounds.
-
-    Its #params and MACs are those of this network; those of the file of the candidates are of another one.
-    """
-    params, macs = genotype_cost(genotype, len(images.classes), args.layers, args.channels, args.image_size)
-    return {
-        "params": params,
-        "macs": macs,
-        "loss": rounds[-1]["loss"],
-        "epochs": args.epochs,
-        "schedule_epochs": args.schedule_epochs,
-        "layers": args.layers,
-        "channels": args.channels,
-        "image_size": args.image_size,
-        "seed": args.seed,
-        "training_images": len(images),
-        "held_out_images": len(held_out),
-        "rounds": rounds,
-        "seconds": rounds[-1]["seconds"],
-    }
 
 
 # --------------------------------------------------------------------------------------------------------- runs

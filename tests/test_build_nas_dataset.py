@@ -11,12 +11,14 @@ import torch
 from small_training import ROOT, augmented_by, make_images, white_images
 
 from build_nas_dataset import build_nas_dataset
-from build_nas_dataset.build_nas_dataset import parse_args, supernet_config
+from build_nas_dataset.build_nas_dataset import parse_args
+from build_nas_dataset.flags import supernet_config
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import read_records
+from build_nas_dataset.supernet_training import train_epoch
 from models.cost import genotype_cost
 from models.supernet import SupernetConfig
-from utils import load_checkpoint
+from plumbing.checkpoint_files import load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -91,9 +93,7 @@ def test_epochs_go_on_with_the_schedules_and_take_other_genotypes_and_images():
     supernet.optimizer = torch.optim.SGD(supernet.parameters(), 1.0)
     for epoch in (0, 1):
         supernet.eval()  # as a scoring leaves it
-        build_nas_dataset.train_epoch(
-            supernet, supernet.optimizer, white_images(300), range(10**6), args, epoch, device=CPU
-        )
+        train_epoch(supernet, supernet.optimizer, white_images(300), range(10**6), args, epoch, device=CPU)
     x, genotypes, progress, rates, training = zip(*supernet.seen, strict=True)
     assert all(training) and [len(batch) for batch in x] == [128] * 4
     assert augmented_by(torch.cat(x)) == (4, 16)
@@ -115,8 +115,6 @@ def test_a_supernet_stopped_between_epochs_equals_one_never_stopped(images, tmp_
 
     def build(*flags) -> None:
         build_nas_dataset.main(parse_args(list(map(str, flags))))
-
-    train_epoch = build_nas_dataset.train_epoch
 
     def stop_in_second_epoch(*args):
         if args[5] == 1:

@@ -12,10 +12,11 @@ import torch
 from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start, white_images, words
 
 import train_cifar
-from build_nas_dataset import candidates, eval_archs
+from build_nas_dataset import candidate_training, candidates, eval_archs
+from build_nas_dataset.candidate_training import train_candidate
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
-from utils import load_checkpoint, save_checkpoint
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -86,9 +87,11 @@ def test_candidates_are_ranked_by_their_accuracy_on_held_out_images(images, arch
     flags = [*candidate_flags(images, tmp_path, archs), "--num_archs", 2]
     training, _, test = train_cifar.load_data(train_cifar.parse_args([*TINY, "--data", str(images)]), CPU)
     held_out = replace(test, images=test.images[:1].expand(7, -1, -1, -1), labels=torch.arange(7) % 2)
-    networks, build = [], eval_archs.build_network
+    networks, build = [], candidate_training.build_network
     monkeypatch.setattr(eval_archs, "load_data", lambda *args: (training, held_out, test))
-    monkeypatch.setattr(eval_archs, "build_network", lambda *args: networks.append(build(*args)) or networks[-1])
+    monkeypatch.setattr(
+        candidate_training, "build_network", lambda *args: networks.append(build(*args)) or networks[-1]
+    )
     results = run_script(*flags)
     mean, std = (torch.tensor(values)[:, None, None] for values in (training.mean, training.std))
     assert len(networks) == len(results) == 2
@@ -154,7 +157,6 @@ def test_halving_goes_on_with_the_best_and_never_from_zero(halved, images, archs
 def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_path, monkeypatch):
     """Stopped before the first result and in each of three rounds, it finds what it finds without a stop."""
     _, expected = halved
-    train_candidate = eval_archs.train_candidate
     resumed = [*candidate_flags(images, tmp_path, archs), *HALVING]
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / ".half-0.pt.1.tmp").touch()  # as a kill leaves it
@@ -179,13 +181,13 @@ def test_halving_goes_on_after_a_stop_in_any_round(halved, images, archs, tmp_pa
 
 
 def test_seconds_are_those_of_all_rounds(monkeypatch):
-    monkeypatch.setattr(eval_archs, "train", lambda *args, checkpoints: {"loss": 2.0})
-    monkeypatch.setattr(eval_archs, "accuracy", lambda *args: 0.5)
+    monkeypatch.setattr(candidate_training, "train", lambda *args, checkpoints: {"loss": 2.0})
+    monkeypatch.setattr(candidate_training, "accuracy", lambda *args: 0.5)
     args = eval_archs.parse_args("--layers 1 --channels 4".split())
     first = {"epochs": 1, "held_out_accuracy": 0.4, "loss": 3.0, "seconds": 100.0}
     before = {"training": {"rounds": [first], "seconds": 100.0}}
     images, cpu = white_images(4), torch.device("cpu")
-    training = eval_archs.train_candidate(GENOTYPES[NAMES[0]], {}, images, images, args, cpu, before)["training"]
+    training = train_candidate(GENOTYPES[NAMES[0]], {}, images, images, args, cpu, before)["training"]
     last = {"epochs": 50, "held_out_accuracy": 0.5, "loss": 2.0, "seconds": training["seconds"]}
     assert training["rounds"] == [first, last] and 100 < training["seconds"] < 200
 
@@ -247,7 +249,7 @@ def test_a_candidate_that_diverges_is_ranked_last_and_does_not_end_the_selection
     capsys, images, archs, tmp_path, monkeypatch
 ):
     """Its weights turn NaN in its last step, which no mean loss shows."""
-    train, accuracies = eval_archs.train, iter([0.9, 0.2, 0.8, 0.1, 0.3])
+    train, accuracies = candidate_training.train, iter([0.9, 0.2, 0.8, 0.1, 0.3])
 
     def last_step_diverges(network, *args, **kwargs):
         values = train(network, *args, **kwargs)
@@ -255,8 +257,8 @@ def test_a_candidate_that_diverges_is_ranked_last_and_does_not_end_the_selection
             next(network.parameters()).data[0] = float("nan")
         return values
 
-    monkeypatch.setattr(eval_archs, "train", last_step_diverges)
-    monkeypatch.setattr(eval_archs, "accuracy", lambda *args: next(accuracies))
+    monkeypatch.setattr(candidate_training, "train", last_step_diverges)
+    monkeypatch.setattr(candidate_training, "accuracy", lambda *args: next(accuracies))
     flags = [*candidate_flags(images, tmp_path, archs), *"--num_archs 3 --halving --eta 2 --epochs 2".split()]
     results = run_script(*flags)
     assert list(results) == [NAMES[1], NAMES[2], NAMES[0]]  # 0.3 and 0.1 after two epochs, 0.9 after one

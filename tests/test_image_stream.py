@@ -15,8 +15,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from training import image_stream
+from training.color_jitter import BRIGHTNESS, CONTRAST, HUE, SATURATION, augment, color_jitter
 from training.image_decoding import decode_rgb, find_jpeg_decoder
-from training.image_stream import EvalStream, TrainStream, augment, color_jitter, open_images
+from training.image_stream import EvalStream, TrainStream, open_images
 from training.images import balanced_batch, normalize, split
 
 CPU = torch.device("cpu")
@@ -217,7 +218,7 @@ def test_jitter_equals_torchvisions_image_by_image():
 
 def test_jitter_draws_what_torchvisions_color_jitter_draws():
     """Amounts at both ends of the ranges."""
-    jitter = v2.ColorJitter(image_stream.BRIGHTNESS, image_stream.CONTRAST, image_stream.SATURATION, image_stream.HUE)
+    jitter = v2.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)
     ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     image = random_images(1).byte()
     for end in (0, 1):

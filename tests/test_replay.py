@@ -11,7 +11,7 @@ from test_cuda_graphs import needs_cuda, no_waiting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from build_nas_dataset import build_nas_dataset
+from build_nas_dataset import build_nas_dataset, supernet_training
 from build_nas_dataset.random_cells import random_pool
 from genotypes import NAG_SPACE, CellSpec, Genotype
 from models.fast.replay import parameters_to_clip, record_parts
@@ -95,12 +95,12 @@ class SupernetRun:
         self.pool = random_pool(24, seed=5)
         set_seed(0)
         self.supernet = Supernet(layers=1, channels=8).to(device, memory_format=torch.channels_last)
-        self.optimizer = build_nas_dataset.make_optimizer(self.supernet, self.args)
+        self.optimizer = supernet_training.make_optimizer(self.supernet, self.args)
         if cuda_graphs:
             record_parts(self.supernet)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        return build_nas_dataset.train_epoch(
+        return supernet_training.train_epoch(
             self.supernet, self.optimizer, self.images, self.pool, self.args, epoch, self.device
         )
 

@@ -21,10 +21,11 @@ from small_training import as_by_torchrun
 import generate_archs
 from benchmarks import sampling_seeds
 from build_nas_dataset import build_nas_dataset
-from build_nas_dataset.build_nas_dataset import settle_training_amp
+from build_nas_dataset.flags import settle_training_amp
 from build_nas_dataset.objectives import Objective
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records, write_records
+from build_nas_dataset.supernet_training import train_epoch
 from generation.metrics import evaluate_cells
 from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
@@ -279,8 +280,9 @@ def test_a_supernet_of_smaller_cells_ranks_what_is_small_enough(robust, odd, ima
 
 def test_lines_are_printed_at_once_into_files_too():
     script = """if True:
-        import argparse, sys, utils
-        utils.prepare(argparse.Namespace(device="cpu", output_dir=None, tf32=False, seed=0))
+        import argparse, sys
+        from plumbing.start import prepare
+        prepare(argparse.Namespace(device="cpu", output_dir=None, tf32=False, seed=0))
         print(sys.stdout.line_buffering)"""
     assert start("-c", script).strip() == "True"
 
@@ -376,8 +378,6 @@ def test_a_supernet_that_diverges_says_so_and_scores_nothing(images, tmp_path):
 
 
 def test_a_supernet_whose_weights_turn_nan_in_the_last_step_keeps_its_checkpoint(images, tmp_path, monkeypatch):
-    train_epoch = build_nas_dataset.train_epoch
-
     def last_step_diverges(supernet, optimizer, images, pool, args, epoch, *rest):
         if epoch == 1:
             next(supernet.parameters()).data[0] = float("nan")

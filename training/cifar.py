@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from models.network import CifarConfig, CifarNetwork
+from plumbing.files import atomic_file
+from plumbing.flags import UNREAD, number
 from training import distributed, steps
 from training.checkpoints import Checkpoints
 from training.flags import (
@@ -39,7 +41,7 @@ from training.own_images import (
     take_unsettled,
 )
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, atomic_file, autocast, cosine, derive_seed, number, set_seed, user_input, writes
+from utils import autocast, cosine, derive_seed, set_seed, user_input, writes
 
 MOST_WRONG = 24  # images that are kept in predictions.npz
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient

@@ -268,6 +268,13 @@ def cutout(images: torch.Tensor, generator: torch.Generator, size: int = 16) -> 
     return images * ~hole  # masked_fill would lose channels_last
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device without waiting for it."""
+    if device.type != "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def normalize(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
     """uint8 images (B, 3, S, S) as floats (pixel / 255 - mean) / std, in channels_last layout."""
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from models.network import Network
+from plumbing.console import progress_bar
+from plumbing.files import atomic_file
 from training.image_decoding import (
     channels_first,
     decode_image,
@@ -31,7 +33,7 @@ from training.image_decoding import (
 from training.image_files import EXTENSIONS, MAX_THREADS, is_image
 from training.images import normalize
 from training.steps import vote
-from utils import atomic_file, autocast, fail, progress_bar, user_input, writes
+from utils import autocast, fail, user_input, writes
 
 TOP = 5  # classes that are told of an image, most probable first
 CHUNK_PIXELS = 2**25  # of the images that are decoded at a time

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.network import CifarConfig
-from utils import from_json, whole_lines
+from plumbing.files import from_json, whole_lines
 
 LARGEST_FILE = 2**30  # bytes of a JSON file that is read
 

@@ -1,0 +1,1 @@
+"""What is below all scripts: flags, run folders, checkpoint files, signals, progress. Knows nothing of cells."""
