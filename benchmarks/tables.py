@@ -146,29 +146,6 @@ def supernet_labels(over_seeds: dict, others: dict) -> Rows:
     return [head, *rows, *rest]
 
 
-# What the flags of the ablation leave out or add.
-PARTS = {
-    "": "as it is",
-    "--policy_gradient_weight 0": "likelihood alone (`{}`)",
-    "--pool_size 0": "likelihood of the NAS dataset's own cells (`{}`)",
-    "--adversarial_weight 1": "with the discriminator (`{}`)",
-}
-
-
-def ablation(data: dict) -> Rows:
-    """Table of the ablation: a row for each training, by the flags that it was given beside the schedule."""
-    names = ["uniqueness", "params controllability", "accuracy controllability", "all controllability"]
-    rows = [["", "uniqueness", "#params class", "accuracy class, by the predictor", "both"]]
-    rows[0].append("distance: vertices, ops, density")
-    for run in data["runs"]:
-        flags = run["training"].partition("--warmup_epochs 8")[2].replace("--device cpu", "").strip()
-        found = run["over sampling seeds"]["generated cells"]
-        distance = shown([found[f"distance {name}"]["mean"] for name in ("vertices", "ops", "density")])
-        title = PARTS.get(flags, "`{}`").format(flags)
-        rows.append([title, *(shown(found[name]) for name in names), distance])
-    return rows
-
-
 def nasbench201(data: dict) -> Rows:
     """Table of generators for NAS-Bench-201: asked against obtained by the truth, and random cells beside them."""
     head = ["", "K", "n", "true class is the class asked for", "validity", "uniqueness", "novelty", "reached"]
@@ -216,7 +193,6 @@ TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
     "controllability": Table(("sampling_seeds.json", "training_seeds.json"), controllability),
     "supernet_labels": Table(("supernet_seeds.json", "supernet_labels.json"), supernet_labels),
-    "ablation": Table(("ablation.json",), ablation),
     "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
     "search_nasbench201": Table(("search_nasbench201.json",), searches),
     "search_nasbench101": Table(("search_nasbench101.json",), searches),
@@ -237,6 +213,7 @@ COMMANDS = {
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",
     "sampling_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/sampling_seeds.json",
+    "supernet_seeds.json": "python -m benchmarks.sampling_seeds RUN --out docs/results/supernet_seeds.json",
 }
 
 

@@ -189,6 +189,17 @@ def test_gathered_evaluations_are_what_the_runs_hold(tmp_path):
     assert rows == expected
 
 
+def test_a_command_in_a_result_file_names_no_folder_of_the_machine():
+    command = (
+        "python generate_archs.py --checkpoint /a/run --data=/b --cache_dir /c --seed 1 --output_dir=/d --evaluate"
+    )
+    assert sampling_seeds.anywhere(command) == (
+        "python generate_archs.py --checkpoint RUN --data DIR --seed 1 --evaluate"
+    )
+    kept = "python generate_archs.py --checkpoint data/generator.pt --supernet data/supernet.pt"
+    assert sampling_seeds.anywhere(kept) == kept
+
+
 def test_runs_of_different_commits_are_not_gathered(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
