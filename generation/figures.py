@@ -280,6 +280,33 @@ def heat_map(counts: np.ndarray, xlabel: str, ylabel: str, names: Sequence[str] 
 
 
 @styled
+def heat_maps(panels: dict[str, np.ndarray], xlabel: str, ylabel: str, names: Sequence[str]) -> Figure:
+    """Several tables of counts (C, C) beside each other, for a wide page: colour and number are the share of a row.
+
+    panels: title -> counts. names: of the classes.
+    """
+    figure = Figure(figsize=(2.55 * len(panels), 2.75), layout="constrained")
+    for axes, (title, counts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        shares = np.asarray(counts) / np.maximum(np.sum(counts, 1, keepdims=True), 1)
+        axes.pcolormesh(shares, cmap="cividis_r", vmin=0, vmax=1, edgecolors="white", linewidth=2)
+        for row, column in np.ndindex(*shares.shape):
+            color = "white" if shares[row, column] > 0.55 else "black"
+            place = {"ha": "center", "va": "center", "color": color, "fontsize": 12}
+            axes.text(column + 0.5, row + 0.5, f"{shares[row, column]:.2f}", **place)
+        ticks = np.arange(len(names)) + 0.5
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names, rotation=90, va="center")
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, aspect="equal")
+        axes.title.set_fontsize(10.5)
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.invert_yaxis()
+        axes.grid(False)
+    return figure
+
+
+@styled
 def grouped_bars(groups: dict[str, np.ndarray], labels: Sequence[str], xlabel: str) -> Figure:
     """Shares side by side. groups: name of a set of cells -> its shares, one for each label."""
     figure, axes = new_axes(xlabel, "share")
