@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 SIZE = (4.7, 3.4)  # inches of 72 units each
 INK, GRID, QUIET = "#20262d", "#d5dae0", "#66707b"
@@ -152,19 +153,30 @@ def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     return order[better]
 
 
-def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float) -> None:
-    """The real cells as small points, and a larger one for the legend."""
-    axes.scatter(x, y, s=5, color=QUIET, alpha=alpha, linewidths=0, rasterized=len(x) > 300)
-    axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label="NAS dataset")
+def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float, label: str = "NAS dataset") -> None:
+    """The real cells as points, small ones where there are many, and one for the legend."""
+    many = len(x) > 300
+    look = {"s": 5, "alpha": alpha} if many else {"s": 16, "alpha": 0.7}
+    axes.scatter(x, y, color=QUIET, linewidths=0, rasterized=many, **look)
+    axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label=label)
 
 
 @styled
 def cloud(
-    x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, cuts: Sequence[float] = (), front: bool = True
+    x: Sequence[float],
+    y: Sequence[float],
+    xlabel: str,
+    ylabel: str,
+    cuts: Sequence[float] = (),
+    front: bool = True,
+    label: str = "NAS dataset",
 ) -> Figure:
-    """All cells as points, with the Pareto front (little x, much y). cuts: class boundaries of y."""
+    """All cells as points, with the Pareto front (little x, much y).
+
+    cuts: class boundaries of y. label: what the points are.
+    """
     figure, axes = new_axes(xlabel, ylabel)
-    _draw_real(axes, x, y, 0.4)
+    _draw_real(axes, x, y, 0.4, label)
     for i, cut in enumerate(cuts):
         axes.axhline(cut, color=COLORS[1], linestyle="--", linewidth=1, label="" if i else "class boundary")
     if front:
@@ -245,8 +257,8 @@ def curves(
         axes.plot(steps, values, label=name, **look)
     for name, step in (marks or {}).items():
         axes.axvline(step, color=QUIET, linestyle=":", linewidth=1.2, label=name)
-    for name, level in (levels or {}).items():
-        axes.axhline(level, color=QUIET, linestyle="--", linewidth=1.2, label=name)
+    for i, (name, level) in enumerate((levels or {}).items()):
+        axes.axhline(level, color=QUIET, linestyle=DASHES[1 + i % 4], linewidth=1.2, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(axes)
     return figure
@@ -362,7 +374,10 @@ def regret(methods: dict[str, np.ndarray], ylabel: str = "regret") -> Figure:
         axes.plot(queries, np.maximum(mean, lowest / 2), linestyle=DASHES[i % len(DASHES)], label=name, **look)
         band = (np.maximum(mean - spread, lowest / 2), np.maximum(mean + spread, lowest / 2))
         axes.fill_between(queries, *band, alpha=0.15, linewidth=0, **look)
-    axes.set_yscale("log")
-    axes.set_xscale("log")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers: powers would need mathematical text
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     legend(axes)
     return figure

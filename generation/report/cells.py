@@ -19,6 +19,7 @@ from models.cost import network_cost
 from models.network import CifarConfig, ImageNetConfig
 from utils import load_checkpoint, shown
 
+BY = {"exact count": "exact count", "supernet": "the supernet"}  # what told the class that was obtained
 BEST = 12  # cells of each class on the contact sheet
 
 
@@ -122,9 +123,10 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
             section.number(f"{title}: controllability of {objective}, low end of the interval", low)
             section.number(f"{title}: controllability of {objective}, high end of the interval", high)
             counts = np.array(own["asked_by_obtained"])
+            by = BY.get(own.get("by"), "the predictor")
             caption = (
                 f"{own['controllability']:.3f} ({low:.3f} to {high:.3f}) of {entry['drawn']} are of the class asked "
-                f"for; chance is {1 / len(counts):.3f}. The class obtained is by {own.get('by', 'predictor')}."
+                f"for; chance is {1 / len(counts):.3f}. The class obtained is by {by}."
             )
             figure = figures.heat_map(counts, f"{objective} class obtained", f"{objective} class asked for")
             section.figures.append(page.figure(figure, f"Asked against obtained: {title}", caption))

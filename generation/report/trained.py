@@ -94,7 +94,8 @@ def say_of_training(section: Section, run: Run, result: dict, accuracy: float | 
         section.verdict += f", with {result['params'] / 1e6:.3f} M parameters"
     of_paper = f"; published are {published:.2%} after {PUBLISHED_EPOCHS[run.kind]} epochs." if published else "."
     section.verdict += of_paper
-    section.next = f"python {script} --evaluate {shown(run.folder / 'checkpoint.pt')}"
+    kept = "best.pt" if (run.folder / "best.pt").exists() else "checkpoint.pt"  # of train_imagenet.py
+    section.next = f"python {script} --evaluate {shown(run.folder / kept)}"
 
 
 # --------------------------------------------------------------------------------------------------- predictions
@@ -200,7 +201,7 @@ def add_correlations(page: Page, section: Section, longest: list[dict]) -> str:
         texts = [f"held-out accuracy {a:.4f}, {name} {b:.4f}" for a, b in zip(y, x, strict=True)]
         numbers = [page.cell(text, genotype) for text, genotype in zip(texts, genotypes, strict=True)]
         label = "parameters (M)" if name == "#params" else name
-        figure = figures.cloud(x, y, label, "held-out accuracy", front=False)
+        figure = figures.cloud(x, y, label, "held-out accuracy", front=False, label="candidates")
         caption = f"Kendall's tau {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})."
         section.figures.append(page.figure(figure, f"Brief training against {name}", caption, (x, y, numbers)))
         sentences.append(f"Kendall's tau with {name} is {value['tau']:.2f} ({low:.2f} to {high:.2f}).")
