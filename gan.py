@@ -32,34 +32,22 @@ from genotypes import NAG_SPACE, SPACES, SearchSpace, find_space
 from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
 from models.predictor import Predictor, train_predictor
-from utils import (
-    LARGEST,
-    MOST_LAYERS,
+from plumbing.checkpoint_files import LARGEST, MOST_LAYERS, load_checkpoint, of_this_version, save_checkpoint
+from plumbing.console import pace
+from plumbing.files import write_json
+from plumbing.flags import (
     UNREAD,
     ArgumentParser,
-    RunLog,
     add_common_flags,
     add_cuda_graphs_flag,
-    all_finite,
-    code_version,
     explicit_flags,
-    fail,
-    load_checkpoint,
-    load_optimizer,
     number,
-    of_this_version,
-    on_device,
-    output_folder,
-    pace,
     parse_resumable,
-    prepare,
-    save_checkpoint,
-    shipped,
-    shown,
-    signals,
-    user_input,
-    write_json,
 )
+from plumbing.run_folder import RunLog, code_version, output_folder
+from plumbing.signals import signals
+from plumbing.start import prepare
+from utils import all_finite, fail, load_optimizer, on_device, shipped, shown, user_input
 
 # Objective -> the flags for its number of classes and the width of its label embedding.
 OBJECTIVES = {

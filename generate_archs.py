@@ -50,27 +50,14 @@ from genotypes import Genotype, SearchSpace
 from models.generator import Generator
 from models.network import CifarConfig, ImageNetConfig
 from models.predictor import Predictor
-from utils import (
-    UNREAD,
-    ArgumentParser,
-    Refused,
-    add_common_flags,
-    clear_temporary,
-    derive_seed,
-    fail,
-    hold_folder,
-    load_checkpoint,
-    number,
-    output_folder,
-    prepare,
-    progress_bar,
-    refuse_used,
-    release_folder,
-    shipped,
-    user_input,
-    write_config,
-    write_json,
-)
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.console import progress_bar
+from plumbing.files import write_json
+from plumbing.flags import UNREAD, ArgumentParser, Refused, add_common_flags, number
+from plumbing.locks import hold_folder, release_folder
+from plumbing.run_folder import clear_temporary, output_folder, refuse_used, write_config
+from plumbing.start import prepare
+from utils import derive_seed, fail, shipped, user_input
 
 # ------------------------------------------------------------------------------------------------------- drawing
 

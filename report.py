@@ -16,12 +16,15 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-import utils
 from generation.report.cells import add_samples, generate_sections
 from generation.report.nas_dataset import build_section, gan_sections
 from generation.report.parts import Page, Section
 from generation.report.runs import KINDS, Run, name_apart, read_run
 from generation.report.trained import eval_sections, search_sections, train_sections
+from plumbing.files import atomic_file
+from plumbing.flags import ArgumentParser
+from plumbing.run_folder import check_writable
+from utils import user_input, writes
 
 TEMPLATE = Path(__file__).resolve().parent / "generation" / "report" / "page.html.j2"
 LARGEST_PAGE = 5 * 10**6  # bytes; a larger page is written, too, but said to be
@@ -99,7 +102,7 @@ def render(runs: list[Run]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = utils.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a NAS dataset FILE.jsonl")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page; one that is there is replaced")
     return parser.parse_args(argv)
@@ -107,15 +110,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    with utils.user_input("--out"):
+    with user_input("--out"):
         if out.is_dir():
             raise ValueError(f"expected a file, got the folder {out}")
-        utils.check_writable(out.absolute().parent)
-    with utils.user_input("RUN"):
+        check_writable(out.absolute().parent)
+    with user_input("RUN"):
         runs = [read_run(path) for path in args.runs]
         name_apart(runs)
     text = render(runs)
-    with utils.writes(out), utils.atomic_file(out) as file:
+    with writes(out), atomic_file(out) as file:
         file.write(text)
     size = len(text.encode())
     print(f"wrote {out} ({size / 1e6:.1f} MB): open it in a browser")

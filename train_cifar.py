@@ -34,6 +34,20 @@ from generation.pictures import show_confusions
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import pace, progress_bar
+from plumbing.files import write_json
+from plumbing.flags import (
+    ArgumentParser,
+    add_checkpoint_minutes_flag,
+    add_common_flags,
+    explicit_flags,
+    number,
+    parse_resumable,
+)
+from plumbing.run_folder import RunLog, device_name, output_folder, refuse_used, versions
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.cifar import (
@@ -64,32 +78,7 @@ from training.steps import (
     own_part,
     vote,
 )
-from utils import (
-    ArgumentParser,
-    RunLog,
-    add_checkpoint_minutes_flag,
-    add_common_flags,
-    autocast,
-    device_name,
-    explicit_flags,
-    fail,
-    load_checkpoint,
-    number,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    progress_bar,
-    refuse_used,
-    save_checkpoint,
-    shipped,
-    shown,
-    signals,
-    stop_if_diverged,
-    user_input,
-    versions,
-    write_json,
-)
+from utils import autocast, fail, shipped, shown, stop_if_diverged, user_input
 
 MAY_CHANGE = """
     data cache_dir epochs eval_every save_every eval_batch_size compile cuda_graphs accumulate

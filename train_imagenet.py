@@ -27,6 +27,19 @@ import torch
 from generation.pictures import show_confusions
 from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import pace
+from plumbing.files import write_json
+from plumbing.flags import (
+    ArgumentParser,
+    add_checkpoint_minutes_flag,
+    add_common_flags,
+    explicit_flags,
+    parse_resumable,
+)
+from plumbing.run_folder import RunLog, device_name, output_folder, refuse_used, versions
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.flags import add_arch_flag, add_predict_flag, check_sync_bn, evaluation_args
@@ -57,29 +70,7 @@ from training.steps import (
     network_state,
     open_log,
 )
-from utils import (
-    ArgumentParser,
-    RunLog,
-    add_checkpoint_minutes_flag,
-    add_common_flags,
-    device_name,
-    explicit_flags,
-    fail,
-    load_checkpoint,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    refuse_used,
-    save_checkpoint,
-    shipped,
-    shown,
-    signals,
-    stop_if_diverged,
-    user_input,
-    versions,
-    write_json,
-)
+from utils import fail, shipped, shown, stop_if_diverged, user_input
 
 MAY_CHANGE = """
     data workers decoder epochs eval_batch_size compile cuda_graphs accumulate

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import graphviz
 
-import utils
 from generation.strips import (
     INPUT_COLOR,
     OUTPUT_COLOR,
@@ -43,6 +42,12 @@ from generation.strips import (
     strip_svg,
 )
 from genotypes import CellSpec, Genotype, find_genotype, read_genotypes
+from plumbing.console import keep_printing
+from plumbing.files import atomic_file
+from plumbing.flags import ArgumentParser
+from plumbing.run_folder import output_folder
+from plumbing.signals import signals
+from utils import fail, user_input
 
 PICTURES = ("svg", "png", "pdf")
 PNG_DPI = 192
@@ -108,7 +113,7 @@ def write_source(cell: CellSpec, path: str | Path, title: str = "") -> Path:
 def _write_graph(graph: graphviz.Digraph, path: str | Path) -> Path:
     path = Path(path)
     source = path.with_name(path.name + ".gv")
-    with utils.atomic_file(source) as file:
+    with atomic_file(source) as file:
         file.write(graph.source)
     return source
 
@@ -120,7 +125,7 @@ def render(source: Path, format: str) -> Path:
     """
     picture = _svg_to_pdf(_run_dot(source, "svg")) if format == "pdf" else _run_dot(source, format)
     target = source.with_suffix(f".{format}")
-    with utils.atomic_file(target, "wb") as file:
+    with atomic_file(target, "wb") as file:
         file.write(picture)
     return target
 
@@ -193,7 +198,7 @@ def sheet(path: str | Path, target: Path, format: str, most: int = 12) -> Path:
         raise ValueError(f"{path} holds no genotypes")
     target = target.with_name(f"{target.name}.{format}")
     figure = sheet_figure(best_of_each_class(entries, most))
-    with utils.atomic_file(target, "wb") as file:
+    with atomic_file(target, "wb") as file:
         undated = {"Date": None} if format == "svg" else {"CreationDate": None} if format == "pdf" else {}
         figure.savefig(file, format=format, metadata=undated, dpi=PNG_DPI)
     return target
@@ -226,7 +231,7 @@ def show(genotype: Genotype) -> Picture:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = utils.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     of_one = "a published genotype's name, FILE.json, FILE.json:INDEX, FILE.jsonl:INDEX, or a run folder (its best)"
     parser.add_argument("--arch", required=True, help=of_one)
     either = parser.add_mutually_exclusive_group()
@@ -269,27 +274,27 @@ def sources_of(found: list[tuple[str, Genotype, dict]], folder: Path) -> list[Pa
 
 
 def main(args: argparse.Namespace) -> None:
-    utils.signals.listen()
-    utils.keep_printing()
-    folder = utils.output_folder(args)
+    signals.listen()
+    keep_printing()
+    folder = output_folder(args)
     if args.sheet:
-        with utils.user_input("--arch"):
+        with user_input("--arch"):
             print(sheet(args.arch, folder / "sheet", args.format))
         return
     found = []
     for flag, name in (("--arch", args.arch), ("--compare", args.compare)):
         if name:
-            with utils.user_input(flag):
+            with user_input(flag):
                 genotype, known = find_genotype(name)
                 found.append((name, genotype, cost_of(genotype, known) | known))
     if args.compare and found[0][1].space != found[1][1].space:
-        utils.fail(f"--compare: expected a genotype of the space {found[0][1].space.name}")
+        fail(f"--compare: expected a genotype of the space {found[0][1].space.name}")
     if args.format == "ascii":
         print_ascii(found)
         return
-    with utils.user_input("--output_dir"):
+    with user_input("--output_dir"):
         sources = sources_of(found, folder)
-    with utils.user_input("--format"):
+    with user_input("--format"):
         for source in sources:
             print(render(source, args.format))
 

@@ -23,17 +23,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.fast.cuda_graphs import WARM_UP
-from utils import (
-    ArgumentParser,
-    code_version,
-    device_name,
-    keep_freed_memory,
-    number,
-    select_device,
-    settle_amp,
-    user_input,
-    write_json,
-)
+from plumbing.files import write_json
+from plumbing.flags import ArgumentParser, number
+from plumbing.run_folder import code_version, device_name
+from utils import keep_freed_memory, select_device, settle_amp, user_input
 
 Run = Callable[[], object]
 Build = Callable[[], Run]  # makes networks and data, and returns what is to be timed

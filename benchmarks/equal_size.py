@@ -30,7 +30,7 @@ from genotypes import Genotype
 from models.cost import genotype_cost
 from models.generator import Generator
 from models.predictor import Predictor
-from utils import atomic_file, to_json, write_json
+from plumbing.files import atomic_file, to_json, write_json
 
 CANDIDATES, GROUP = 500, 48
 HIGHEST = (2,)  # the class asked for, of three

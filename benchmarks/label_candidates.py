@@ -42,9 +42,11 @@ from genotypes import Genotype, read_genotypes
 from models.cost import genotype_cost
 from models.network import CifarNetwork
 from models.predictor import Predictor
+from plumbing.files import write_json
+from plumbing.run_folder import device_name, versions
+from plumbing.start import prepare
 from training.cifar import load_data
 from training.images import balanced_batch, normalize
-from utils import device_name, prepare, versions, write_json
 
 INITIALISATIONS = 3
 BATCH = 128  # images of a score without training

@@ -27,7 +27,10 @@ from build_nas_dataset.records import Record, read_records
 from generation.metrics import confusion, generation_metrics, share_with_interval
 from genotypes import Genotype
 from models.generator import Generator
-from utils import atomic_file, derive_seed, load_checkpoint, user_input, versions
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.files import atomic_file
+from plumbing.run_folder import versions
+from utils import derive_seed, user_input
 
 
 class Truth:

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from generation import figures
 from genotypes import GENOTYPES
-from utils import from_json, user_input, write_json
+from plumbing.files import from_json, write_json
+from utils import user_input
 from visualize import render, write_source
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 from benchmarks.all import cpu_name
-from utils import from_json, load_checkpoint, user_input, write_json
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.files import from_json, write_json
+from utils import user_input
 
 DIGITS = 5  # of a share or distance
 WHAT = "Controllability of generators by the predictor and by exact counts, over sampling seeds: docs/results.md"

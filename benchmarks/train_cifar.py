@@ -26,10 +26,10 @@ from benchmarks.common import Comparison, Report, Run, begin, interleave, parse_
 from benchmarks.supernet import random_images
 from genotypes import GENOTYPES
 from models.network import CifarNetwork
+from plumbing.checkpoint_files import save_checkpoint
 from training.checkpoints import Checkpoints
 from training.images import ImageSet, train_batches
 from training.steps import Step, build_network, network_state
-from utils import save_checkpoint
 
 
 def flags_of(args: argparse.Namespace, amp: str = "off") -> argparse.Namespace:

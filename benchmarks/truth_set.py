@@ -25,9 +25,12 @@ from build_nas_dataset.records import read_records
 from genotypes import Genotype, read_genotypes
 from models.cost import genotype_cost
 from models.network import CifarNetwork
+from plumbing.files import atomic_file, to_json
+from plumbing.run_folder import code_version, device_name, versions
+from plumbing.start import prepare
 from training.cifar import accuracy, build_optimizer, load_data, train
 from training.steps import build_network
-from utils import atomic_file, code_version, device_name, prepare, shipped, to_json, versions
+from utils import shipped
 
 EQUAL_SIZE = 2_500_000, 2_750_000  # #params of the full network
 SMALL_NETWORK = """

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from build_nas_dataset.candidates import key_of
 from genotypes import Genotype, read_genotypes
-from utils import fail, from_json, user_input, write_json
+from plumbing.files import from_json, write_json
+from utils import fail, user_input
 
 
 def train_briefly(flags: list[str], archs: Path, folder: Path) -> dict[str, float]:

@@ -61,6 +61,13 @@ from build_nas_dataset.statistics import tau
 from genotypes import Genotype
 from models.network import CifarNetwork
 from models.supernet import Supernet, SupernetConfig
+from plumbing.checkpoint_files import load_checkpoint, of_this_version, save_checkpoint
+from plumbing.console import pace
+from plumbing.flags import ArgumentParser, add_common_flags, explicit_flags, parse_resumable
+from plumbing.locks import release_folder
+from plumbing.run_folder import RunLog, output_folder
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.flags import check_image_size
@@ -68,30 +75,17 @@ from training.images import ImageSet, train_batches
 from training.own_images import check_data_flags
 from training.steps import build_optimizer
 from utils import (
-    ArgumentParser,
-    RunLog,
-    add_common_flags,
     autocast,
     cosine,
     derive_seed,
     enough_memory,
-    explicit_flags,
     fail,
-    load_checkpoint,
     load_optimizer,
-    of_this_version,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    release_folder,
-    save_checkpoint,
     set_lr,
     set_seed,
     settle_amp,
     shipped,
     shown,
-    signals,
     stop_if_diverged,
     user_input,
 )

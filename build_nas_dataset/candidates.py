@@ -23,9 +23,10 @@ from build_nas_dataset.records import read_records
 from build_nas_dataset.statistics import bootstrap_interval, tau
 from genotypes import Genotype, read_genotypes
 from models.ops import check_has_network
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.flags import ArgumentParser, add_common_flags
 from training.cifar import OPTIMIZERS, add_training_flags, check_training_flags
 from training.own_images import fit_batch
-from utils import ArgumentParser, add_common_flags, load_checkpoint
 
 
 def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:

@@ -49,6 +49,20 @@ from build_nas_dataset.scoring import check_split, split_of
 from genotypes import Genotype
 from models.cost import genotype_cost
 from models.network import CifarNetwork
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import pace
+from plumbing.files import write_json
+from plumbing.flags import (
+    ArgumentParser,
+    add_checkpoint_minutes_flag,
+    add_common_flags,
+    explicit_flags,
+    number,
+    parse_resumable,
+)
+from plumbing.run_folder import RunLog, output_folder
+from plumbing.signals import signals
+from plumbing.start import prepare
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.cifar import (
@@ -62,27 +76,7 @@ from training.cifar import (
 )
 from training.images import ImageSet
 from training.steps import build_network, go_on_from, open_log
-from utils import (
-    ArgumentParser,
-    RunLog,
-    add_checkpoint_minutes_flag,
-    add_common_flags,
-    all_finite,
-    explicit_flags,
-    fail,
-    load_checkpoint,
-    number,
-    output_folder,
-    pace,
-    parse_resumable,
-    prepare,
-    save_checkpoint,
-    shipped,
-    shown,
-    signals,
-    user_input,
-    write_json,
-)
+from utils import all_finite, fail, shipped, shown, user_input
 
 MAY_CHANGE = "data cache_dir num_archs archs cuda_graphs".split()  # the flags that a resumed run need not keep
 

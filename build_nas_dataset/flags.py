@@ -7,17 +7,10 @@ import torch
 from build_nas_dataset.shards import shard
 from genotypes import NAG_SPACE
 from models.supernet import SupernetConfig
+from plumbing.checkpoint_files import LARGEST, MOST_LAYERS
+from plumbing.flags import UNREAD, Refused, add_checkpoint_minutes_flag, add_cuda_graphs_flag, number
 from training.own_images import add_split_flags
-from utils import (
-    LARGEST,
-    MOST_LAYERS,
-    UNREAD,
-    Refused,
-    add_checkpoint_minutes_flag,
-    add_cuda_graphs_flag,
-    number,
-    settle_amp,
-)
+from utils import settle_amp
 
 FITTED = "(default: {}, or what fits a small set)"
 MAX_SCORINGS = 10  # by default, as published

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genotypes import Genotype
-from utils import from_json, write_json
+from plumbing.files import from_json, write_json
 
 MOST_BYTES = 2**26  # of a file of scores
 

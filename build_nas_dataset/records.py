@@ -18,7 +18,9 @@ import torch
 
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace, find_space
 from models.cost import genotype_cost
-from utils import atomic_file, check_tensors, from_json, one_line, to_json, writes
+from plumbing.checkpoint_files import check_tensors
+from plumbing.files import atomic_file, from_json, to_json
+from utils import one_line, writes
 
 FORMAT, VERSION = "nas-dataset", 1
 COLUMNS = ("id", "space", "accuracy", "params", "macs")  # those that a Record has a place for, besides the cells

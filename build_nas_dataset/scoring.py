@@ -25,6 +25,10 @@ from models.cost import genotype_cost
 from models.fast.cuda_graphs import can_record
 from models.fast.replay import parameters_to_clip, record_parts
 from models.supernet import Supernet, SupernetConfig
+from plumbing.checkpoint_files import load_checkpoint, of_this_version
+from plumbing.console import progress_bar
+from plumbing.run_folder import versions
+from plumbing.signals import signals
 from training.cifar import load_parts
 from training.image_parts import TEST_SEED
 from training.images import (
@@ -44,7 +48,7 @@ from training.own_images import (
     settle_split,
     take_unsettled,
 )
-from utils import autocast, load_checkpoint, of_this_version, progress_bar, signals, user_input, versions
+from utils import autocast, user_input
 
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 

@@ -23,20 +23,13 @@ from torch import Tensor
 from build_nas_dataset.scoring import score_pool, scoring_batches, settings_of
 from genotypes import Genotype
 from models.supernet import Supernet
+from plumbing.checkpoint_files import load_checkpoint, of_this_version, save_checkpoint
+from plumbing.locks import hold_folder, try_to_hold_folder
+from plumbing.run_folder import clear_temporary, device_name
+from plumbing.signals import signals
 from training import distributed
 from training.images import ImageSet
-from utils import (
-    clear_temporary,
-    device_name,
-    hold_folder,
-    load_checkpoint,
-    of_this_version,
-    save_checkpoint,
-    shown,
-    signals,
-    try_to_hold_folder,
-    user_input,
-)
+from utils import shown, user_input
 
 MOST_SHARDS = 100_000
 PART_KEYS = ("shard", "of", "supernets", "items", "scores", "seconds", "device")

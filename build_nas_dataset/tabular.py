@@ -30,7 +30,8 @@ import numpy as np
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.tfrecord import EPOCHS, Measurement, read_measurements
 from genotypes import NASBENCH101, NASBENCH201, CellSpec, Genotype, SearchSpace, from_nasbench201
-from utils import ArgumentParser, add_common_flags, fail, number, shown, user_input, writes
+from plumbing.flags import ArgumentParser, add_common_flags, number
+from utils import fail, shown, user_input, writes
 
 MOST_CSV_BYTES = 2**28  # unpacked, so that a small .gz cannot fill the memory
 PER_CELL = 4 * len(EPOCHS)  # numbers that are kept of a cell

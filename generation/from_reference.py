@@ -26,23 +26,11 @@ from generation.training import TrainingData
 from genotypes import NAG_SPACE
 from models.generator import Generator, GeneratorConfig
 from models.predictor import train_predictor
-from utils import (
-    ArgumentParser,
-    add_common_flags,
-    all_finite,
-    check_tensors,
-    code_version,
-    number,
-    one_line,
-    output_folder,
-    prepare,
-    refuse_used,
-    save_checkpoint,
-    shipped,
-    shown,
-    user_input,
-    write_config,
-)
+from plumbing.checkpoint_files import check_tensors, save_checkpoint
+from plumbing.flags import ArgumentParser, add_common_flags, number
+from plumbing.run_folder import code_version, output_folder, refuse_used, write_config
+from plumbing.start import prepare
+from utils import all_finite, one_line, shipped, shown, user_input
 
 # Parts of parameter names: ours -> the reference's.
 NAMES = {

@@ -18,8 +18,9 @@ from generation.targets import COUNTED_NETWORKS, Limits, describe
 from genotypes import Genotype
 from models.network import ImageNetConfig
 from models.predictor import Predictor
+from plumbing.files import atomic_file, to_json, write_json
 from training.image_parts import TEST_SEED
-from utils import atomic_file, shipped, shown, to_json, write_json, writes
+from utils import shipped, shown, writes
 
 SHOWN = 10  # cells of a class in the table
 

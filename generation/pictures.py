@@ -12,7 +12,7 @@ from build_nas_dataset.objectives import Objective
 from build_nas_dataset.records import Record
 from generation.metrics import confusion
 from genotypes import Genotype
-from utils import RunLog
+from plumbing.run_folder import RunLog
 
 CELLS = 4  # of each class on a contact sheet
 

@@ -41,25 +41,14 @@ from generation.search_report import BUDGETS, draw_regret, print_tables, summary
 from generation.search_rivals import evolution, local_search, random_search
 from generation.search_table import SearchTable
 from genotypes import SPACES
-from utils import (
-    ArgumentParser,
-    add_common_flags,
-    fail,
-    hold_folder,
-    load_checkpoint,
-    number,
-    output_folder,
-    progress_bar,
-    save_checkpoint,
-    shown,
-    signals,
-    to_json,
-    user_input,
-    whole_lines,
-    write_config,
-    write_json,
-    writes,
-)
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import progress_bar
+from plumbing.files import to_json, whole_lines, write_json
+from plumbing.flags import ArgumentParser, add_common_flags, number
+from plumbing.locks import hold_folder
+from plumbing.run_folder import output_folder, write_config
+from plumbing.signals import signals
+from utils import fail, shown, user_input, writes
 
 # What --methods names -> the searches that are run for it.
 METHODS = {

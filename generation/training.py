@@ -21,7 +21,8 @@ from models.fast.cuda_graphs import Recorded, can_record, side_by_side
 from models.generator import Generator, Request
 from models.graph import CellBatch, LabelledCells, MessagePassing
 from models.predictor import Predictor
-from utils import cosine, derive_seed, pace, set_lr, set_seed
+from plumbing.console import pace
+from utils import cosine, derive_seed, set_lr, set_seed
 
 
 class TrainingData:

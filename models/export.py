@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from genotypes import Genotype
 from models.network import CifarNetwork, ImageNetNetwork, Network
-from utils import atomic_file, check_declared, check_writable, from_json, one_line, write_json
+from plumbing.checkpoint_files import check_declared
+from plumbing.files import atomic_file, from_json, write_json
+from plumbing.run_folder import check_writable
+from utils import one_line
 
 NETWORKS = {"cifar": CifarNetwork, "imagenet": ImageNetNetwork}
 PACKAGES = {".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"], ".pt2": []}

@@ -27,7 +27,7 @@ from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.fast.cuda_graphs import can_record, side_by_side
 from models.fast.sampling import decide_as_in_float64
 from models.graph import CellBatch, GraphState, LabelEmbedding, MessagePassing, neighbours
-from utils import load_checkpoint, of_this_version
+from plumbing.checkpoint_files import load_checkpoint, of_this_version
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from genotypes import NAG_SPACE, Genotype, SearchSpace
 from models.graph import CellBatch
-from utils import all_finite, derive_seed, load_checkpoint, of_this_version, progress_bar, set_seed
+from plumbing.checkpoint_files import load_checkpoint, of_this_version
+from plumbing.console import progress_bar
+from utils import all_finite, derive_seed, set_seed
 
 HELD_OUT = 0.1  # share of the records that the predictor is measured on, and not trained on
 EPOCHS = 20

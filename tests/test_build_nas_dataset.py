@@ -16,7 +16,7 @@ from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import read_records
 from models.cost import genotype_cost
 from models.supernet import SupernetConfig
-from utils import load_checkpoint
+from plumbing.checkpoint_files import load_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from small_training import ROOT, TINY, TWO_PROCESSES, make_images, threads, words
 
 import train_cifar
-import utils
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.console import Tolerant
+from plumbing.signals import signals
 from training import checkpoints as checkpoints_module
 from training.checkpoints import Checkpoints
-from utils import load_checkpoint, signals
 
 CPU = torch.device("cpu")
 FLAGS = "--data IMAGES --epochs 2 --holdout 8 --output_dir OUT"
@@ -146,7 +148,7 @@ def test_a_run_stopped_within_an_epoch_of_two_processes_is_not_gone_on_with_by_o
 
 def test_the_second_signal_ends_at_once_but_not_one_that_was_sent_twice(monkeypatch):
     clock, killed = [5.0], []
-    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     signals.listen()
     with monkeypatch.context() as patch, pytest.raises(SystemExit), signals.held():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -166,13 +168,13 @@ def test_what_the_parent_ignores_stays_ignored():
 
 def test_what_nobody_reads_is_dropped():
     reading, writing = os.pipe()
-    file = utils.Tolerant(writing, "w")
+    file = Tolerant(writing, "w")
     assert file.write(b"one") == 3 and os.read(reading, 3) == b"one"
     os.close(reading)
     assert file.write(b"two") == 3
     if os.path.exists("/dev/full"):
         with open("/dev/full", "wb", buffering=0) as full:
-            assert utils.Tolerant(full.fileno(), "w", closefd=False).write(b"three") == 5
+            assert Tolerant(full.fileno(), "w", closefd=False).write(b"three") == 5
 
 
 # ------------------------------------------------------------------------------------------ as a user starts them

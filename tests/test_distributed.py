@@ -9,17 +9,20 @@ import torch
 from small_training import as_by_torchrun
 
 import train_cifar
-import utils
 from benchmarks.house import ROOT, python_files
 from models.ops import FactorizedReduce
+from plumbing.files import from_json
+from plumbing.run_folder import write_config
+from plumbing.start import prepare
 from training import distributed
+from utils import LAUNCHER_VARIABLES, Process, fail, this_process, user_input
 
 CPU = torch.device("cpu")
 
 
 def clear(patch: pytest.MonkeyPatch) -> None:
     """Remove what a launcher may have set."""
-    for name in (*utils.LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE"):
+    for name in (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE"):
         patch.delenv(name, raising=False)
 
 
@@ -95,7 +98,7 @@ def test_the_first_process_goes_first_and_ends_the_others_when_it_fails(monkeypa
 def test_bad_input_is_told_once(monkeypatch, capsys, rank, lines):
     as_by_torchrun(monkeypatch, rank, world=2)
     with pytest.raises(SystemExit) as error:
-        utils.fail("something")
+        fail("something")
     assert error.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == lines
 
@@ -103,7 +106,7 @@ def test_bad_input_is_told_once(monkeypatch, capsys, rank, lines):
 @pytest.mark.parametrize(("rank", "everywhere", "speaks"), [(0, False, True), (1, False, False), (1, True, True)])
 def test_bad_input_is_said_once_or_by_each_process_that_met_it(monkeypatch, capsys, rank, everywhere, speaks):
     as_by_torchrun(monkeypatch, rank, world=2)
-    with pytest.raises(SystemExit) as error, utils.user_input("--data", everywhere):
+    with pytest.raises(SystemExit) as error, user_input("--data", everywhere):
         raise ValueError("cannot read a.jpg")
     assert error.value.code == 2
     assert ("--data: cannot read a.jpg" in capsys.readouterr().err) == speaks
@@ -122,17 +125,17 @@ def test_with_a_part_of_torchruns_variables_a_script_works_alone_and_says_so(var
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
     args = train_cifar.parse_args(["--output_dir", str(tmp_path / "run"), "--device", "cpu"])
-    assert distributed.start(utils.prepare(args, shared=True)) == CPU
+    assert distributed.start(prepare(args, shared=True)) == CPU
     (line,) = capsys.readouterr().out.splitlines()
     given = " ".join(variable for variable in variables.split() if not variable.endswith("="))
     assert line.startswith(f"note: working as one process: {given} is set without ")
-    assert utils.prepare(args) == CPU  # nor is a script of one process refused
+    assert prepare(args) == CPU  # nor is a script of one process refused
     assert not torch.distributed.is_initialized()
     assert (distributed.planned_world(), distributed.world(), distributed.is_main()) == (1, 1, True)
-    utils.write_config(tmp_path, args, CPU)
-    assert utils.from_json((tmp_path / "config.json").read_text())["processes"] == 1
+    write_config(tmp_path, args, CPU)
+    assert from_json((tmp_path / "config.json").read_text())["processes"] == 1
     with pytest.raises(SystemExit):
-        utils.fail("something")
+        fail("something")
     assert "error: something" in capsys.readouterr().err
 
 
@@ -144,7 +147,7 @@ def test_with_a_part_of_torchruns_variables_a_script_works_alone_and_says_so(var
 def test_variables_that_cannot_be_are_one_line_in_every_process(name, value, monkeypatch, capsys):
     as_by_torchrun(monkeypatch, rank=1, world=2)
     monkeypatch.setenv(name, value)
-    for ask in (lambda: train_cifar.parse_args([]), lambda: utils.fail("something"), utils.this_process):
+    for ask in (lambda: train_cifar.parse_args([]), lambda: fail("something"), this_process):
         with pytest.raises(SystemExit) as error:
             ask()
         (line,) = capsys.readouterr().err.splitlines()
@@ -153,18 +156,18 @@ def test_variables_that_cannot_be_are_one_line_in_every_process(name, value, mon
 
 def test_one_of_several_processes_is_known_by_all_variables_and_nothing_else_is_asked(monkeypatch):
     as_by_torchrun(monkeypatch, rank=1, world=3)
-    assert utils.this_process() == (1, 3, 1, 3, "127.0.0.1:29500", "")
+    assert this_process() == (1, 3, 1, 3, "127.0.0.1:29500", "")
     monkeypatch.delenv("LOCAL_WORLD_SIZE")  # other launchers than torchrun may not set it
-    assert utils.this_process().local_world == 1
+    assert this_process().local_world == 1
     clear(monkeypatch)
     for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):  # of a job without torchrun: several runs
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MASTER_ADDR", "node7")
-    assert utils.this_process() == utils.Process()
+    assert this_process() == Process()
     for file in python_files(ROOT):
         text = (ROOT / file).read_text()
         if not file.startswith("tests/") and file != "utils.py":
-            assert not any(f'"{name}"' in text for name in (*utils.LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE")), file
+            assert not any(f'"{name}"' in text for name in (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE")), file
 
 
 def test_processes_that_do_not_find_each_other_are_one_line(monkeypatch, capsys):

@@ -21,10 +21,10 @@ import pytest
 from benchmarks import readme_figures
 from genotypes import GENOTYPES
 from models.generator import Generator
+from plumbing.files import write_json
 from tests.small_training import ROOT
 from tests.test_house import PAGES, prose
 from tests.test_own_images import make_tree
-from utils import write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 

@@ -15,7 +15,7 @@ import train_cifar
 from build_nas_dataset import candidates, eval_archs
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES, load_genotype, read_genotypes
-from utils import load_checkpoint, save_checkpoint
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 

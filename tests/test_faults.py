@@ -26,7 +26,8 @@ from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
-from utils import versions, whole_lines, write_json
+from plumbing.files import whole_lines, write_json
+from plumbing.run_folder import versions
 
 SMALL_GAN = """
     --batch_size 8 --latent_dim 8 --g_emb_size 16 --g_hidden_size 8 --eval_size 12 --pool_size 1000 --n_epochs 3

@@ -13,7 +13,7 @@ import train_cifar
 import train_imagenet
 from build_nas_dataset import eval_archs
 from models.network import CifarConfig, ImageNetConfig
-from utils import ArgumentParser
+from plumbing.flags import ArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_cifar": train_cifar, "train_imagenet": train_imagenet, "eval_archs": eval_archs}

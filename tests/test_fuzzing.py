@@ -31,10 +31,10 @@ from build_nas_dataset.tabular import read_nasbench101, read_nasbench201
 from build_nas_dataset.tfrecord import parse_metrics, parse_record
 from genotypes import NAG_SPACE, read_genotypes
 from models.generator import Generator
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 from tests.test_tabular import PAIR, STRINGS, csv_of, metrics, payload, tfrecord
 from training.image_decoding import decode_image, without_pil_warnings
 from training.image_files import decode, list_part
-from utils import load_checkpoint, save_checkpoint
 
 SECONDS = 20  # of one input, on a busy machine
 MEMORY = 2**30  # bytes by which the process may grow over all inputs of a reader

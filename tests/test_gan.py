@@ -12,8 +12,9 @@ from generation.recipes import PAPER, ROBUST
 from generation.training import Trainer
 from models.cost import genotype_cost
 from models.generator import Generator
+from plumbing.checkpoint_files import load_checkpoint
+from plumbing.run_folder import code_version
 from tests.small_training import refused
-from utils import code_version, load_checkpoint
 
 
 def write_dataset(folder, n):
@@ -129,7 +130,7 @@ def test_compiled_parts_are_four_graphs_that_train_as_without(tmp_path, monkeypa
     of cells that the discriminator is shown, and of weights that are not trained.
     """
     torch._dynamo.reset()
-    monkeypatch.setattr("utils.check_compiler", lambda device: None)  # makes a graph too
+    monkeypatch.setattr("plumbing.start.check_compiler", lambda device: None)  # makes a graph too
     monkeypatch.setattr(Generator, "fixed_shape", True)  # as on CUDA; no batch is as large as 1 or 4 x a cell
     flags = f"--recipe paper --nasbench_data {write_dataset(tmp_path, 12)} --batch_size 11 --n_epochs 2 --eval_size 3"
     flags += " --g_emb_size 8 --d_emb_size 8 --g_dropout 0 --d_gnn_dropout 0 --d_mlp_dropout 0 --lr 0.01 --clip_value 0"

@@ -15,7 +15,7 @@ from models.discriminator import Discriminator
 from models.fast.sampling import CLOSE, margin
 from models.generator import CellGenerator, Generator, forcing_noise
 from models.graph import GraphState, MessagePassing, neighbours
-from utils import save_checkpoint
+from plumbing.checkpoint_files import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "data" / "gan_outputs.npz"
 TOY_SPACE = SearchSpace("toy", cells=("cell",), inputs=("input",), ops=("conv3x3", "maxpool"), max_vertices=7)

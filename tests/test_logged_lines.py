@@ -8,11 +8,13 @@ import pytest
 import torch
 from small_training import TINY, make_images, words
 
-import utils
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
+from plumbing.checkpoint_files import save_checkpoint
+from plumbing.console import pace
+from plumbing.locks import release_folder
 
 SCRIPTS = {
     "build_nas_dataset.build_nas_dataset": "--data IMAGES --holdout 16 --pool_size 2 --epochs 2 --scorings 2"
@@ -55,7 +57,7 @@ def learning_rates(folder: Path) -> list[float]:
     "script", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SCRIPTS]
 )
 def test_a_run_killed_before_any_of_its_checkpoints_logs_the_same_lines(script, files, tmp_path, monkeypatch):
-    module, save = importlib.import_module(script), utils.save_checkpoint
+    module, save = importlib.import_module(script), save_checkpoint
 
     def run(*flags, kill_at: int = -1) -> int:
         """Run the script up to its save number `kill_at`. Returns how many there were."""
@@ -72,9 +74,9 @@ def test_a_run_killed_before_any_of_its_checkpoints_logs_the_same_lines(script, 
         args = module.parse_args(list(map(str, flags)))
         try:
             module.main(args)
-            assert utils.pace.done == utils.pace.expected  # what the time left is reckoned from
+            assert pace.done == pace.expected  # what the time left is reckoned from
         except KeyboardInterrupt:
-            utils.release_folder(Path(args.output_dir))
+            release_folder(Path(args.output_dir))
         return saves
 
     flags = [*(TINY if "IMAGES" in SCRIPTS[script] else []), *words(SCRIPTS[script], **files), "--output_dir"]

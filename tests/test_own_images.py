@@ -18,11 +18,11 @@ import train_imagenet
 from build_nas_dataset import eval_archs
 from build_nas_dataset.build_nas_dataset import parse_args as supernet_args
 from build_nas_dataset.candidates import TRAINED_ALIKE
+from plumbing.checkpoint_files import load_checkpoint
 from training import own_images
 from training.cifar import load_data
 from training.image_parts import list_parts
 from training.images import load_images
-from utils import load_checkpoint
 
 CPU = torch.device("cpu")
 COUNTS = {"cat": 10, "dog": 15, "owl": 7}

@@ -15,11 +15,11 @@ from test_scripts import run
 
 import train_cifar
 import train_imagenet
+from plumbing.checkpoint_files import load_checkpoint
 from training.image_stream import EvalStream, open_images
 from training.images import load_images
 from training.predicting import Prediction, find_images, write_predictions
 from training.steps import network_from_checkpoint
-from utils import load_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from genotypes import NAG_SPACE, Genotype
 from models.cost import genotype_cost
 from models.graph import CellBatch
 from models.predictor import Predictor, train_predictor
-from utils import save_checkpoint
+from plumbing.checkpoint_files import save_checkpoint
 
 POOL = random_pool(40, seed=3)
 

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import utils
+from plumbing import console
+from plumbing.console import Pace, duration, progress_bar
+from utils import Process
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still but where a test turns it: clock.now += seconds."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(utils, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -29,11 +31,11 @@ def through(items, seconds, clock):
      (129_569, "35 h 59 min"), (129_600, "1 day 12 h"), (183_600, "2 days 3 h"), (172_740, "2 days 0 h")],
 )  # fmt: skip
 def test_durations_have_two_units_at_most(seconds, words):
-    assert utils.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(clock, capsys):
-    through(utils.progress_bar(range(10), desc="scoring", later=20), 25, clock)
+    through(progress_bar(range(10), desc="scoring", later=20), 25, clock)
     lines = capsys.readouterr().err.splitlines()
     # every third item is more than a minute after the line before; 25 s for each that is left, with the 20 later ones
     assert lines == [
@@ -41,27 +43,27 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(clock, c
         "scoring: 6 of 10, about 10 min left",
         "scoring: 9 of 10, about 9 min left",
     ]
-    through(utils.progress_bar(iter(range(4)), desc="read"), 61, clock)  # of a number that is not known
+    through(progress_bar(iter(range(4)), desc="read"), 61, clock)  # of a number that is not known
     assert capsys.readouterr().err.splitlines()[-1] == "read: 4"
-    bar = utils.progress_bar(total=200, desc="draw", initial=100)
+    bar = progress_bar(total=200, desc="draw", initial=100)
     clock.now += 60
     bar.update(10)
     bar.close()
     assert capsys.readouterr().err == "draw: 110 of 200, about 9 min left\n"
-    through(utils.progress_bar(range(59), desc="quick"), 1, clock)
+    through(progress_bar(range(59), desc="quick"), 1, clock)
     assert capsys.readouterr().err == ""
 
 
 def test_the_first_of_several_processes_speaks_for_all(clock, capsys, monkeypatch):
-    monkeypatch.setattr(utils, "this_process", lambda: utils.Process(rank=1, world=2))
-    pace = utils.Pace()
+    monkeypatch.setattr(console, "this_process", lambda: Process(rank=1, world=2))
+    pace = Pace()
     pace.expect(100)
     through(pace.steps(range(100), desc="epoch 1"), 100, clock)
     assert capsys.readouterr().err == ""
 
 
 def test_a_training_says_after_20_steps_how_long_it_takes_and_then_what_is_left(clock, capsys):
-    pace = utils.Pace()
+    pace = Pace()
     pace.expect(3 * 1000)
     assert pace.left() == ""
     steps = iter(pace.steps(range(1000), desc="epoch 1"))
@@ -87,11 +89,11 @@ def test_a_training_says_after_20_steps_how_long_it_takes_and_then_what_is_left(
 
 
 def test_of_a_training_under_a_minute_nothing_is_said(clock, capsys):
-    pace = utils.Pace()
+    pace = Pace()
     pace.expect(50)
     through(pace.steps(range(25), desc="epoch 1"), 1, clock)
     assert pace.left() == "" and capsys.readouterr().err == ""
-    pace = utils.Pace()  # what does not know how much there is to do
+    pace = Pace()  # what does not know how much there is to do
     through(pace.steps(range(25), desc="epoch 1"), 100, clock)
     assert pace.left() == "" and "left" not in capsys.readouterr().err.replace("about 0 s left", "")
 
@@ -100,7 +102,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left_in_all(clock, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    pace = utils.Pace()
+    pace = Pace()
     pace.expect(200)
     through(pace.steps(range(100), desc="epoch 1"), 60, clock)
     through(pace.steps(range(100), desc="epoch 2"), 60, clock)

@@ -11,8 +11,8 @@ import pytest
 
 import gan
 import gan_multiobj
+from plumbing.flags import Refused
 from tests.test_house import parser_of
-from utils import Refused
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = json.loads((ROOT / "tests" / "data" / "reference_flags.json").read_text())

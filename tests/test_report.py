@@ -29,11 +29,13 @@ from generation.report.parts import Page, pack
 from generation.report.runs import name_apart, read_run
 from generation.report.trained import read_predictions
 from genotypes import GENOTYPES, Genotype
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.files import write_json
+from plumbing.run_folder import RunLog
 from tests.browser import Browser
 from tests.small_training import ROOT, refused, white_images
 from tests.test_visualize import random_cell
 from training.cifar import write_predictions
-from utils import RunLog, load_checkpoint, save_checkpoint, write_json
 
 DATA = ROOT / "data"
 RECORDS = 200  # of the NAS dataset of these tests

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from small_training import ROOT, as_by_torchrun, make_images, refused
 
-import utils
 from build_nas_dataset import build_nas_dataset, scoring, shards
 from build_nas_dataset.build_nas_dataset import main, parse_args
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.locks import release_folder
 
 FLAGS = """
     --dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --amp off --holdout 24 --num_images 16
@@ -71,7 +73,7 @@ def test_shards_in_any_order_find_what_one_process_finds_and_the_last_one_merges
     assert dataset(run) == dataset(one)
     assert logged(run) == logged(one)
     assert (run / "supernet.pt").read_bytes() == (one / "supernet.pt").read_bytes()
-    states = [utils.load_checkpoint(folder, "supernet") for folder in (run, one)]
+    states = [load_checkpoint(folder, "supernet") for folder in (run, one)]
     assert states[0]["scores"].equal(states[1]["scores"]) and states[0]["args"]["shard"] is None
     assert all(map(torch.equal, states[0]["supernet"].values(), states[1]["supernet"].values()))
     assert not (run / "scoring").exists()
@@ -93,7 +95,7 @@ def test_a_shard_that_is_killed_loses_what_it_has_not_saved_and_nothing_else(one
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(scoring, "score", count_or_die)
         build("--resume", run, "--score_only", "--shard", "0/2")
-    utils.release_folder(shards.part_file(run, 0, 2).parent)
+    release_folder(shards.part_file(run, 0, 2).parent)
     build("--resume", run, "--score_only", "--shard", "1/2")
     again = []
     monkeypatch.setattr(scoring, "score", lambda *args: again.append(args[1]) or score(*args))
@@ -118,7 +120,7 @@ def test_a_stop_before_the_parts_are_merged_is_made_good_by_resume(one, run, mon
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(build_nas_dataset, "save_checkpoint", die)
             build("--resume", run, *flags)
-        utils.release_folder(run)
+        release_folder(run)
     assert kinds == ["supernet", "supernet", "supernet weights"] and not (run / "nasdata.jsonl").exists()
     build("--resume", run)
     assert dataset(run) == dataset(one) and logged(run) == logged(one) and not (run / "scoring").exists()
@@ -126,7 +128,7 @@ def test_a_stop_before_the_parts_are_merged_is_made_good_by_resume(one, run, mon
 
 def change(path: Path, **values) -> None:
     """Replace entries of a part file."""
-    utils.save_checkpoint(path, "scores", {**utils.load_checkpoint(path, "scores"), **values})
+    save_checkpoint(path, "scores", {**load_checkpoint(path, "scores"), **values})
 
 
 def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_written(run, capsys):
@@ -138,7 +140,7 @@ def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_wr
         capsys, build_nas_dataset, ["--resume", run, "--score_only", "--shard", "0/3"]
     )
     assert "has parts of 2 shards, not of 1" in refused(capsys, build_nas_dataset, ["--resume", run, "--score_only"])
-    whole, state = part.read_bytes(), utils.load_checkpoint(part, "scores")
+    whole, state = part.read_bytes(), load_checkpoint(part, "scores")
     shutil.copytree(part.parent, other.parent)
     assert f"{other} has a score that {part} has too" in refused(capsys, build_nas_dataset, ["--resume", run])
     shutil.rmtree(other.parent)
@@ -153,21 +155,25 @@ def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_wr
     part.write_bytes(b"")
     assert f"{part} is not a readable checkpoint" in refused(capsys, build_nas_dataset, ["--resume", run])
     part.write_bytes(whole)
-    weights = utils.load_checkpoint(shards.weights_file(run, 0), "supernet to score")
+    weights = load_checkpoint(shards.weights_file(run, 0), "supernet to score")
     weights["supernet"] = {name: value + 1 for name, value in weights["supernet"].items()}
-    utils.save_checkpoint(shards.weights_file(run, 0), "supernet to score", weights)
+    save_checkpoint(shards.weights_file(run, 0), "supernet to score", weights)
     for flags in ([], ["--score_only", "--shard", "1/2"]):
         assert f"{part} is of another supernet" in refused(capsys, build_nas_dataset, ["--resume", run, *flags])
     assert not (run / "nasdata.jsonl").exists() and not (run / "supernet.pt").exists()
-    assert utils.load_checkpoint(run, "supernet")["scores"].isnan().all()
+    assert load_checkpoint(run, "supernet")["scores"].isnan().all()
 
 
 def test_shards_work_side_by_side_but_one_process_at_each(one, run, capsys):
     """Another process holds shard 0; the run's own lock is taken for the merging only."""
-    hold = (
-        "import utils, time, sys; utils.hold_folder(utils.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", hold, shards.part_file(run, 0, 2).parent]
+    hold = """
+        import pathlib, sys, time
+        from plumbing.locks import hold_folder
+        hold_folder(pathlib.Path(sys.argv[1]))
+        print("held", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(hold), shards.part_file(run, 0, 2).parent]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         line = refused(capsys, build_nas_dataset, ["--resume", run, "--score_only", "--shard", "0/2"])
@@ -203,7 +209,7 @@ def test_a_run_that_is_not_trained_for_it_is_not_scored_by_shards(images, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build_nas_dataset, "train_epoch", stop_in_third_epoch)
         build(*FLAGS, "--pool_size", 7, "--data", images, "--output_dir", folder)
-    utils.release_folder(folder)
+    release_folder(folder)
     line = refused(capsys, build_nas_dataset, ["--resume", folder, "--score_only"])
     assert f"{folder} is not trained to its end with --score_later" in line
     build("--resume", folder, "--score_later")
@@ -249,4 +255,4 @@ JOB = """if True:
 
 def saved(part: Path) -> int:
     """How many scores a part file has."""
-    return int((~utils.load_checkpoint(part, "scores")["scores"].isnan()).sum())
+    return int((~load_checkpoint(part, "scores")["scores"].isnan()).sum())

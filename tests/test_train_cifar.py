@@ -26,9 +26,9 @@ import train_cifar
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from models.export import load_network
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 from training.images import ImageSet
 from training.steps import network_from_checkpoint
-from utils import load_checkpoint, save_checkpoint
 
 TWO_EPOCHS = "--data IMAGES --epochs 2 --holdout 8 --arch NAG_ENSEMBLE_B"
 

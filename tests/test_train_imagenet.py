@@ -15,15 +15,15 @@ import torch
 from small_training import PHOTO_CLASSES, ROOT, TWO_PROCESSES, make_photos, threads, words
 
 import train_imagenet
-import utils
 from generation.report.trained import read_predictions
 from models.export import load_network
 from models.network import ImageNetNetwork
+from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
+from plumbing.console import pace
 from training.image_stream import MEAN, STD, EvalStream, open_images
 from training.images import normalize
 from training.predicting import MOST_WRONG, Choices
 from training.steps import network_from_checkpoint
-from utils import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 TINY = """
@@ -63,7 +63,7 @@ def one_thread():
 def run_script(*flags) -> None:
     """Run the script in this process."""
     train_imagenet.main(train_imagenet.parse_args(list(map(str, flags))))
-    assert utils.pace.done == utils.pace.expected  # what the time left is reckoned from
+    assert pace.done == pace.expected  # what the time left is reckoned from
 
 
 def train(*flags) -> None:

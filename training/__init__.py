@@ -1,1 +1,1 @@
-"""The networks: cells stacked for image classification, the supernet, and the GAN that writes cells."""
+"""Stage 4, training what was found: images and their streams, a step, several processes, checkpoints in an epoch."""

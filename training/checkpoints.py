@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from plumbing.signals import signals
 from training import distributed
-from utils import all_finite, fail, random_state, set_random_state, signals
+from utils import all_finite, fail, random_state, set_random_state
 
 SAVE = 1  # asks for a checkpoint; larger numbers are those of the signals that also end the run
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from models.network import CifarConfig, CifarNetwork
+from plumbing.flags import UNREAD, number
 from training import distributed, steps
 from training.checkpoints import Checkpoints
 from training.flags import (
@@ -39,7 +40,7 @@ from training.own_images import (
 )
 from training.predicting import MOST_WRONG, write_choices
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import UNREAD, autocast, cosine, derive_seed, number, set_seed, user_input
+from utils import autocast, cosine, derive_seed, set_seed, user_input
 
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
 OPTIMIZERS = {"sgd": (0.025, 3e-4), "adabelief": (ADABELIEF_LR, 5e-4)}

@@ -15,10 +15,12 @@ import torch
 from genotypes import Genotype, load_genotype
 from models.export import check_export
 from models.network import NetworkConfig
+from plumbing.checkpoint_files import LARGEST, MOST_LAYERS, load_checkpoint
+from plumbing.flags import add_cuda_graphs_flag, explicit_flags, number
 from training.distributed import planned_world
 from training.own_images import say
 from training.predicting import find_images
-from utils import LARGEST, MOST_LAYERS, add_cuda_graphs_flag, explicit_flags, fail, load_checkpoint, number, user_input
+from utils import fail, user_input
 
 ALREADY_SO = " "  # in a table of the reference's flags: what the flag asks for is so in any case, and it is dropped
 

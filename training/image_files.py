@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from plumbing.console import progress_bar
+from plumbing.files import atomic_file
 from training.image_decoding import (
     channels_first,
     decode_image,
@@ -33,7 +35,6 @@ from training.image_decoding import (
     shown_text,
     without_pil_warnings,
 )
-from utils import atomic_file, progress_bar
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")  # other files are ignored
 RESIZE_RULE = "shortest side to image_size by antialiased bicubic, centre crop"

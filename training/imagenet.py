@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from models.network import ImageNetConfig, ImageNetNetwork
+from plumbing.flags import UNREAD, number
 from training import distributed, steps
 from training.checkpoints import Checkpoints
 from training.flags import (
@@ -42,7 +43,7 @@ from training.own_images import (
 )
 from training.predicting import Choices
 from training.steps import ADABELIEF_LR, Step, train_steps
-from utils import UNREAD, derive_seed, fail, number, set_seed, this_process, user_input
+from utils import derive_seed, fail, set_seed, this_process, user_input
 
 HELD_OUT_PER_CLASS = 10  # default of --holdout, but at most a tenth of the training images
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from plumbing.flags import number
 from training import distributed
 from training.image_files import is_image
 from training.image_parts import TEST_SEED, TEST_SHARE, holds_parts
-from utils import fail, number, this_process, user_input
+from utils import fail, this_process, user_input
 
 OF_A_SPLIT = ("test_share", "test_seed", "test_checksum")  # what checkpoints hold of it, among their "args"
 FEW_BATCHES = 20  # with fewer images than so many batches of the default size, the size of a batch is fitted

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from models.network import Network
+from plumbing.console import progress_bar
+from plumbing.files import atomic_file
 from training import distributed
 from training.image_decoding import (
     channels_first,
@@ -38,7 +40,7 @@ from training.image_decoding import (
 from training.image_files import EXTENSIONS, MAX_THREADS, is_image
 from training.images import normalize
 from training.steps import vote
-from utils import atomic_file, autocast, fail, progress_bar, user_input, writes
+from utils import autocast, fail, user_input, writes
 
 TOP = 5  # classes that are told of an image, most probable first
 MOST_WRONG = 24  # test images that are kept in predictions.npz

@@ -22,21 +22,13 @@ from models.export import export_network, rebuild
 from models.fast.cuda_graphs import Recorded
 from models.network import Network
 from models.ops import check_has_network
+from plumbing.checkpoint_files import of_this_version
+from plumbing.console import pace, progress_bar
+from plumbing.run_folder import RunLog
 from training import distributed
 from training.checkpoints import Checkpoints
 from training.images import ImageSet
-from utils import (
-    RunLog,
-    autocast,
-    load_optimizer,
-    of_this_version,
-    on_device,
-    pace,
-    progress_bar,
-    set_lr,
-    set_seed,
-    user_input,
-)
+from utils import autocast, load_optimizer, on_device, set_lr, set_seed, user_input
 
 ADABELIEF_LR, ADABELIEF_EPSILON = 1e-3, 1e-8  # as in the later code of the authors
 

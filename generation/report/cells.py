@@ -17,7 +17,8 @@ from generation.strips import best_of_each_class, class_name, describe
 from genotypes import NAG_SPACE, Genotype, read_genotypes
 from models.cost import network_cost
 from models.network import CifarConfig, ImageNetConfig
-from utils import load_checkpoint, shown
+from plumbing.checkpoint_files import load_checkpoint
+from utils import shown
 
 BY = {"exact count": "exact count", "supernet": "the supernet"}  # what told the class that was obtained
 BEST = 12  # cells of each class on the contact sheet

@@ -10,7 +10,8 @@ from generation import figures
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator
 from generation.report.runs import Run
 from models.predictor import HELD_OUT
-from utils import load_checkpoint, shown
+from plumbing.checkpoint_files import load_checkpoint
+from utils import shown
 
 COSTS = {"params": ("parameters (M)", 1e6), "macs": ("MACs (M)", 1e6)}
 ACCURACY = "accuracy of the NAS dataset"

@@ -18,7 +18,7 @@ from generation.figures import in_view, svg
 from generation.strips import codes_of, color_of, strip_svg
 from genotypes import CellSpec, Genotype
 from models.predictor import Predictor
-from utils import load_checkpoint
+from plumbing.checkpoint_files import load_checkpoint
 
 MOST_POINTS = 5000  # cells of a NAS dataset that are drawn
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils import from_json, whole_lines
+from plumbing.files import from_json, whole_lines
 
 LARGEST_FILE = 2**30  # bytes of a JSON file that is read
 
