@@ -13,16 +13,19 @@ The picture of the report's page needs Chromium; `make demo` writes the page:
 """
 
 import argparse
+import base64
+import io
 import shutil
-import subprocess
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 from generation import figures
 from genotypes import GENOTYPES
 from plumbing.files import from_json, write_json
+from tests.browser import NAMES, Browser
 from utils import user_input
 from visualize import render, write_source
 
@@ -30,8 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER, COUNTS = ROOT / "docs" / "figures", ROOT / "docs" / "results" / "asked_obtained.json"
 TITLES = {"accuracy": "accuracy", "params": "#params"}
 CLASSES = ("low", "middle", "high")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1280, 900  # of the picture of the page
+WIDTH, HEIGHT, COLORS = 1280, 935, 128  # of the picture of the page
 
 
 def gather(run: Path) -> dict:
@@ -72,15 +74,20 @@ def draw(folder: Path) -> None:
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """Write the upper part of a page as a PNG. Raises ValueError when there is no Chromium or it fails."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise ValueError(f"expected one of {', '.join(BROWSERS)} to be installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}"]
-    command = [browser, *flags, f"--screenshot={picture.absolute()}", page.absolute().as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode or not picture.exists():
-        raise ValueError(f"{browser} took no picture of {page}: {result.stderr[-200:]}")
+    """Write what a page shows first of generated cells as a PNG. Raises ValueError where that cannot be."""
+    if not any(map(shutil.which, NAMES)):
+        raise ValueError(f"expected one of {', '.join(NAMES)} to be installed")
+    with Browser() as browser:
+        browser.open(page, WIDTH)
+        top = browser.js(
+            "(s => s && s.getBoundingClientRect().top + scrollY)(document.querySelector('[data-kind=generate_archs]'))"
+        )
+        if top is None:
+            raise ValueError(f"expected a page about a run of generate_archs.py, got {page}")
+        clip = {"x": 0, "y": top, "width": WIDTH, "height": HEIGHT, "scale": 1}
+        taken = browser.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
+    with Image.open(io.BytesIO(base64.b64decode(taken))) as image:
+        image.convert("RGB").quantize(COLORS).save(picture, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> None:
