@@ -16,7 +16,7 @@ TOOLS = $(VENV)/.installed-dev
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(RUN) gan.py --output_dir runs/demo --n_epochs 6 --eval_every 3
+	$(RUN) gan.py --output_dir runs/demo --n_epochs 4 --eval_every 2
 	$(RUN) generate_archs.py --checkpoint runs/demo/generator.pt --num_archs 20 --evaluate --output_dir runs/demo/archs
 	$(RUN) visualize.py --arch runs/demo/archs --output_dir runs/demo/figures
 	$(RUN) report.py runs/demo runs/demo/archs --out runs/demo/report.html

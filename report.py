@@ -49,12 +49,13 @@ SECTIONS = {
 
 
 def facts_of(run: Run) -> list[tuple[str, str]]:
-    """What the head of the page says of a run: command, commit, versions, device, duration."""
+    """What the head of the page says of a run: command, training, commit, versions, device, duration."""
     versions = run.config.get("versions") if isinstance(run.config.get("versions"), dict) else {}
     words = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     known = {
         "folder": str(run.folder),
         "command": run.command,
+        "training": run.settings,
         "commit": run.commit or "not recorded",
         "versions": words,
         "device": str(run.config.get("device") or ""),

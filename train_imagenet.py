@@ -13,7 +13,8 @@ DIR holds train and test (or val, valid, validation), each a folder of class fol
 DIR is such a folder or .zip itself, of which --test_share is kept to test on.
 --batch_size and --lr are those of one step, over all processes and --accumulate parts together.
 Writes checkpoint.pt (last epoch), best.pt (best on held-out training images), metrics.jsonl, TensorBoard events,
-config.json and, at the end, result.json. The test images are used after the last epoch only, unless --select_on_val.
+config.json and, at the end, result.json and predictions.npz with what the last epoch's network takes each
+test image for, for report.py. The test images are used after the last epoch only, unless --select_on_val.
 NAG paper, section 4.3.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from generation.pictures import show_confusions
 from genotypes import Genotype
 from models.network import ImageNetNetwork, count_macs, count_parameters
 from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
@@ -56,7 +58,7 @@ from training.imagenet import (
 )
 from training.images import check_classes
 from training.own_images import OF_A_SPLIT
-from training.predicting import Member, predict_and_write
+from training.predicting import Choices, Member, predict_and_write, write_choices
 from training.steps import (
     Step,
     build_network,
@@ -300,7 +302,8 @@ def finish(
 
     result: what was reached, #params and MACs, to which the accuracies are added.
     """
-    result |= {"test": accuracy(network, stream, device, args.amp)}
+    choices = Choices(MEAN, STD)
+    result |= {"test": accuracy(network, stream, device, args.amp, choices)}
     if result["best"]["epoch"] == result["epoch"]:
         result["best"]["test"] = result["test"]
     else:
@@ -309,8 +312,11 @@ def finish(
             best = network_from_checkpoint(load_checkpoint(path, "imagenet"), path, device)
         result["best"]["test"] = accuracy(best, stream, device, args.amp)
     result["skipped"]["test"] = distributed.merged(stream.broken)
+    told = choices.arrays()
     if log is None:
         return
+    write_choices(folder / "predictions.npz", told, stream.files.classes)
+    show_confusions(log, folder / "predictions.npz", args.epochs)
     result |= {"arch": args.arch, "genotype": network.genotype.to_dict(), "seed": args.seed}
     result |= {"versions": versions(), "device": device_name(device)}
     write_json(folder / "result.json", result)

@@ -13,6 +13,7 @@ a candidate is ranked below all others. A candidate is known by its key, see key
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from build_nas_dataset.statistics import bootstrap_interval, tau
 from genotypes import Genotype, read_genotypes
 from models.ops import check_has_network
 from plumbing.checkpoint_files import load_checkpoint
+from plumbing.flags import ArgumentParser, add_common_flags
+from training.cifar import OPTIMIZERS, add_training_flags, check_training_flags
+from training.own_images import fit_batch
 
 
 def read_candidates(path: str, num_archs: int) -> list[tuple[Genotype, dict]]:
@@ -164,3 +168,39 @@ def print_table(ranked: list[dict], most: int = 20) -> None:
         )
     if len(ranked) > most:
         print(f"  ... {len(ranked) - most} more in the file")
+
+
+# ------------------------------------------------------------------------------------------------- the full training
+
+TRAINED_ALIKE = """
+    dataset data cache_dir skip_bad image_size test_share test_seed cutout_size layers channels keep_prob
+    drop_path_keep_prob auxiliary_weight optimizer lr_max lr_min l2_reg grad_clip accumulate amp seed tf32
+""".split()  # the flags of train_cifar.py that a candidate's full training has in common with its brief one
+
+
+def flags_of_full_training(settings: dict, num_images: int | None = None) -> str:
+    """The flags of train_cifar.py, " --layers 1 ..." or "", that train a candidate in full by the same flags.
+
+    settings: the flags of eval_archs.py; what it lacks is as by default. num_images: those that the candidates were
+    trained on, to which train_cifar.py fits the batch of a folder; None: not known, so that the batch is named.
+    Raises ValueError when the optimizer is none that train_cifar.py has.
+    """
+    optimizer = settings.get("optimizer", "sgd")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"expected one of the optimizers {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    parser = ArgumentParser("")
+    add_training_flags(parser)
+    add_common_flags(parser)
+    parser.set_defaults(resume=None)
+    default = parser.parse_args(["--optimizer", optimizer])
+    check_training_flags(parser, default, processes=1, given=set())
+    default.optimizer, flags = "sgd", []
+    if settings.get("dataset") == "folder" and num_images is not None:
+        default.batch_size = fit_batch(num_images, default.batch_size, settings["accumulate"])
+    for name in [*TRAINED_ALIKE, "batch_size"]:
+        usual = getattr(default, name)
+        if (value := settings.get(name, usual)) != usual:
+            flags += [f"--{name}"] if value is True else [f"--{name}", value]
+    if (epochs := settings.get("schedule_epochs") or default.epochs) != default.epochs:
+        flags += ["--epochs", epochs]
+    return "".join(f" {shlex.quote(str(word))}" for word in flags)

@@ -23,7 +23,6 @@ if not __package__:  # started as a file, the path that the published README nam
 
 import argparse
 import math
-import shlex
 import shutil
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ from build_nas_dataset.candidate_training import Weights, train_candidate
 from build_nas_dataset.candidates import (
     best_of_round,
     by_accuracy,
+    flags_of_full_training,
     key_of,
     part_file,
     print_table,
@@ -68,7 +68,6 @@ from training.cifar import (
     load_data,
 )
 from training.images import ImageSet
-from training.own_images import fit_batch
 from training.steps import open_log
 from utils import fail, shipped, shown, user_input
 
@@ -258,30 +257,8 @@ def finish(run: Run) -> None:
         low, high = value["interval"]
         print(f"tau of brief training with {name}: {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})")
     print(f"\nwrote {run.folder / 'results.json'} and {run.folder / 'best.json'}")
-    print(f"next: {next_command(run.args, run.folder / 'best.json', len(run.images))}")
-
-
-TRAINED_ALIKE = """
-    dataset data cache_dir skip_bad image_size test_share test_seed cutout_size layers channels keep_prob
-    drop_path_keep_prob auxiliary_weight optimizer lr_max lr_min l2_reg grad_clip accumulate amp seed tf32
-""".split()  # the flags of train_cifar.py that a candidate's full training has in common with its brief one
-
-
-def next_command(args: argparse.Namespace, best: Path, num_images: int) -> str:
-    """The command that trains the best candidate in full, by the same flags on the same images.
-
-    num_images: those that the candidates were trained on.
-    """
-    default = parse_args(["--optimizer", args.optimizer])
-    default.optimizer, flags = "sgd", ["--arch", best]
-    if args.dataset == "folder":  # which the batch fits itself to again
-        default.batch_size = fit_batch(num_images, default.batch_size, args.accumulate)
-    for name in [*TRAINED_ALIKE, "batch_size"]:
-        if (value := getattr(args, name)) != getattr(default, name):
-            flags += [f"--{name}"] if value is True else [f"--{name}", value]
-    if args.schedule_epochs != default.schedule_epochs:
-        flags += ["--epochs", args.schedule_epochs]
-    return f"python {shown(shipped('train_cifar.py'))} {shlex.join(map(str, flags))}"
+    flags = flags_of_full_training(vars(run.args), len(run.images))
+    print(f"next: python {shown(shipped('train_cifar.py'))} --arch {shown(run.folder / 'best.json')}{flags}")
 
 
 # --------------------------------------------------------------------------------------------------------- main

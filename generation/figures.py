@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 SIZE = (4.7, 3.4)  # inches of 72 units each
 INK, GRID, QUIET = "#20262d", "#d5dae0", "#66707b"
@@ -152,19 +153,30 @@ def pareto_front(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
     return order[better]
 
 
-def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float) -> None:
-    """The real cells as small points, and a larger one for the legend."""
-    axes.scatter(x, y, s=5, color=QUIET, alpha=alpha, linewidths=0, rasterized=len(x) > 300)
-    axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label="NAS dataset")
+def _draw_real(axes: Axes, x: Sequence[float], y: Sequence[float], alpha: float, label: str = "NAS dataset") -> None:
+    """The real cells as points, small ones where there are many, and one for the legend."""
+    many = len(x) > 300
+    look = {"s": 5, "alpha": alpha} if many else {"s": 16, "alpha": 0.7}
+    axes.scatter(x, y, color=QUIET, linewidths=0, rasterized=many, **look)
+    axes.scatter([], [], s=14, color=QUIET, alpha=0.7, linewidths=0, label=label)
 
 
 @styled
 def cloud(
-    x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, cuts: Sequence[float] = (), front: bool = True
+    x: Sequence[float],
+    y: Sequence[float],
+    xlabel: str,
+    ylabel: str,
+    cuts: Sequence[float] = (),
+    front: bool = True,
+    label: str = "NAS dataset",
 ) -> Figure:
-    """All cells as points, with the Pareto front (little x, much y). cuts: class boundaries of y."""
+    """All cells as points, with the Pareto front (little x, much y).
+
+    cuts: class boundaries of y. label: what the points are.
+    """
     figure, axes = new_axes(xlabel, ylabel)
-    _draw_real(axes, x, y, 0.4)
+    _draw_real(axes, x, y, 0.4, label)
     for i, cut in enumerate(cuts):
         axes.axhline(cut, color=COLORS[1], linestyle="--", linewidth=1, label="" if i else "class boundary")
     if front:
@@ -245,8 +257,8 @@ def curves(
         axes.plot(steps, values, label=name, **look)
     for name, step in (marks or {}).items():
         axes.axvline(step, color=QUIET, linestyle=":", linewidth=1.2, label=name)
-    for name, level in (levels or {}).items():
-        axes.axhline(level, color=QUIET, linestyle="--", linewidth=1.2, label=name)
+    for i, (name, level) in enumerate((levels or {}).items()):
+        axes.axhline(level, color=QUIET, linestyle=DASHES[1 + i % 4], linewidth=1.2, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(axes)
     return figure
@@ -276,6 +288,33 @@ def heat_map(counts: np.ndarray, xlabel: str, ylabel: str, names: Sequence[str] 
     bar.set_label("share of the row", color=INK)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def heat_maps(panels: dict[str, np.ndarray], xlabel: str, ylabel: str, names: Sequence[str]) -> Figure:
+    """Several tables of counts (C, C) beside each other, for a wide page: colour and number are the share of a row.
+
+    panels: title -> counts. names: of the classes.
+    """
+    figure = Figure(figsize=(2.55 * len(panels), 2.75), layout="constrained")
+    for axes, (title, counts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        shares = np.asarray(counts) / np.maximum(np.sum(counts, 1, keepdims=True), 1)
+        axes.pcolormesh(shares, cmap="cividis_r", vmin=0, vmax=1, edgecolors="white", linewidth=2)
+        for row, column in np.ndindex(*shares.shape):
+            color = "white" if shares[row, column] > 0.55 else "black"
+            place = {"ha": "center", "va": "center", "color": color, "fontsize": 12}
+            axes.text(column + 0.5, row + 0.5, f"{shares[row, column]:.2f}", **place)
+        ticks = np.arange(len(names)) + 0.5
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names, rotation=90, va="center")
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, aspect="equal")
+        axes.title.set_fontsize(10.5)
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.invert_yaxis()
+        axes.grid(False)
     return figure
 
 
@@ -335,7 +374,10 @@ def regret(methods: dict[str, np.ndarray], ylabel: str = "regret") -> Figure:
         axes.plot(queries, np.maximum(mean, lowest / 2), linestyle=DASHES[i % len(DASHES)], label=name, **look)
         band = (np.maximum(mean - spread, lowest / 2), np.maximum(mean + spread, lowest / 2))
         axes.fill_between(queries, *band, alpha=0.15, linewidth=0, **look)
-    axes.set_yscale("log")
-    axes.set_xscale("log")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers: powers would need mathematical text
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     legend(axes)
     return figure

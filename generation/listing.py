@@ -201,13 +201,13 @@ def print_next(
     print(f"next: python {shown(shipped('visualize.py'))} --arch {arch}")
     if limits.counted:
         train = shown(shipped(f"train_{args.limits_for}.py"))
-        print(f"      python {train} --arch {arch}{network_flags(args, scorer)}")
+        print(f"      python {train} --arch {arch}{network_flags(args, vars(scorer.settings) if scorer else None)}")
 
 
-def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> str:
+def network_flags(args: argparse.Namespace, found: dict | None) -> str:
     """The flags of train_cifar.py or train_imagenet.py, if any, for the network that was counted.
 
-    Those of train_cifar.py name the images of --supernet too, which train_imagenet.py does not take.
+    found: the settings of --supernet, whose images those of train_cifar.py name too, and train_imagenet.py cannot take.
     """
     flags, network = [], COUNTED_NETWORKS[args.limits_for]
     for name in ("layers", "channels"):
@@ -215,9 +215,8 @@ def network_flags(args: argparse.Namespace, scorer: SupernetScorer | None) -> st
             flags += [f"--{name}", value]
     if args.limits_for == "imagenet":
         flags += ["--data", "DIR"] if args.num_classes != network.num_classes else []
-    elif scorer:
+    elif found:
         images = {"dataset": "cifar10", "data": "data", "image_size": 32, "test_share": None, "test_seed": TEST_SEED}
-        found = vars(scorer.settings)
         flags += [word for name in images if found[name] != images[name] for word in (f"--{name}", found[name])]
         flags += ["--cache_dir", args.cache_dir] if args.cache_dir else []
         flags += ["--skip_bad"] if found["skip_bad"] else []

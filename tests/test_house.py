@@ -32,6 +32,7 @@ OTHER_FLAGS = {
     "--shm-size",
     "--signal",
     "--array",
+    "--gather",  # of benchmarks/readme_figures.py
 }  # of other programs
 SCRIPTS = (
     "gan",

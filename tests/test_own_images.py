@@ -17,6 +17,7 @@ import train_cifar
 import train_imagenet
 from build_nas_dataset import eval_archs
 from build_nas_dataset.build_nas_dataset import parse_args as supernet_args
+from build_nas_dataset.candidates import TRAINED_ALIKE
 from plumbing.checkpoint_files import load_checkpoint
 from training import own_images
 from training.cifar import load_data
@@ -240,7 +241,7 @@ def test_candidates_and_their_winner_are_trained_alike_on_the_same_images(tree, 
     assert following[1:3] == ["python", "train_cifar.py"]
     ours = eval_archs.parse_args([*SMALL, *map(str, paths), *flags.split()])
     theirs = train_cifar.parse_args(following[3:])
-    for name in {*eval_archs.TRAINED_ALIKE, "batch_size"} - {"test_share"}:
+    for name in {*TRAINED_ALIKE, "batch_size"} - {"test_share"}:
         assert getattr(theirs, name) == getattr(ours, name), name
     assert (theirs.epochs, theirs.test_share) == (7, 0.2)
 

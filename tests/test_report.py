@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import generate_archs
 import report
+import train_cifar
 from build_nas_dataset.candidates import rank_correlations
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.records import read_records
@@ -105,7 +107,29 @@ def eval_run(folder: Path) -> Path:
         measured = [{"epochs": e, "held_out_accuracy": 0.5 + 0.01 * e - 0.03 * i, "loss": 1.0} for e in (1, 3)]
         training = {"epochs": 3, "params": record.params, "loss": 1.0, "rounds": measured}
         results.append({**record.to_dict(), "held_out_accuracy": 0.53 - 0.03 * i, "training": training})
-    return write_run(folder, {"halving": True, "layers": 2}, results=results, best=results[0])
+    args = {"halving": True, "layers": 2, "optimizer": "adabelief", "lr_max": 0.002, "l2_reg": 5e-4, "batch_size": 64}
+    args |= {"dataset": "folder", "data": "my photos", "epochs": 3, "schedule_epochs": 30, "amp": "auto"}
+    return write_run(folder, args, results=results, best=results[0])
+
+
+def imagenet_run(folder: Path) -> Path:
+    """A run of train_imagenet.py: its accuracies are those of predictions.npz of cifar_run."""
+    cifar = cifar_run(folder.parent / f"{folder.name}-cifar")
+    args = {
+        "select_on_val": False,
+        "arch": "NAG_HIGH_ACC",
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "batch_size": 256,
+        "epochs": 2,
+    }
+    lines = [{"step": i, "loss": 1 / i, "top1": 0.3 * i, "top5": 0.4 * i, "seconds": 9.5} for i in (1, 2)]
+    best = {"epoch": 1, "test": {"top1": 0.75, "top5": 1.0, "images": 4}}
+    result = {"params": 4_971_763, "test": {"top1": 0.5, "top5": 1.0, "images": 4}, "best": best}
+    write_run(folder, args, lines, result=result)
+    shutil.copy(cifar / "predictions.npz", folder)
+    (folder / "best.pt").touch()
+    return folder
 
 
 def nas_run(folder: Path) -> Path:
@@ -134,6 +158,7 @@ def folder(tmp_path_factory) -> Path:
     flags += ["--output_dir", folder / "cells"]
     generate_archs.main(generate_archs.parse_args(list(map(str, flags))))
     makers = {"gan": gan_run, "cifar": cifar_run, "eval": eval_run, "nas": nas_run, "search": search_run}
+    makers["imagenet"] = imagenet_run
     runs = [folder / "cells", *(make(folder / name) for name, make in makers.items())]
     write(folder / "page.html", *runs)
     return folder
@@ -157,12 +182,13 @@ def numbers_of(text: str, section: str) -> dict[str, float]:
 def test_the_page_has_every_section_and_needs_no_network(folder):
     text = (folder / "page.html").read_text()
     kinds = re.findall(r'data-kind="(\w+)"', text)
-    assert set(kinds) == {"nas_dataset", "gan", "generate_archs", "eval_archs", "train_cifar", "search"}
-    assert kinds == sorted(kinds, key="nas_dataset gan generate_archs eval_archs train_cifar search".split().index)
+    in_order = "nas_dataset gan generate_archs eval_archs train_imagenet train_cifar search".split()
+    assert set(kinds) == {*in_order} and kinds == sorted(kinds, key=in_order.index)
     assert len(text.encode()) < 5 * 10**6
     allowed = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
     assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) <= allowed
     assert all(uri.startswith(("data:", "#")) for uri in re.findall(r'(?:src|href)="([^"]*)"', text))
+    assert "mathdefault" not in text and "train_imagenet.py</span> <span" in text and "/best.pt" in text
     assert "Next:" in text and "python train_cifar.py" in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
@@ -192,6 +218,11 @@ def test_numbers_on_the_page_equal_those_in_the_files(folder):
         assert numbers[f"Kendall's tau with {name}, high end of the interval"] == value["interval"][1]
     numbers = numbers_of(text, "train_cifar")
     assert numbers["test error"] == 0.25 and numbers["published test error"] == 0.0273
+    numbers = numbers_of(text, "train_imagenet")
+    assert (numbers["test accuracy"], numbers["test accuracy of the best epoch, best.pt"]) == (0.5, 0.75)
+    for kind in ("train_cifar", "train_imagenet"):
+        (section,) = re.findall(rf'<section [^>]*data-kind="{kind}".*?</section>', text, flags=re.DOTALL)
+        assert "2 of 4 test images are wrong" in section and section.count("<img src=") == 2
     numbers = numbers_of(text, "search")
     assert numbers["nag: regret after 20 queries, mean of percentage points"] == pytest.approx((5 + 15) / 2)
     assert numbers["random: regret after 20 queries, mean of percentage points"] == pytest.approx((25 + 35) / 2)
@@ -221,11 +252,54 @@ def test_a_search_scored_by_a_command_is_told(tmp_path):
     assert numbers_of(text, "search") == {"queries": 2, "best score": 0.75}
 
 
+def words_of(page: Path) -> str:
+    """The text of a page without its markup."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page.read_text())).split())
+
+
+def test_commands_train_the_same_network_on_the_same_images_by_the_same_optimizer(folder, tmp_path):
+    words = words_of(folder / "page.html")
+    flags = "--dataset folder --data 'my photos' --layers 2 --optimizer adabelief --lr_max 0.002 "
+    flags += "--batch_size 64 --epochs 30"
+    for arch in ("best.json", "results.json:1"):
+        command = f"python train_cifar.py --arch {folder}/eval/{arch} {flags}"
+        assert command in words
+        found = train_cifar.parse_args(shlex.split(command)[2:])
+        assert (found.optimizer, found.lr_max, found.batch_size, found.epochs) == ("adabelief", 0.002, 64, 30)
+        assert (found.dataset, found.data, found.layers) == ("folder", "my photos", 2)
+    settings = {
+        "dataset": "folder",
+        "data": "d",
+        "image_size": 16,
+        "test_share": None,
+        "test_seed": 1997,
+        "skip_bad": True,
+    }
+    weights = {"supernet": {}, "supernet_config": {}, "settings": settings}
+    save_checkpoint(tmp_path / "supernet.pt", "supernet weights", weights)
+    entries = json.loads((folder / "cells" / "genotypes.json").read_text())[:2]
+    for args, expected in (
+        ({"supernet": str(tmp_path / "supernet.pt"), "layers": 3},
+         "train_cifar.py --arch ARCH --layers 3 --dataset folder --data d --image_size 16 --skip_bad"),
+        ({"num_classes": 100}, "train_cifar.py --arch ARCH --dataset cifar100"),
+        ({"limits_for": "imagenet", "channels": 40}, "train_imagenet.py --arch ARCH --channels 40"),
+    ):  # fmt: skip
+        run = write_run(tmp_path / str(len(args)) / expected[6:9], {"max_draws": 9, **args}, genotypes=entries)
+        write(tmp_path / "page.html", run)
+        assert expected.replace("ARCH", f"{run}/genotypes.json:0") in words_of(tmp_path / "page.html")
+    gone = write_run(tmp_path / "gone", {"max_draws": 9, "supernet": "gone.pt"}, genotypes=entries)
+    write(tmp_path / "page.html", gone)
+    assert "the commands do not name its images" in words_of(tmp_path / "page.html")
+
+
 def test_head_says_command_versions_device_and_duration(folder):
-    text = (folder / "page.html").read_text()
-    words = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
-    for expected in ("python script.py --flag 'a b'", "torch 2.99", "abacus", "3 min 4 s", "commit not recorded",
-                     "0.81 of the cells drawn have the accuracy class asked for (chance 0.33)"):  # fmt: skip
+    words = words_of(folder / "page.html")
+    for expected in (
+        "python script.py --flag 'a b'", "torch 2.99", "abacus", "3 min 4 s", "commit not recorded",
+        "0.81 of the cells drawn have the accuracy class asked for (chance 0.33)",
+        "training adabelief, learning rate 0.002, batch 64, weight decay 0.0005, 3 epochs, schedule of 30 epochs",
+        "training sgd, learning rate 0.1, batch 256, 2 epochs", "published are 27.20% after 250 epochs",
+    ):  # fmt: skip
         assert expected in words
     assert report.duration(3700.0) == "1 h 1 min" and report.duration(7.26) == "7.3 s"
 

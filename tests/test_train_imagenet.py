@@ -15,11 +15,14 @@ import torch
 from small_training import PHOTO_CLASSES, ROOT, TWO_PROCESSES, make_photos, threads, words
 
 import train_imagenet
+from generation.report.trained import read_predictions
 from models.export import load_network
 from models.network import ImageNetNetwork
 from plumbing.checkpoint_files import load_checkpoint, save_checkpoint
 from plumbing.console import pace
-from training.image_stream import EvalStream, open_images
+from training.image_stream import MEAN, STD, EvalStream, open_images
+from training.images import normalize
+from training.predicting import MOST_WRONG, Choices
 from training.steps import network_from_checkpoint
 
 CPU = torch.device("cpu")
@@ -82,6 +85,31 @@ def same_weights(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+# ------------------------------------------------------------------------------- what is chosen for the test images
+
+
+def test_choices_are_those_of_all_batches_and_their_worst_images_have_the_pixels(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    labels, logits = torch.randint(3, (60,), generator=rng), torch.randn(60, 3, generator=rng)
+    probability, chosen = logits.softmax(1).max(1)
+    wrong = [i for i in range(60) if chosen[i] != labels[i]]
+    expected = sorted(wrong, key=lambda i: -probability[i])[:MOST_WRONG]
+    assert len(wrong) > MOST_WRONG
+    parts = []
+    for process in ((0, 25), (25, 60)):  # two processes, the second of two batches
+        choices = Choices(MEAN, STD)
+        for rows in torch.arange(*process).split(25):
+            choices.add(normalize(images[rows], MEAN, STD), labels[rows], logits[rows])
+        parts.append((choices.told, choices.worst, choices.images))
+    monkeypatch.setattr("training.distributed.gathered", lambda own: parts)
+    found = choices.arrays()
+    assert found["labels"].tolist() == labels.tolist() and found["predicted"].tolist() == chosen.tolist()
+    assert found["probability"].tolist() == pytest.approx(probability.tolist(), abs=1e-6)
+    assert found["worst"].tolist() == expected
+    assert (found["worst_images"] == images[expected].numpy()).all()
+
+
 # ----------------------------------------------------------------------------------------------------- training
 
 
@@ -115,6 +143,9 @@ def test_a_run_leaves_its_result_and_a_line_for_every_epoch(run):
     assert result["best"]["top1"] == best["top1"] and result["best"]["images"] == 12
     assert result["test"]["images"] == result["best"]["test"]["images"] == 24
     assert result["test"]["top5"] >= result["test"]["top1"]
+    told = read_predictions(folder / "predictions.npz")
+    assert (told["labels"] == told["predicted"]).mean() == pytest.approx(result["test"]["top1"])
+    assert told["classes"].tolist() == sorted(PHOTO_CLASSES)
     assert re.search(r"waited for data \d+%", output)
 
 

@@ -14,11 +14,9 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from models.network import CifarConfig, CifarNetwork
-from plumbing.files import atomic_file
 from plumbing.flags import UNREAD, number
 from training import distributed, steps
 from training.checkpoints import Checkpoints
@@ -40,10 +38,10 @@ from training.own_images import (
     settle_split,
     take_unsettled,
 )
+from training.predicting import MOST_WRONG, write_choices
 from training.steps import ADABELIEF_LR, Step, own_part, train_steps
-from utils import autocast, cosine, derive_seed, set_seed, user_input, writes
+from utils import autocast, cosine, derive_seed, set_seed, user_input
 
-MOST_WRONG = 24  # images that are kept in predictions.npz
 # learning rate and weight decay of each optimizer; AdaBelief's decay is added to the gradient
 OPTIMIZERS = {"sgd": (0.025, 3e-4), "adabelief": (ADABELIEF_LR, 5e-4)}
 
@@ -232,11 +230,7 @@ def accuracy(network: CifarNetwork, images: ImageSet, batch_size: int = 500, amp
 
 @torch.inference_mode()
 def write_predictions(path: Path, network: CifarNetwork, images: ImageSet, args: argparse.Namespace) -> None:
-    """Write what the network chooses for each of the images, for report.py: a .npz file of plain arrays.
-
-    labels, predicted (N,): indices into classes, the names; probability (N,): what the network gives its choice.
-    worst (W,): places of the wrong ones of which it was surest; worst_images (W, 3, S, S): their pixels, bytes.
-    """
+    """Write what the network chooses for each of the images, as write_choices does."""
     network.eval()
     chosen, sure = [], []
     for x, _ in eval_batches(images, args.eval_batch_size):
@@ -250,6 +244,4 @@ def write_predictions(path: Path, network: CifarNetwork, images: ImageSet, args:
     worst = order[(chosen != images.labels)[order]]
     arrays = {"labels": images.labels, "predicted": chosen, "probability": sure, "worst": worst}
     arrays["worst_images"] = images.images[worst]
-    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-    with writes(path), atomic_file(path, "wb") as file:
-        np.savez_compressed(file, classes=np.array(images.classes), **arrays)
+    write_choices(path, {name: tensor.cpu().numpy() for name, tensor in arrays.items()}, images.classes)

@@ -41,6 +41,7 @@ from training.own_images import (
     settle_split,
     take_unsettled,
 )
+from training.predicting import Choices
 from training.steps import ADABELIEF_LR, Step, train_steps
 from utils import derive_seed, fail, set_seed, this_process, user_input
 
@@ -257,7 +258,17 @@ def train_epoch(
     return values | {"lr": lr, "seconds": before + seconds, "data_wait": (stream.waited - waited) / seconds}
 
 
-def accuracy(network: ImageNetNetwork, stream: EvalStream, device: torch.device, amp: str = "auto") -> dict[str, float]:
-    """Top-1 and top-5 accuracy in eval mode over the images of all processes, and how many images there are."""
+def accuracy(
+    network: ImageNetNetwork,
+    stream: EvalStream,
+    device: torch.device,
+    amp: str = "auto",
+    choices: Choices | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in eval mode over the images of all processes, and how many images there are.
+
+    choices: takes down what the network chooses for each image.
+    """
+    total, tell = len(stream.batches(0)), choices and choices.add
     with user_input(f"--data: {stream.files.part.path}"):
-        return steps.evaluate(network, readable(stream, 0, device), device, amp, len(stream.batches(0)))
+        return steps.evaluate(network, readable(stream, 0, device), device, amp, total, tell)

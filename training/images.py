@@ -99,8 +99,8 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
         parts = [source(str(data), train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a proxy's answer, half a file, a full disk: each raises its own kind
         raise ValueError(
-            f"{data} holds no complete {source.base_folder}, and downloading {source.url} into it failed "
-            f"({short_reason(error)}); put the extracted files there, or use --dataset folder with images of your own"
+            f"{data} holds no complete {source.base_folder}, and {source.url} cannot be downloaded "
+            f"({short_reason(error)}): extract it there, or give a folder of your own images"
         ) from None
     mean, std = CIFAR_STATISTICS[dataset]
     sets = []

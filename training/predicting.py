@@ -1,8 +1,13 @@
-"""Classes of single image files by trained networks, for --predict of train_cifar.py and train_imagenet.py.
+"""Classes of single image files by trained networks, for --predict of train_cifar.py and train_imagenet.py:
 
     files = find_images("DIR")                              # or one file
     rows = predict(files, prepare, members, device, ...)    # one a file, those that cannot be read included
     write_predictions(folder / "predictions.csv", rows, classes)
+
+and what a network chose for the test images, for predictions.npz:
+
+    choices = Choices(mean, std)                            # its `add` is called with each batch
+    write_choices(folder / "predictions.npz", choices.arrays(), classes)
 
 Every image is resized and cropped as those that the networks were tested on.
 """
@@ -16,12 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.network import Network
 from plumbing.console import progress_bar
 from plumbing.files import atomic_file
+from training import distributed
 from training.image_decoding import (
     channels_first,
     decode_image,
@@ -36,6 +43,7 @@ from training.steps import vote
 from utils import autocast, fail, user_input, writes
 
 TOP = 5  # classes that are told of an image, most probable first
+MOST_WRONG = 24  # test images that are kept in predictions.npz
 CHUNK_PIXELS = 2**25  # of the images that are decoded at a time
 
 
@@ -157,6 +165,62 @@ def told_of(file: Path, found: tuple[int, Tensor]) -> Prediction:
     values, indices = probabilities.topk(min(TOP, len(probabilities)))
     top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
     return Prediction(str(file), chosen, probabilities[chosen].item(), top)
+
+
+# ------------------------------------------------------------------------------------- choices for the test images
+
+
+class Choices:
+    """What a network chooses for each image of an evaluation, and the images that it gets most wrong.
+
+    `add` takes the batches of this process; `arrays` brings those of all processes together. mean, std: by which the
+    images are normalised.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.told: list[np.ndarray] = []  # of each batch: labels, classes chosen, their probabilities (3, B)
+        self.worst: list[tuple[float, int, np.ndarray]] = []  # probability, place, pixels; the surest first
+        self.images = 0
+
+    def add(self, x: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Take down a batch: x (B, 3, S, S) normalised, labels (B,), logits (B, classes)."""
+        probability, chosen = logits.float().softmax(1).max(1)
+        wrong = (chosen != labels).nonzero()[:, 0]
+        wrong = wrong[probability[wrong].argsort(descending=True, stable=True)[:MOST_WRONG]]
+        pixels = ((x[wrong].float().cpu() * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        for i, sure, image in zip(wrong.tolist(), probability[wrong].tolist(), pixels, strict=True):
+            self.worst.append((sure, self.images + i, image))
+        self.worst = sorted(self.worst, key=lambda entry: -entry[0])[:MOST_WRONG]
+        self.told.append(torch.stack([labels, chosen, probability]).double().cpu().numpy())
+        self.images += len(labels)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What write_choices takes, of the images of all processes: those of process 0 first. All have to call it."""
+        told, worst, first = [], [], 0
+        for batches, of_process, images in distributed.gathered((self.told, self.worst, self.images)):
+            told += batches
+            worst += [(sure, first + place, pixels) for sure, place, pixels in of_process]
+            first += images
+        labels, chosen, probability = np.concatenate(told, axis=1)
+        worst = sorted(worst, key=lambda entry: -entry[0])[:MOST_WRONG]
+        return {
+            "labels": labels.astype(np.int64),
+            "predicted": chosen.astype(np.int64),
+            "probability": probability.astype(np.float32),
+            "worst": np.array([place for _, place, _ in worst], np.int64),
+            "worst_images": np.array([pixels for *_, pixels in worst], np.uint8),
+        }
+
+
+def write_choices(path: Path, arrays: dict[str, np.ndarray], classes: list[str]) -> None:
+    """Write what a network chooses for each test image, for report.py: a .npz file of plain arrays.
+
+    labels, predicted (N,): indices into classes, the names; probability (N,): what the network gives its choice.
+    worst (W,): places of the wrong ones of which it was surest; worst_images (W, 3, S, S): their pixels, bytes.
+    """
+    with writes(path), atomic_file(path, "wb") as file:
+        np.savez_compressed(file, classes=np.array(classes), **arrays)
 
 
 # -------------------------------------------------------------------------------------------------------- output

@@ -252,12 +252,18 @@ def accumulate_gradients(
 
 @torch.inference_mode()
 def evaluate(
-    network: Network, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "auto", total: int = 0
+    network: Network,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    amp: str = "auto",
+    total: int = 0,
+    tell: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """The accuracy in eval mode over the images of all processes: {"top1", "top5", "images": how many there were}.
 
     batches: this process's images, x (B, 3, S, S) and labels (B,). total: how many batches there are; 0: not known.
-    Of fewer than 5 classes, top-5 counts all guesses. Raises ValueError when there are no images.
+    tell: is called with x, labels and logits (B, classes) of each batch. Of fewer than 5 classes, top-5 counts all
+    guesses. Raises ValueError when there are no images.
     """
     network.eval()
     correct, images = torch.zeros(2, dtype=torch.long, device=device), 0
@@ -268,6 +274,8 @@ def evaluate(
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         correct += torch.stack([top1.sum(), top5.sum()])
         images += len(labels)
+        if tell is not None:
+            tell(x, labels, logits)
     counts = torch.cat([correct, torch.tensor([images], device=device)])
     top1, top5, images = distributed.sum_over_ranks(counts).tolist()
     if not images:

@@ -1,5 +1,6 @@
 """Of generated cells: are they what was asked for, how do they compare with real ones, what do the best look like?"""
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,16 +8,19 @@ from scipy.stats import rankdata
 
 from build_nas_dataset.random_cells import RandomCells
 from generation import figures
+from generation.listing import network_flags
 from generation.metrics import cell_distributions
 from generation.report.nas_dataset import COSTS, dataset_section
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator, outside, real_text, strips_of
-from generation.report.runs import Run, network_flags
+from generation.report.runs import Run
 from generation.strips import best_of_each_class, class_name, describe
 from genotypes import NAG_SPACE, Genotype, read_genotypes
 from models.cost import network_cost
 from models.network import CifarConfig, ImageNetConfig
+from plumbing.checkpoint_files import load_checkpoint
 from utils import shown
 
+BY = {"exact count": "exact count", "supernet": "the supernet"}  # what told the class that was obtained
 BEST = 12  # cells of each class on the contact sheet
 
 
@@ -120,9 +124,10 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
             section.number(f"{title}: controllability of {objective}, low end of the interval", low)
             section.number(f"{title}: controllability of {objective}, high end of the interval", high)
             counts = np.array(own["asked_by_obtained"])
+            by = BY.get(own.get("by"), "the predictor")
             caption = (
                 f"{own['controllability']:.3f} ({low:.3f} to {high:.3f}) of {entry['drawn']} are of the class asked "
-                f"for; chance is {1 / len(counts):.3f}. The class obtained is by {own.get('by', 'predictor')}."
+                f"for; chance is {1 / len(counts):.3f}. The class obtained is by {by}."
             )
             figure = figures.heat_map(counts, f"{objective} class obtained", f"{objective} class asked for")
             section.figures.append(page.figure(figure, f"Asked against obtained: {title}", caption))
@@ -253,7 +258,7 @@ def add_sheet(
     page: Page, section: Section, run: Run, entries: list, numbers: list[int], dataset: NasDataset | None
 ) -> None:
     """The first 12 cells of each class, which are those of the highest accuracy expected, the highest class first."""
-    flags = network_flags(run, ("layers", "channels"))
+    flags = training_flags(run, section)
     pruned = {i: genotype.prune() or genotype for i, (genotype, _) in enumerate(entries)}
     for labels, chosen in best_of_each_class(entries, BEST).items():
         near = nearest([pruned[i] for i, _, _ in chosen], [r.genotype for r in dataset.records]) if dataset else []
@@ -275,6 +280,20 @@ def add_sheet(
                 }
             cells.append(cell)
         section.sheet.append({"title": f"Class {class_name(labels)}" if labels else "Cells", "cells": cells})
+
+
+def training_flags(run: Run, section: Section) -> str:
+    """The flags of that script for the same network and, with --supernet, for the same images."""
+    network = ImageNetConfig if run.args.get("limits_for") == "imagenet" else CifarConfig
+    defaults = {name: getattr(network, name) for name in ("num_classes", "layers", "channels")}
+    defaults |= {"limits_for": "cifar", "cache_dir": None}
+    images = None
+    if run.args.get("supernet"):
+        try:
+            images = load_checkpoint(run.args["supernet"], "supernet weights", ("settings",))["settings"]
+        except (ValueError, OSError) as error:
+            section.missing.append(f"The supernet cannot be read, so the commands do not name its images: {error}.")
+    return network_flags(Namespace(**{**defaults, **run.args}), images)
 
 
 def trained_by(run: Run) -> str:
@@ -300,7 +319,7 @@ def say_of_cells(section: Section, run: Run, entries: list) -> None:
         classes = len({tuple(known.get("labels") or ()) for _, known in entries})
         section.verdict = f"{len(entries)} distinct cells in {classes} class{'es' if classes != 1 else ''}."
     if (run.folder / "best.json").is_file():
-        flags = network_flags(run, ("layers", "channels"))
+        flags = training_flags(run, section)
         section.next = f"python {trained_by(run)} --arch {shown(run.folder / 'best.json')}{flags}"
     elif section.sheet:
         section.next = section.sheet[0]["cells"][0]["command"]

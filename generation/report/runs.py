@@ -7,13 +7,11 @@ A folder is read as it is: a run that is not finished, or that an older version 
 `missing` says in sentences what is not.
 """
 
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.network import CifarConfig
 from plumbing.files import from_json, whole_lines
 
 LARGEST_FILE = 2**30  # bytes of a JSON file that is read
@@ -72,6 +70,19 @@ class Run:
             return known["seconds"]
         spent = [line["seconds"] for line in self.metrics if isinstance(line.get("seconds"), (int, float))]
         return sum(spent) if spent and self.kind != "eval_archs" else None
+
+    @property
+    def settings(self) -> str:
+        """Optimizer, learning rate, batch and epochs of a training, in words; "" where the run is none."""
+        words = {"recipe": "recipe {}", "optimizer": "{}", "lr": "learning rate {}", "lr_max": "learning rate {}",
+                 "batch_size": "batch {}", "l2_reg": "weight decay {}", "epochs": "{} epochs", "n_epochs": "{} epochs",
+                 "schedule_epochs": "schedule of {} epochs"}  # fmt: skip
+        known = {name: self.args[name] for name in words if self.args.get(name) is not None}
+        if "batch_size" not in known or self.kind in ("generate_archs", "search"):
+            return ""
+        if known.get("schedule_epochs") == known.get("epochs"):
+            known.pop("schedule_epochs", None)
+        return ", ".join(words[name].format(value) for name, value in known.items())
 
     def json(self, name: str) -> Any:
         """The content of a JSON file of the run; None where it is not there or cannot be read, which `missing` says."""
@@ -134,24 +145,6 @@ def kind_of(run: Run) -> str:
         if any((run.folder / name).is_file() for name in files):
             return kind
     return ""
-
-
-# Flags of train_cifar.py and eval_archs.py that decide on network and images, and their defaults.
-SAME_NETWORK = {
-    "dataset": "cifar10",
-    "data": "data",
-    "test_share": None,
-    "image_size": 32,
-    "layers": CifarConfig.layers,
-    "channels": CifarConfig.channels,
-    "auxiliary_weight": 0.4,
-}
-
-
-def network_flags(run: Run, names: Iterable[str] = SAME_NETWORK) -> str:
-    """The flags with which train_cifar.py trains the network of a run on the same images: " --layers 3 ..." or ""."""
-    given = {name: run.args[name] for name in names if run.args.get(name) not in (None, SAME_NETWORK[name])}
-    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def name_apart(runs: Iterable[Run]) -> None:

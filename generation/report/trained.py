@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from build_nas_dataset.candidates import rank_correlations, supernet_accuracy
+from build_nas_dataset.candidates import flags_of_full_training, rank_correlations, supernet_accuracy
 from generation import figures
 from generation.report.cells import known_cell
 from generation.report.parts import Page, Section, strips_of
-from generation.report.runs import Run, network_flags
+from generation.report.runs import Run
 from utils import shown
 
 # NAG paper, tables of sections 4.2 and 4.3: (genotype, dataset) -> test error.
@@ -22,6 +22,7 @@ PUBLISHED = {
     ("NAG_HIGH_ACC", "cifar100"): 0.1957,
     ("NAG_HIGH_ACC", "imagenet"): 0.272,
 }
+PUBLISHED_EPOCHS = {"train_cifar": 600, "train_imagenet": 250}
 WORST = 24  # images
 
 
@@ -40,6 +41,8 @@ def train_sections(page: Page, run: Run) -> list[Section]:
     section.number("test accuracy", accuracy, 4)
     section.number("test error", result.get("test_error"), 4)
     section.number("test accuracy, top-5", test.get("top5"), 4)
+    if imagenet and isinstance(best := (result.get("best") or {}).get("test"), dict):
+        section.number("test accuracy of the best epoch, best.pt", best.get("top1"), 4)
     section.number("published test error", published, 4)
     add_predictions(page, section, run)
     add_genotype(page, section, result)
@@ -89,8 +92,10 @@ def say_of_training(section: Section, run: Run, result: dict, accuracy: float | 
     section.verdict = f"Test error {1 - accuracy:.2%} after {done} epochs"
     if result.get("params"):
         section.verdict += f", with {result['params'] / 1e6:.3f} M parameters"
-    section.verdict += f"; published are {published:.2%} after 600 epochs." if published is not None else "."
-    section.next = f"python {script} --evaluate {shown(run.folder / 'checkpoint.pt')}"
+    of_paper = f"; published are {published:.2%} after {PUBLISHED_EPOCHS[run.kind]} epochs." if published else "."
+    section.verdict += of_paper
+    kept = "best.pt" if (run.folder / "best.pt").exists() else "checkpoint.pt"  # of train_imagenet.py
+    section.next = f"python {script} --evaluate {shown(run.folder / kept)}"
 
 
 # --------------------------------------------------------------------------------------------------- predictions
@@ -100,9 +105,8 @@ def add_predictions(page: Page, section: Section, run: Run) -> None:
     """Confusion matrix and the images that were most wrong, where the run wrote predictions.npz."""
     path = run.folder / "predictions.npz"
     if not path.is_file():
-        what = "The run wrote no predictions.npz, so there are neither confusions nor the images that are most wrong"
-        note = ": train_imagenet.py writes none." if run.kind == "train_imagenet" else "."
-        section.missing.append(what + note)
+        what = "The run wrote no predictions.npz, so there are neither confusions nor the images that are most wrong."
+        section.missing.append(what)
         return
     try:
         found = read_predictions(path)
@@ -176,7 +180,7 @@ def eval_sections(page: Page, run: Run) -> list[Section]:
         f"{'' if finished else 'The run is not finished: so far, '}{len(results)} candidates; the best reaches a "
         f"held-out accuracy of {accuracy:.4f} after {epochs} epochs. {words}"
     )
-    best = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}{network_flags(run)}"
+    best = f"python train_cifar.py --arch {shown(run.folder / 'best.json')}{flags_of_full_training(run.args)}"
     resume = f"python -m build_nas_dataset.eval_archs --resume {shown(run.folder)}"
     section.next = best if finished else resume
     return [section]
@@ -197,7 +201,7 @@ def add_correlations(page: Page, section: Section, longest: list[dict]) -> str:
         texts = [f"held-out accuracy {a:.4f}, {name} {b:.4f}" for a, b in zip(y, x, strict=True)]
         numbers = [page.cell(text, genotype) for text, genotype in zip(texts, genotypes, strict=True)]
         label = "parameters (M)" if name == "#params" else name
-        figure = figures.cloud(x, y, label, "held-out accuracy", front=False)
+        figure = figures.cloud(x, y, label, "held-out accuracy", front=False, label="candidates")
         caption = f"Kendall's tau {value['tau']:.3f} ({low:.3f} to {high:.3f}, n = {value['n']})."
         section.figures.append(page.figure(figure, f"Brief training against {name}", caption, (x, y, numbers)))
         sentences.append(f"Kendall's tau with {name} is {value['tau']:.2f} ({low:.2f} to {high:.2f}).")
@@ -211,7 +215,8 @@ def add_candidates(page: Page, section: Section, run: Run, results: list[dict]) 
         genotype, training = known_cell(entry), entry["training"]
         facts = [f"held-out accuracy {entry['held_out_accuracy']:.4f} after {training['epochs']} epochs",
                  f"{training['params'] / 1e6:.3f} M parameters"]  # fmt: skip
-        command = f"python train_cifar.py --arch {shown(f'{run.folder}/results.json:{i}')}{network_flags(run)}"
+        arch = shown(f"{run.folder}/results.json:{i}")
+        command = f"python train_cifar.py --arch {arch}{flags_of_full_training(run.args)}"
         number = page.cell(", ".join([f"candidate {i}", *facts]), genotype)
         strips = strips_of(genotype)
         cells.append({"number": number, "index": i, "strips": strips, "facts": facts, "command": command})
