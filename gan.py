@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from build_nas_dataset.objectives import ACCURACIES
 from build_nas_dataset.records import Record, read_records
 from generation.metrics import cell_statistics, sample_and_measure
 from generation.pictures import show_nas_dataset, show_samples
@@ -61,9 +62,10 @@ from utils import (
     write_json,
 )
 
-# Objective -> the flags for its number of classes and the width of its label embedding.
+# Objective -> the flags for its number of classes and the width of its label embedding. The two of accuracy have the
+# same ones, since a generator is trained on one of them at most.
 OBJECTIVES = {
-    "accuracy": ("n_perf_classes", "cls_perf_embedding_size"),
+    **dict.fromkeys(ACCURACIES, ("n_perf_classes", "cls_perf_embedding_size")),
     "params": ("n_params_classes", "cls_params_embedding_size"),
     "macs": ("n_macs_classes", "cls_macs_embedding_size"),
 }
@@ -107,8 +109,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
         "reference")  # fmt: skip
     add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
-    add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
-    for name, (classes, embedding) in OBJECTIVES.items():
+    add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}; "
+        "size_accuracy: how accuracy ranks among cells of about as many #params")  # fmt: skip
+    for classes, embedding in dict.fromkeys(OBJECTIVES.values()):
+        name = " or ".join(name for name, flags in OBJECTIVES.items() if flags[0] == classes)
         add(f"--{classes}", type=number(int, 2), default=3, help=f"classes that {name} is cut into")
         add(f"--{embedding}", type=size, default=10, help=f"width of the embedding of the {name} label")
 
@@ -188,6 +192,8 @@ def objectives_list(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if not set(names) <= set(OBJECTIVES) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(OBJECTIVES)}, each once, got {text!r}")
+    if set(names) >= set(ACCURACIES):
+        raise argparse.ArgumentTypeError(f"expected one of {' and '.join(ACCURACIES)}, got both")
     return names
 
 

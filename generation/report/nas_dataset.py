@@ -115,7 +115,7 @@ def held_out_quantiles(generator: TrainedGenerator, dataset: NasDataset, seed: i
     records = dataset.records
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = order[: max(2, int(HELD_OUT * len(records)))]
-    ranks = [rankdata([objective.of(record) for record in records]) for objective in generator.objectives]
+    ranks = [rankdata(objective.values(records)) for objective in generator.objectives]
     true = (np.stack(ranks, axis=1) - 0.5) / len(records)
     return generator.predictor.quantiles([records[i].genotype for i in held_out]), true[held_out]
 
