@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from build_nas_dataset.objectives import ACCURACIES
-from build_nas_dataset.records import Record, read_records
+from build_nas_dataset.records import Record, check_held_out, read_records
 from generation.metrics import cell_statistics, sample_and_measure
 from generation.pictures import show_nas_dataset, show_samples
 from generation.recipes import PAPER, ROBUST, warmup_for
@@ -83,7 +83,7 @@ FOR_SAMPLING = (
 
 # Flags that say how a generator was trained, which generator.pt keeps.
 OF_TRAINING = {
-    *("nasbench_data", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
+    *("nasbench_data", "accuracy_column", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
     *(name for name in ROBUST if not name.startswith(("g_", "d_"))),  # which are sizes of the networks
 }
 
@@ -108,6 +108,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and labels").add_argument
     add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
         "reference")  # fmt: skip
+    add("--accuracy_column", default="accuracy", metavar="NAME", help="column of the NAS dataset that is the accuracy")
+    add("--held_out_cells", metavar="FILE", help="genotype file of cells that the NAS dataset must not hold, such as "
+        "those that a result is tested on")  # fmt: skip
     add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
     add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}; "
         "size_accuracy: how accuracy ranks among cells of about as many #params")  # fmt: skip
@@ -257,7 +260,11 @@ def check_flags(parser: ArgumentParser, args: argparse.Namespace, given: set[str
 def read_training_records(args: argparse.Namespace, num_classes: dict[str, int]) -> list[Record]:
     """The NAS dataset. Ends the script when it cannot be trained on. Sets --space and --max_step to its space's."""
     with user_input("--nasbench_data"):
-        records = read_records(args.nasbench_data, find_space(args.space) if args.space else None)
+        space = find_space(args.space) if args.space else None
+        records = read_records(args.nasbench_data, space, args.accuracy_column)
+    if args.held_out_cells:
+        with user_input("--held_out_cells"):
+            check_held_out(records, args.nasbench_data, args.held_out_cells)
     space = records[0].genotype.space
     args.space, args.max_step = space.name, space.max_vertices if args.max_step is None else args.max_step
     if not space.min_vertices <= args.max_step <= space.max_vertices:

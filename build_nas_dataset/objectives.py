@@ -104,12 +104,12 @@ class SizeRanking:
     """
 
     def __init__(self, accuracies: Sequence[float], params: Sequence[int], neighbours: int = NEIGHBOURS):
-        self.accuracies, self.sizes = np.asarray(accuracies, float), log_sizes(params)
+        self.accuracies, self.params = np.asarray(accuracies, float), _sizes(params)
         self.neighbours = neighbours
 
     def places(self, accuracies: Sequence[float], params: Sequence[int]) -> np.ndarray:
         """The places, 0 lowest to 1 highest, of genotypes with these accuracies and #params (n,)."""
-        sizes, places = log_sizes(params).tolist(), []
+        sizes, places = _sizes(params).tolist(), []
         known = {size: self._neighbours_of(size) for size in set(sizes)}
         for accuracy, size in zip(accuracies, sizes, strict=True):
             below, up_to = (int(np.searchsorted(known[size], accuracy, side=side)) for side in ("left", "right"))
@@ -117,15 +117,15 @@ class SizeRanking:
         return np.array(places)
 
     def _neighbours_of(self, size: float) -> np.ndarray:
-        """The accuracies of the neighbours of a size, in log #params, in ascending order."""
-        distances = np.abs(self.sizes - size)
-        farthest = np.partition(distances, self.neighbours - 1)[self.neighbours - 1]
-        return np.sort(self.accuracies[distances <= farthest])
+        """The accuracies of the neighbours of genotypes of `size` #params, in ascending order."""
+        ratios = np.maximum(self.params, size) / np.minimum(self.params, size)  # exp of the distance in log #params
+        farthest = np.partition(ratios, self.neighbours - 1)[self.neighbours - 1]
+        return np.sort(self.accuracies[ratios <= farthest])
 
 
-def log_sizes(params: Sequence[int]) -> np.ndarray:
-    """log #params (n,); genotypes without parameters count as if they had one."""
-    return np.log(np.maximum(np.asarray(params, float), 1))
+def _sizes(params: Sequence[int]) -> np.ndarray:
+    """#params (n,); genotypes without parameters count as if they had one."""
+    return np.maximum(np.asarray(params, float), 1)
 
 
 def values_of(records: Sequence[Record], name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from build_nas_dataset.objectives import shares_below, which_class
+from build_nas_dataset.objectives import NEIGHBOURS, Objective, SizeRanking, shares_below, which_class
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.statistics import tau
@@ -249,8 +249,8 @@ class SupernetScorer:
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
-        scorer.cut_classes(records, boundaries, seed=0)
-        classes = scorer.classes(scorer(genotypes))
+        scorer.cut_classes(records, objective, seed=0)
+        classes = scorer.classes(genotypes)
     """
 
     NUM_REAL = 900  # cells of the NAS dataset that classes are cut by
@@ -298,22 +298,33 @@ class SupernetScorer:
                 f"it scores cells of up to {most} vertices, --max_step of its run; {max_vertices} are wanted"
             )
 
-    def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
+    def cut_classes(self, records: list[Record], objective: Objective, seed: int) -> None:
         """Cut accuracies on these images into classes, in which as many real cells are as by the NAS dataset.
 
-        records: the NAS dataset, of which NUM_REAL are drawn by the seed. boundaries: those of its own classes.
+        records: the NAS dataset, of which NUM_REAL are drawn by the seed. objective: accuracy, or accuracy at its size,
+        for which these cells are compared with; they are fewer than the records, and as small a share of them is near.
         Sets boundaries; percentile80, the accuracy that 20 % of the real cells exceed; and ceiling, the share of real
         cells whose class by these images is the one that the NAS dataset has them in. A generator whose cells are
         always in the class asked for would be measured to hit it about as often.
         """
         chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
-        real = self([records[i].genotype for i in chosen])
-        accuracies = np.array([records[i].accuracy for i in chosen])
-        before = which_class(accuracies, boundaries)
-        self.boundaries = np.quantile(real, shares_below(accuracies, boundaries)).tolist()
-        self.ceiling = float(np.mean(self.classes(real) == before))
-        self.percentile80 = float(np.quantile(real, 0.8))
+        real = [records[i].genotype for i in chosen]
+        accuracies, self.ranking = self(real), None
+        if objective.name == "size_accuracy":
+            near = max(1, round(NEIGHBOURS * len(chosen) / len(records)))
+            self.ranking = SizeRanking(accuracies, [records[i].params for i in chosen], near)
+        known = objective.values(records)[chosen]
+        self.boundaries = np.quantile(self.values(real), shares_below(known, objective.boundaries)).tolist()
+        self.ceiling = float(np.mean(self.classes(real) == objective.class_of(known)))
+        self.percentile80 = float(np.quantile(accuracies, 0.8))
 
-    def classes(self, accuracies: np.ndarray) -> np.ndarray:
-        """The class of each accuracy (n,), see which_class."""
-        return which_class(accuracies, self.boundaries)
+    def values(self, genotypes: list[Genotype]) -> np.ndarray:
+        """What the classes are cut by (n,): accuracies, or their places among those of real cells of their size."""
+        accuracies = self(genotypes)
+        if self.ranking is None:
+            return accuracies
+        return self.ranking.places(accuracies, [genotype_cost(genotype)[0] for genotype in genotypes])
+
+    def classes(self, genotypes: list[Genotype]) -> np.ndarray:
+        """The class of each genotype (n,), see which_class."""
+        return which_class(self.values(genotypes), self.boundaries)
