@@ -194,7 +194,8 @@ def parse_args(
     add("--sampling_seeds", type=number(int, 1, 10**4), default=1, help="with --evaluate: draw with as many seeds, "
         "from --seed on, and write mean and standard deviation too")  # fmt: skip
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the generator was trained on)")
-    add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
+    add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data "
+        "(of a GAN of size_accuracy, --evaluate scores the whole NAS dataset, too)")  # fmt: skip
     add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add_common_flags(parser)

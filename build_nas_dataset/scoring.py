@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from build_nas_dataset.objectives import NEIGHBOURS, Objective, SizeRanking, shares_below, which_class
+from build_nas_dataset.objectives import Objective, SizeRanking, shares_below, which_class
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.statistics import tau
@@ -253,7 +253,7 @@ class SupernetScorer:
         classes = scorer.classes(genotypes)
     """
 
-    NUM_REAL = 900  # cells of the NAS dataset that classes are cut by
+    NUM_REAL = 900  # cells of the NAS dataset that classes of accuracy are cut by
 
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
@@ -301,18 +301,17 @@ class SupernetScorer:
     def cut_classes(self, records: list[Record], objective: Objective, seed: int) -> None:
         """Cut accuracies on these images into classes, in which as many real cells are as by the NAS dataset.
 
-        records: the NAS dataset, of which NUM_REAL are drawn by the seed. objective: accuracy, or accuracy at its size,
-        for which these cells are compared with; they are fewer than the records, and as small a share of them is near.
+        records: the NAS dataset, of which NUM_REAL are drawn by the seed. objective: accuracy; or accuracy at its size,
+        for which all records are scored anew, since a genotype is compared with those that are nearest to it.
         Sets boundaries; percentile80, the accuracy that 20 % of the real cells exceed; and ceiling, the share of real
         cells whose class by these images is the one that the NAS dataset has them in. A generator whose cells are
         always in the class asked for would be measured to hit it about as often.
         """
-        chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
+        at_size = objective.name == "size_accuracy"
+        chosen = np.random.default_rng(seed).permutation(len(records))[: None if at_size else self.NUM_REAL]
         real = [records[i].genotype for i in chosen]
-        accuracies, self.ranking = self(real), None
-        if objective.name == "size_accuracy":
-            near = max(1, round(NEIGHBOURS * len(chosen) / len(records)))
-            self.ranking = SizeRanking(accuracies, [records[i].params for i in chosen], near)
+        accuracies = self(real)
+        self.ranking = SizeRanking(accuracies, [records[i].params for i in chosen]) if at_size else None
         known = objective.values(records)[chosen]
         self.boundaries = np.quantile(self.values(real), shares_below(known, objective.boundaries)).tolist()
         self.ceiling = float(np.mean(self.classes(real) == objective.class_of(known)))
