@@ -182,7 +182,8 @@ def label_checksum(images: ImageSet) -> int:
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on, which travel with the files that are passed on."""
     left_out = {"data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs", "checkpoint_minutes"}
-    left_out |= {"score_later", "score_only", "shard"}
+    left_out |= {"score_later", "score_only", "shard", "labels", "records", "brief_cells", "brief_flags"}
+    left_out |= {"held_out_cells"}
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
