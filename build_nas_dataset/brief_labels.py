@@ -126,6 +126,15 @@ def shard_folder(run: Path, index: int, count: int) -> Path:
     return run / "brief" / f"shard-{index}-of-{count}"
 
 
+def shard_folders(run: Path, count: int) -> list[Path]:
+    """Those that are there. Raises ValueError naming one of another number of shards."""
+    folders = sorted((run / "brief").glob("shard-*-of-*"))
+    for folder in folders:
+        if not folder.name.endswith(f"-of-{count}"):
+            raise ValueError(f"{folder} is one of another number of shards than {count}; go on with as many")
+    return folders
+
+
 def check_images(args: argparse.Namespace, classes: list[str] | None) -> None:
     """End the script when the images have other classes than those that the supernet's accuracies were measured on."""
     images, _ = load_parts(args, torch.device("cpu"))
@@ -140,9 +149,7 @@ def read_shards(run: Path, count: int, args: argparse.Namespace) -> tuple[dict[s
     Raises ValueError naming the shard that was trained on other images, with other flags or among another number.
     """
     results, first, seconds, commits = {}, None, 0.0, set()
-    for folder in sorted((run / "brief").glob("shard-*-of-*")):
-        if not folder.name.endswith(f"-of-{count}"):
-            raise ValueError(f"{folder} is one of another number of shards than {count}; go on with as many")
+    for folder in shard_folders(run, count):
         if not (folder / "checkpoint.pt").exists():
             continue
         state = load_checkpoint(folder, "candidates", ("args", "classes", "training_images", "held_out_checksum"))
@@ -235,6 +242,8 @@ def label(args: argparse.Namespace, device: torch.device) -> None:
     records, header = read_pool(args)
     with user_input("--brief_cells"):
         chosen = chosen_records(records, args)
+    with user_input("--shard"):
+        shard_folders(run, count)
     flags, folder = brief_flags(args), shard_folder(run, index, count)
     main = this_process().rank == 0
     if main:

@@ -119,6 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_scoring_flags(parser)
     add_label_flags(parser)
     add_common_flags(parser)
+    if (asked := parser.parse_args(argv)).resume and asked.labels != "supernet":
+        parser.error("argument --resume: expected without --labels; give the same command and --output_dir again")
     args = parse_resumable(parser, argv, "supernet", MAY_CHANGE, SAVED)
     if args.scorings is None:
         args.scorings = min(MAX_SCORINGS, args.epochs)

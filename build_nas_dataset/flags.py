@@ -148,11 +148,9 @@ def add_label_flags(parser: argparse.ArgumentParser) -> None:
 def check_label_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], world: int) -> None:
     """Refuse what does not go with --labels. given: the flags that were given. world: the number of processes."""
     if args.labels == "supernet":
-        for name in OF_LABELS.keys() & given:
+        for name in (name for name in OF_LABELS if name in given):
             parser.error(f"argument --{OF_LABELS[name]}: expected with --labels brief or mixed")
         return
-    if args.resume:
-        parser.error("argument --resume: expected without --labels; give the same command and --output_dir again")
     trained = args.labels == "mixed" and not args.records  # a supernet is
     if trained and (args.shard or world > 1):
         parser.error("argument --from: expected with several processes or --shard, of which one trains the supernet")

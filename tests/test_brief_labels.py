@@ -1,6 +1,7 @@
 """--labels brief and mixed of build_nas_dataset: who is trained, what the records say, and going on after a stop."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def in_process(monkeypatch):
         def poll(self):
             return self.returncode
 
-    monkeypatch.setattr("build_nas_dataset.brief_labels.subprocess.Popen", Training)
+    monkeypatch.setattr("build_nas_dataset.brief_labels.subprocess", SimpleNamespace(Popen=Training))
 
 
 def flags_of(images, nasdata, output_dir, *more) -> list[str]:
@@ -106,7 +107,9 @@ def test_shards_train_each_cell_once_and_the_last_merges_them(images, nasdata, t
     run(*flags, "--shard", "1/2")
     assert "2 of 5 genotypes are trained; the last shard merges them" in capsys.readouterr().out
     assert not (tmp_path / "shards" / "nasdata.jsonl").exists()
-    assert "another number of shards than 3" in refused(capsys, build_nas_dataset, [*flags, "--shard", "0/3"])
+    assert "shard-1-of-2 is one of another number of shards than 3" in refused(
+        capsys, build_nas_dataset, [*flags, "--shard", "0/3"]
+    )
     run(*flags, "--shard", "0/2")
     run(*flags_of(images, nasdata, tmp_path / "whole", "--labels", "brief", "--brief_cells", 5))
     whole = read_records(tmp_path / "whole" / "nasdata.jsonl")
