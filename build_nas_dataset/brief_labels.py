@@ -29,6 +29,7 @@ from build_nas_dataset.candidates import key_of, read_parts
 from build_nas_dataset.flags import brief_flags
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, check_held_out, read_header, read_records, write_records
+from build_nas_dataset.scoring import STAND_ALONE
 from build_nas_dataset.shards import wait_for_folder
 from genotypes import NAG_SPACE
 from models.cost import genotype_cost
@@ -103,7 +104,8 @@ def read_pool(args: argparse.Namespace) -> tuple[list[Record], dict]:
             records, header = read_records(args.records, NAG_SPACE), read_header(args.records)
         else:
             pool = random_pool(args.pool_size, args.seed, NAG_SPACE, args.max_step)
-            records, header = [Record(i, cell, 0.0, *genotype_cost(cell)) for i, cell in enumerate(pool)], {}
+            records = [Record(i, genotype, 0.0, *genotype_cost(genotype)) for i, genotype in enumerate(pool)]
+            header = {"stand_alone": STAND_ALONE}
         for record in records:
             if taken := sorted({"brief_accuracy", "supernet_accuracy", "source"} & record.columns.keys()):
                 what = f"{args.records}: record {record.id} has a {taken[0]} already"
@@ -143,7 +145,7 @@ def check_images(args: argparse.Namespace, classes: list[str] | None) -> None:
             check_classes(images, classes, args.records)
 
 
-def read_shards(run: Path, count: int, args: argparse.Namespace) -> tuple[dict[str, dict], dict]:
+def read_shards(run: Path, count: int) -> tuple[dict[str, dict], dict]:
     """The results of all shards by key, and how the header describes them.
 
     Raises ValueError naming the shard that was trained on other images, with other flags or among another number.
@@ -226,8 +228,8 @@ def labelled(
 def header_with(header: dict, columns: dict[str, dict]) -> dict:
     """The header of the labelled records. What it said of the supernet's accuracies now describes their new column."""
     classes = columns["brief_accuracy"]["classes"]
-    if header:
-        about = {name: header[name] for name in OF_THE_SUPERNET if name in header}
+    about = {name: header[name] for name in OF_THE_SUPERNET if name in header}
+    if about:
         columns = {"supernet_accuracy": {"source": "supernet", "classes": classes, **about}, **columns}
     kept = {name: value for name, value in header.items() if name not in {*OF_THE_SUPERNET, "columns"}}
     return {**kept, "classes": classes, "columns": columns, **code_version()}
@@ -255,7 +257,7 @@ def label(args: argparse.Namespace, device: torch.device) -> None:
         return
     wait_for_folder(run, "--output_dir")
     with user_input("--output_dir"):
-        results, about = read_shards(run, count, args)
+        results, about = read_shards(run, count)
     scores = brief_scores_of(results)
     wanted = [key_of(record.genotype) for record in chosen]
     if missing := sum(key not in scores for key in wanted):

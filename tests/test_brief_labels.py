@@ -1,6 +1,7 @@
 """--labels brief and mixed of build_nas_dataset: who is trained, what the records say, and going on after a stop."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 from build_nas_dataset import build_nas_dataset, eval_archs
-from build_nas_dataset.brief_labels import predict_rest
+from build_nas_dataset.brief_labels import predict_rest, train_briefly
 from build_nas_dataset.candidates import key_of, read_parts
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_header, read_records, write_records
 from models.cost import genotype_cost
 from models.predictor import known_mse
 from tests.small_training import TORCHRUN, make_images, refused, start
-from utils import save_checkpoint, write_json
+from utils import save_checkpoint, signals, write_json
 
 BRIEF = "--layers 1 --channels 4 --batch_size 8 --amp off --epochs 1 --schedule_epochs 2 --auxiliary_weight 0"
 
@@ -221,3 +222,26 @@ def test_shards_of_other_images_are_named(images, nasdata, tmp_path, capsys, mon
     folders = [tmp_path / "run" / "brief" / f"shard-{i}-of-2" for i in (0, 1)]
     assert f"--output_dir: {folders[1]} was trained with other images than {folders[0]}" in line
     assert not (tmp_path / "run" / "nasdata.jsonl").exists()
+
+
+def test_a_signal_is_passed_on_to_the_training_which_ends_first(tmp_path, monkeypatch):
+    told = []
+
+    class Training:
+        returncode = None
+
+        def __init__(self, command):
+            signals.stop = signal.SIGTERM  # as its handler does
+
+        def poll(self):
+            return self.returncode
+
+        def terminate(self):
+            told.append("terminate")
+            self.returncode = 143
+
+    monkeypatch.setattr("build_nas_dataset.brief_labels.subprocess", SimpleNamespace(Popen=Training))
+    monkeypatch.setattr(signals, "stop", 0)
+    with pytest.raises(SystemExit) as ended:
+        train_briefly([], tmp_path / "cells.json", tmp_path)
+    assert ended.value.code == 143 and told == ["terminate"]
