@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from build_nas_dataset.records import Record, read_records
+from build_nas_dataset.records import Record, check_held_out, read_records
 from generation.flags import OBJECTIVES, REFERENCE_FLAGS, add_flags, check_flags
 from generation.metrics import cell_statistics, sample_and_measure
 from generation.pictures import show_nas_dataset, show_samples
@@ -55,7 +55,7 @@ FOR_SAMPLING = (
 
 # Flags that say how a generator was trained, which generator.pt keeps.
 OF_TRAINING = {
-    *("nasbench_data", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
+    *("nasbench_data", "accuracy_column", "objectives", "recipe", "seed", "batch_size", "b2", "n_critic"),
     *(name for name in ROBUST if not name.startswith(("g_", "d_"))),  # which are sizes of the networks
 }
 
@@ -100,7 +100,11 @@ def parse_args(
 def read_training_records(args: argparse.Namespace, num_classes: dict[str, int]) -> list[Record]:
     """The NAS dataset. Ends the script when it cannot be trained on. Sets --space and --max_step to its space's."""
     with user_input("--nasbench_data"):
-        records = read_records(args.nasbench_data, find_space(args.space) if args.space else None)
+        space = find_space(args.space) if args.space else None
+        records = read_records(args.nasbench_data, space, args.accuracy_column)
+    if args.held_out_cells:
+        with user_input("--held_out_cells"):
+            check_held_out(records, args.nasbench_data, args.held_out_cells)
     space = records[0].genotype.space
     args.space, args.max_step = space.name, space.max_vertices if args.max_step is None else args.max_step
     if not space.min_vertices <= args.max_step <= space.max_vertices:

@@ -6,6 +6,8 @@
     python generate_archs.py --target_acc 0.49                  # on the NAS dataset's own scale
     python generate_archs.py --target_quantile 0.9 --max_params 3.0M --top 20 --include_real
     python generate_archs.py --perf_label 2 --limits_for imagenet --max_macs 600M
+    python generate_archs.py --checkpoint RUN --target_quantile 1 --min_params 2.5M --max_params 2.75M
+                                                                # RUN of gan.py --objectives size_accuracy
     python generate_archs.py --num_archs 300 --evaluate         # are they what was asked for?
     python generate_archs.py --num_archs 300 --evaluate --sampling_seeds 8      # with mean and standard deviation
     python generate_archs.py --num_archs 300 --evaluate --supernet data/supernet.pt --data DIR
@@ -29,13 +31,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from build_nas_dataset.objectives import Objective, objectives_of
+from build_nas_dataset.objectives import ACCURACIES, Objective, objectives_of
 from build_nas_dataset.random_cells import RandomCells
 from build_nas_dataset.records import Record, read_records
 from build_nas_dataset.scoring import SupernetScorer, load_supernet
 from generation.evaluation import beside_random, over_sampling_seeds, print_evaluation, print_over_sampling_seeds
 from generation.listing import (
     Listing,
+    accuracy_among,
     add_ranks,
     merge,
     print_class,
@@ -73,7 +76,7 @@ def read_nas_dataset(
     if not args.nasbench_data and path.endswith("data/nasdata.jsonl") and not Path(path).exists():
         path = shipped("data/nasdata.jsonl")  # it was trained in another folder
     try:
-        records = read_records(path, space)
+        records = read_records(path, space, checkpoint["args"].get("accuracy_column", "accuracy"))
         if args.evaluate or args.include_real or not args.nasbench_data:
             check_nas_dataset(path, records, objectives)
         return records
@@ -178,7 +181,8 @@ def parse_args(
     add("--sampling_seeds", type=number(int, 1, 10**4), default=1, help="with --evaluate: draw with as many seeds, "
         "from --seed on, and write mean and standard deviation too")  # fmt: skip
     add("--nasbench_data", help="NAS dataset for the novelty (default: the one the generator was trained on)")
-    add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data")
+    add("--supernet", help="supernet.pt of build_nas_dataset: rank and evaluate by its accuracy on images of --data "
+        "(of a GAN of size_accuracy, --evaluate scores the whole NAS dataset, too)")  # fmt: skip
     add("--data", default="data", help="folder of the images that --supernet was trained on")
     add("--cache_dir", help="where decoded image folders are kept (default: beside them)")
     add_common_flags(parser)
@@ -264,7 +268,7 @@ def check_objectives(args: argparse.Namespace, objectives: list[Objective], sing
     if single != (len(names) == 1):
         script = "generate_archs.py" if len(names) == 1 else "generate_archs_multiobj.py"
         fail(f"--checkpoint: a GAN of {' and '.join(names)}; give it to {script}")
-    if args.top and not args.supernet and "accuracy" not in names:
+    if args.top and not args.supernet and accuracy_among(names) is None:
         fail("--top: expected with --supernet, since the GAN was not trained on accuracy and cannot rank by it")
 
 
@@ -350,8 +354,8 @@ def evaluate_and_print(
     """
     predictor, objectives, scorer = measures
     for objective in objectives:
-        if scorer is not None and objective.name == "accuracy":
-            scorer.cut_classes(records, objective.boundaries, args.seed)
+        if scorer is not None and objective.name in ACCURACIES:
+            scorer.cut_classes(records, objective, args.seed)
     seeds = [args.seed + i for i in range(args.sampling_seeds)]
     baseline, sets = RandomCells(max_vertices, predictor.config.space), []
     for seed in progress_bar(seeds, desc="draw cells of the sampling seeds"):

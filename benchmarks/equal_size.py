@@ -8,10 +8,11 @@
         --trained docs/results/equal_size_seed1.jsonl --out docs/results/equal_size.json
 
 `draw` takes 500 distinct cells of 2.5 to 2.75 million parameters from random sampling and from each generator, asked
-for its highest class of accuracy, and writes two groups of 48 from each: the first that were drawn, and those that the
-predictor expects the highest accuracy of. With each cell stand the quantile that the predictor expects and its accuracy
-by the supernet, on held-out images that no label was made with. `compare` gives the mean of each group and its
-difference to the random cells, by the supernet and by stand-alone training, with 95 % bootstrap intervals.
+for its highest class (of accuracy, or of accuracy at its size), and writes two groups of 48 from each: the first that
+were drawn, and those that the predictor expects the highest accuracy of. With each cell stand the quantile that the
+predictor expects and its accuracy by the supernet, on held-out images that no label was made with. `compare` gives the
+mean of each group and its difference to the random cells, by the supernet and by stand-alone training, with 95 %
+bootstrap intervals.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from models.predictor import Predictor
 from plumbing.files import atomic_file, to_json, write_json
 
 CANDIDATES, GROUP = 500, 48
-HIGHEST = (2,)  # the class asked for, of three
 CPU = torch.device("cpu")
 
 
@@ -52,6 +52,11 @@ def distinct_cells(sample: Callable[[int], list[Genotype | None]], n: int, known
     raise ValueError(f"only {len(found)} of {n} distinct genotypes of that size were drawn")
 
 
+def highest_class(source: Generator | RandomCells) -> tuple[int, ...]:
+    """What is asked for: the highest class of a generator's one objective; nothing of random cells."""
+    return () if isinstance(source, RandomCells) else tuple(n - 1 for n in source.config.num_classes)
+
+
 def draw(args: argparse.Namespace) -> None:
     """Draw the candidates of every source, choose the groups, score them and write the file of cells."""
     known = {record.genotype.canonical() for record in read_records(args.nasbench_data)}
@@ -63,7 +68,7 @@ def draw(args: argparse.Namespace) -> None:
     cells = []
     for name, source in sources.items():
         found = distinct_cells(
-            lambda seed, source=source: source.sample(HIGHEST, 500, 10_000 + seed), CANDIDATES, known
+            lambda seed, source=source: source.sample(highest_class(source), 500, 10_000 + seed), CANDIDATES, known
         )
         quantiles = predictor.quantiles(found)[:, 0]
         groups = {name: range(GROUP), f"{name}, chosen": np.argsort(-quantiles, kind="stable")[:GROUP]}

@@ -9,29 +9,14 @@ the folder brief_training, and the next start with the same files goes on from t
 reads and writes such files will do.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
+from build_nas_dataset.brief_labels import train_briefly
 from build_nas_dataset.candidates import key_of
-from genotypes import Genotype, read_genotypes
-from plumbing.files import from_json, write_json
+from genotypes import read_genotypes
+from plumbing.files import write_json
 from utils import fail, user_input
-
-
-def train_briefly(flags: list[str], archs: Path, folder: Path) -> dict[str, float]:
-    """Train the genotypes of a file by eval_archs.py in `folder`. Returns the score of each by its key."""
-    where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--output_dir", str(folder)]
-    script = str(Path(__file__).with_name("eval_archs.py"))  # as a file it starts in any folder
-    done = subprocess.run([sys.executable, script, *flags, "--archs", str(archs), "--num_archs", "0", *where])
-    if done.returncode:
-        sys.exit(2 if done.returncode > 0 else 1)  # it has said why
-    results = from_json((folder / "results.json").read_text())
-    scores = {}
-    for result in results:
-        diverged = result["training"]["loss"] is None
-        scores[key_of(Genotype.from_dict(result))] = 0.0 if diverged else result["held_out_accuracy"]
-    return scores
 
 
 def main(argv: list[str]) -> None:

@@ -5,6 +5,7 @@
         --layers 1 --channels 16 --epochs 45 --scorings 2 --score_images 1000 --lr_max 0.4 --cutout_size 0 \\
         --drop_path_keep_prob 1                                               # 2 CPU cores, about an hour
     python -m build_nas_dataset --resume runs/build_nas_dataset-...           # go on after a stop
+    python -m build_nas_dataset --labels mixed --from data/nasdata.jsonl ...  # other labels: see brief_labels.py
 
 Writes nasdata.jsonl (the records), supernet.pt (its weights, to score other genotypes), checkpoint.pt (what --resume
 reads), metrics.jsonl and config.json. One process trains; several can score: see shards.py.
@@ -24,13 +25,17 @@ if not __package__:  # started as a file, the path that the published README nam
 
 import torch
 
+from build_nas_dataset.brief_labels import label, read_pool
 from build_nas_dataset.flags import (
     MAX_SCORINGS,
     REFERENCE_FLAGS,
     add_image_flags,
+    add_label_flags,
     add_scoring_flags,
     add_supernet_flags,
     add_training_flags,
+    check_label_flags,
+    check_supernet_flags,
     settle_training_amp,
     supernet_config,
 )
@@ -97,27 +102,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_supernet_flags(parser)
     add_training_flags(parser)
     add_scoring_flags(parser)
+    add_label_flags(parser)
     add_common_flags(parser)
+    if (asked := parser.parse_args(argv)).resume and asked.labels != "supernet":
+        parser.error("argument --resume: expected without --labels; give the same command and --output_dir again")
     args = parse_resumable(parser, argv, "supernet", MAY_CHANGE, SAVED)
     if args.scorings is None:
         args.scorings = min(MAX_SCORINGS, args.epochs)
     given = explicit_flags(parser, argv)
     check_data_flags(parser, args, given)
-    check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
-    if args.score_images % args.score_batch_size:
-        parser.error("argument --score_images: expected a multiple of --score_batch_size")
-    if args.scorings > args.epochs:
-        parser.error("argument --scorings: expected at most --epochs")
-    if args.lr_min > args.lr_max:
-        parser.error("argument --lr_min: expected at most --lr_max")
-    if args.score_only and not args.resume:
-        parser.error("argument --score_only: needs --resume RUN, a run that was trained with --score_later")
-    if args.shard and not args.score_only:
-        parser.error("argument --shard: needs --score_only")
-    if distributed.planned_world() > 1 and not args.score_only:
-        parser.error(
-            "torchrun: one process trains, with --score_later; then several score, with --resume RUN --score_only"
-        )
+    check_label_flags(parser, args, given, distributed.planned_world())
+    if args.labels == "supernet" or not args.records:
+        check_image_size(parser, args, CifarNetwork.auxiliary_sizes, given)
+    check_supernet_flags(parser, args, distributed.planned_world())
     return args
 
 
@@ -331,7 +328,8 @@ def trained_for_later(state: dict, folder: Path) -> bool:
     return state["epoch"] == state["args"]["epochs"] and has_weights(folder, state["scores"])
 
 
-def main(args: argparse.Namespace) -> None:
+def label_by_supernet(args: argparse.Namespace) -> None:
+    """Train a supernet, or go on with one, and score."""
     device = prepare(args, shared=args.score_only)
     device = distributed.start(device) if args.score_only else device
     args.amp = settle_training_amp(args.amp, device)  # which a resumed run keeps
@@ -353,6 +351,27 @@ def main(args: argparse.Namespace) -> None:
     else:
         train_and_score(run)
     distributed.finish()
+
+
+def supernet_first(args: argparse.Namespace) -> str:
+    """For --labels mixed without --from: the NAS dataset by a supernet in OUTPUT_DIR/supernet, made where it lacks."""
+    folder = Path(args.output_dir, "supernet")
+    if not (folder / "nasdata.jsonl").exists():
+        read_pool(args)  # refuses cells that are held out
+        new = argparse.Namespace(**{**vars(args), "labels": "supernet", "output_dir": str(folder)})
+        stopped = (folder / "checkpoint.pt").exists()
+        label_by_supernet(parse_args(["--resume", str(folder), "--data", args.data]) if stopped else new)
+    return str(folder / "nasdata.jsonl")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.labels == "supernet":
+        label_by_supernet(args)
+        return
+    args.output_dir = str(output_folder(args))
+    if args.labels == "mixed" and not args.records:
+        args.records = supernet_first(args)
+    label(args, prepare(args, shared=True))
 
 
 if __name__ == "__main__":

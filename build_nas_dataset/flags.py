@@ -1,6 +1,7 @@
 """The flags of build_nas_dataset.py, by group, and what they ask for. The defaults are the published settings."""
 
 import argparse
+import shlex
 
 import torch
 
@@ -92,6 +93,75 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     add("--score_later", action="store_true", help="end after training, and leave the scorings for --score_only")
     add("--score_only", action="store_true", help="with --resume: score what a run with --score_later left")
     add("--shard", type=shard, metavar="I/N", help="with --score_only: score the share of job I of N, from 0")
+
+
+def check_supernet_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, world: int) -> None:
+    """Refuse what flags of the supernet do not allow together. world: the number of processes."""
+    if args.score_images % args.score_batch_size:
+        parser.error("argument --score_images: expected a multiple of --score_batch_size")
+    if args.scorings > args.epochs:
+        parser.error("argument --scorings: expected at most --epochs")
+    if args.lr_min > args.lr_max:
+        parser.error("argument --lr_min: expected at most --lr_max")
+    if args.score_only and not args.resume:
+        parser.error("argument --score_only: needs --resume RUN, a run that was trained with --score_later")
+    if args.labels != "supernet":
+        return
+    if args.shard and not args.score_only:
+        parser.error("argument --shard: needs --score_only")
+    if world > 1 and not args.score_only:
+        parser.error(
+            "torchrun: one process trains, with --score_later; then several score, with --resume RUN --score_only"
+        )
+
+
+# What --brief_flags is by default: a training that takes about 80 s on one core.
+BRIEF_TRAINING = (
+    "--layers 1 --channels 16 --auxiliary_weight 0 --keep_prob 1 --drop_path_keep_prob 1 --batch_size 128 "
+    "--epochs 2 --schedule_epochs 2"
+)
+OF_IMAGES = "dataset data test_share test_seed cache_dir skip_bad image_size num_images holdout".split()
+OF_LABELS = {"records": "from", "brief_cells": "brief_cells", "brief_flags": "brief_flags"}
+OF_LABELS |= {"held_out_cells": "held_out_cells"}  # attribute -> flag
+
+
+def add_label_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("labels").add_argument
+    add("--labels", default="supernet", choices=["supernet", "brief", "mixed"], help="what the accuracies are: by the "
+        "supernet; after brief stand-alone training, of --brief_cells genotypes alone; or of these, and what a "
+        "predictor that knows both expects of the others")  # fmt: skip
+    add("--from", dest="records", metavar="RECORDS", help="NAS dataset of --labels supernet whose genotypes get labels "
+        "(default: random genotypes; mixed trains a supernet first)")  # fmt: skip
+    add("--brief_cells", type=number(int, 2), default=300, help="genotypes that are trained briefly")
+    text = "flags of eval_archs.py for their training, in quotes, beside those of the images"
+    add("--brief_flags", metavar="FLAGS", default=BRIEF_TRAINING, help=text)
+    add("--held_out_cells", metavar="FILE", help="genotype file of cells that must not be among the genotypes")
+
+
+def check_label_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, given: set[str], world: int) -> None:
+    """Refuse what does not go with --labels. given: the flags that were given. world: the number of processes."""
+    if args.labels == "supernet":
+        for name in (name for name in OF_LABELS if name in given):
+            parser.error(f"argument --{OF_LABELS[name]}: expected with --labels brief or mixed")
+        return
+    trained = args.labels == "mixed" and not args.records  # a supernet is
+    if trained and (args.shard or world > 1):
+        parser.error("argument --from: expected with several processes or --shard, of which one trains the supernet")
+    known = {*OF_IMAGES, *OF_LABELS, *"labels pool_size max_step shard seed device tf32 output_dir".split()}
+    if not trained and (others := sorted(given - known)):
+        parser.error(f"argument --{others[0]}: is of a supernet, and none is trained; --brief_flags has other flags")
+    if args.score_later or args.score_only:
+        parser.error("argument --score_later, --score_only: expected with --labels supernet")
+
+
+def brief_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of eval_archs.py for a brief training: those of --brief_flags, and those given about the images."""
+    flags = shlex.split(args.brief_flags)
+    for name in OF_IMAGES:
+        value = getattr(args, name)
+        if name not in args.unsettled["flags"]:
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [*flags, "--seed", str(args.seed), "--device", args.device, *(["--tf32"] if args.tf32 else [])]
 
 
 def supernet_config(args: argparse.Namespace, num_classes: int) -> SupernetConfig:

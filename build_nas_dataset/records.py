@@ -9,14 +9,14 @@ A file is JSON lines: a header object, then one object a record. The reference's
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
-from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace, find_space
+from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace, find_space, read_genotypes
 from models.cost import genotype_cost
 from plumbing.checkpoint_files import check_tensors
 from plumbing.files import atomic_file, from_json, to_json
@@ -31,9 +31,9 @@ TORCH_MAGIC = b"PK\x03\x04", b"\x80"  # how torch's files begin: a zip archive, 
 class Record:
     """What is known of one genotype.
 
-    accuracy: fraction 0..1, by the supernet or the benchmark of the header. params, macs: of the stand-alone CIFAR-10
-    network with 6 layers, 36 channels, 32x32 pixels, or of the benchmark's; None: not known.
-    columns: what else the line says, such as {"test_accuracy": 0.93}; kept on reading and writing.
+    accuracy: fraction 0..1, by the supernet or the benchmark of the header, or the column that was asked for. params,
+    macs: of the stand-alone CIFAR-10 network with 6 layers, 36 channels, 32x32 pixels, or of the benchmark's; None: not
+    known. columns: what else the line says, such as {"test_accuracy": 0.93}; kept on reading and writing.
     """
 
     id: int
@@ -68,7 +68,22 @@ def read_header(path: str | Path) -> dict:
         raise ValueError(f'{path}, line 1: expected a header with "format": "{FORMAT}"')
     if header.get("version") != VERSION:
         raise ValueError(f"{path} has format version {header.get('version')!s:.60}, this code reads {VERSION}")
+    _check_columns(path, header)
     return header
+
+
+def _check_columns(path: str | Path, header: dict) -> None:
+    """Raise ValueError when the header describes accuracies on images of different classes, or not as expected."""
+    described = header.get("columns", {})
+    if not isinstance(described, dict) or not all(isinstance(about, dict) for about in described.values()):
+        raise ValueError(f'{path}, line 1: expected "columns" to be an object with an object for each column')
+    of_whole = {"the file": header} | {f"the column {name}": about for name, about in described.items()}
+    classes = {name: about["classes"] for name, about in of_whole.items() if about.get("classes")}
+    for name, own in classes.items():
+        if own != (first := next(iter(classes.items())))[1]:
+            raise ValueError(
+                f"{path}, line 1: {first[0]} has accuracies on images of {first[1]!s:.60}, {name} of {own!s:.60}"
+            )
 
 
 def read_space(path: str | Path) -> SearchSpace:
@@ -83,10 +98,11 @@ def read_space(path: str | Path) -> SearchSpace:
         raise ValueError(f"{path}, line 1: {error}") from None
 
 
-def read_records(path: str | Path, space: SearchSpace | None = None) -> list[Record]:
+def read_records(path: str | Path, space: SearchSpace | None = None, accuracy_column: str = "accuracy") -> list[Record]:
     """The records of a NAS dataset (JSON lines, or a torch file of the reference).
 
-    space: that the file must be of; None: whichever its header names.
+    space: that the file must be of; None: whichever its header names. accuracy_column: the column that becomes the
+    accuracy of the records, which all of them must have.
     Raises ValueError naming the file, the line and what is wrong; OSError when it cannot be read.
     """
     path = Path(path)
@@ -97,11 +113,14 @@ def read_records(path: str | Path, space: SearchSpace | None = None) -> list[Rec
         raise ValueError(f"{path} is a NAS dataset of the space {named.name}, expected one of {space.name}")
     with open(path, "rb") as file:
         if file.read(4).startswith(TORCH_MAGIC):
+            if accuracy_column != "accuracy":
+                raise ValueError(f"{path} is a file of the reference, which has no column {accuracy_column}")
             return _read_reference(path)
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         lines = enumerate(file, 1)
         next(lines)
-        records = [_parse_record(path, number, line, space or named) for number, line in lines if line.strip()]
+        filled = ((number, line) for number, line in lines if line.strip())
+        records = [_parse_record(path, number, line, named, accuracy_column) for number, line in filled]
     if not records:
         raise ValueError(f"{path} holds no records")
     return records
@@ -120,15 +139,17 @@ def _parse_line(path: Path, number: int, line: str) -> dict:
     return data
 
 
-def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Record:
+def _parse_record(path: Path, number: int, line: str, space: SearchSpace, accuracy_column: str) -> Record:
     data = _parse_line(path, number, line)
     try:
         genotype = Genotype.from_dict(data, space).prune()
         if genotype is None:
             raise ValueError(f"a cell has no path from an input to the output{_or_too_many_edges(space)}")
-        accuracy = data.get("accuracy")
+        accuracy = data.get(accuracy_column)
+        if accuracy_column != "accuracy" and accuracy is None:
+            raise ValueError(f"record {data.get('id', number - 2)!s:.20} has no {accuracy_column}")
         if not _is_number(accuracy) or not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy must be a fraction from 0 to 1, got {accuracy!r:.60}")
+            raise ValueError(f"{accuracy_column} must be a fraction from 0 to 1, got {accuracy!r:.60}")
         for name in ("params", "macs"):
             if name in data and (not _is_number(data[name], int) or not 0 <= data[name] < 1e15):
                 raise ValueError(f"{name} must be a whole number from 0 to 1e15, got {data.get(name)!r:.60}")
@@ -139,6 +160,19 @@ def _parse_record(path: Path, number: int, line: str, space: SearchSpace) -> Rec
         raise ValueError(f"{path}, line {number}: {error}") from None
     others = {name: value for name, value in data.items() if name not in (*COLUMNS, *space.cells)}
     return Record(identity, genotype, float(accuracy), data.get("params"), data.get("macs"), others)
+
+
+def check_held_out(records: Sequence[Record], path: str | Path, cells: str | Path) -> None:
+    """Raise ValueError when a cell that is to be held out is among the records of a NAS dataset, in any drawing of it.
+
+    path: of the NAS dataset, for the message. cells: a genotype file of the same search space, such as a truth set.
+    Raises ValueError for other files too, OSError when it cannot be read.
+    """
+    held_out = enumerate(read_genotypes(cells, records[0].genotype.space))
+    places = {genotype.canonical(): i for i, (genotype, _) in held_out}
+    for record in records:
+        if (place := places.get(record.genotype.canonical())) is not None:
+            raise ValueError(f"record {record.id} of {path} is cell {place} of {cells}, which is held out")
 
 
 def _or_too_many_edges(space: SearchSpace) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from build_nas_dataset.objectives import shares_below, which_class
+from build_nas_dataset.objectives import Objective, SizeRanking, shares_below, which_class
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
 from build_nas_dataset.statistics import tau
@@ -50,6 +50,7 @@ from training.own_images import (
 )
 from utils import autocast, user_input
 
+STAND_ALONE = {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10}  # whose #params and MACs records have
 SAVE_SECONDS = 60  # a stop during a scoring costs no more than this
 
 # ------------------------------------------------------------------------------------------------- the supernet
@@ -186,7 +187,8 @@ def label_checksum(images: ImageSet) -> int:
 def settings_of(args: argparse.Namespace) -> dict:
     """The flags that a score depends on, which travel with the files that are passed on."""
     left_out = {"data", "cache_dir", "output_dir", "resume", "device", "cuda_graphs", "checkpoint_minutes"}
-    left_out |= {"score_later", "score_only", "shard"}
+    left_out |= {"score_later", "score_only", "shard", "labels", "records", "brief_cells", "brief_flags"}
+    left_out |= {"held_out_cells"}
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
@@ -228,7 +230,7 @@ def write_dataset(
         "seconds": {name: round(value) for name, value in seconds.items()},
         "summary": summary,
         "versions": versions(),
-        "stand_alone": {"layers": 6, "channels": 36, "image_size": 32, "num_classes": 10},
+        "stand_alone": STAND_ALONE,
     }
     records = [
         Record(i, genotype, round(accuracies[i].item(), 6), *cost)
@@ -253,11 +255,11 @@ class SupernetScorer:
     Raises ValueError or OSError when these are not there or are others.
 
         scorer = SupernetScorer(*load_supernet("supernet.pt", device), "data", None)
-        scorer.cut_classes(records, boundaries, seed=0)
-        classes = scorer.classes(scorer(genotypes))
+        scorer.cut_classes(records, objective, seed=0)
+        classes = scorer.classes(genotypes)
     """
 
-    NUM_REAL = 900  # cells of the NAS dataset that classes are cut by
+    NUM_REAL = 900  # cells of the NAS dataset that classes of accuracy are cut by
 
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
@@ -302,22 +304,32 @@ class SupernetScorer:
                 f"it scores cells of up to {most} vertices, --max_step of its run; {max_vertices} are wanted"
             )
 
-    def cut_classes(self, records: list[Record], boundaries: list[float], seed: int) -> None:
+    def cut_classes(self, records: list[Record], objective: Objective, seed: int) -> None:
         """Cut accuracies on these images into classes, in which as many real cells are as by the NAS dataset.
 
-        records: the NAS dataset, of which NUM_REAL are drawn by the seed. boundaries: those of its own classes.
+        records: the NAS dataset, of which NUM_REAL are drawn by the seed. objective: accuracy; or accuracy at its size,
+        for which all records are scored anew, since a genotype is compared with those that are nearest to it.
         Sets boundaries; percentile80, the accuracy that 20 % of the real cells exceed; and ceiling, the share of real
         cells whose class by these images is the one that the NAS dataset has them in. A generator whose cells are
         always in the class asked for would be measured to hit it about as often.
         """
-        chosen = np.random.default_rng(seed).permutation(len(records))[: self.NUM_REAL]
-        real = self([records[i].genotype for i in chosen])
-        accuracies = np.array([records[i].accuracy for i in chosen])
-        before = which_class(accuracies, boundaries)
-        self.boundaries = np.quantile(real, shares_below(accuracies, boundaries)).tolist()
-        self.ceiling = float(np.mean(self.classes(real) == before))
-        self.percentile80 = float(np.quantile(real, 0.8))
+        at_size = objective.name == "size_accuracy"
+        chosen = np.random.default_rng(seed).permutation(len(records))[: None if at_size else self.NUM_REAL]
+        real = [records[i].genotype for i in chosen]
+        accuracies = self(real)
+        self.ranking = SizeRanking(accuracies, [records[i].params for i in chosen]) if at_size else None
+        known = objective.values(records)[chosen]
+        self.boundaries = np.quantile(self.values(real), shares_below(known, objective.boundaries)).tolist()
+        self.ceiling = float(np.mean(self.classes(real) == objective.class_of(known)))
+        self.percentile80 = float(np.quantile(accuracies, 0.8))
 
-    def classes(self, accuracies: np.ndarray) -> np.ndarray:
-        """The class of each accuracy (n,), see which_class."""
-        return which_class(accuracies, self.boundaries)
+    def values(self, genotypes: list[Genotype]) -> np.ndarray:
+        """What the classes are cut by (n,): accuracies, or their places among those of real cells of their size."""
+        accuracies = self(genotypes)
+        if self.ranking is None:
+            return accuracies
+        return self.ranking.places(accuracies, [genotype_cost(genotype)[0] for genotype in genotypes])
+
+    def classes(self, genotypes: list[Genotype]) -> np.ndarray:
+        """The class of each genotype (n,), see which_class."""
+        return which_class(self.values(genotypes), self.boundaries)

@@ -30,8 +30,9 @@ def measures_of(result: dict, name: str = "") -> Iterator[tuple[str, float]]:
     for key, value in result.items():
         if isinstance(value, dict):
             yield from measures_of(value, f"{name}{key} ")
-        elif key == "mean":  # accuracies by the class asked for
-            yield from ((f"{name}mean of class {c}", x) for c, x in enumerate(value) if x is not None)
+        elif key in ("mean", "mean_place"):  # accuracies, or places, by the class asked for
+            title = key.replace("_", " ")
+            yield from ((f"{name}{title} of class {c}", x) for c, x in enumerate(value) if x is not None)
         elif isinstance(value, float):
             yield f"{name}{key}", value
 
@@ -58,6 +59,10 @@ def print_over_sampling_seeds(title: str, measures: dict[str, dict], seeds: Sequ
         print(f"  {name}: {value['mean']:.3f} +- {value['std']:.3f}")
 
 
+def by_class(means: Sequence[float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.4f}" for value in means)
+
+
 def print_evaluation(title: str, result: dict, objectives: list[Objective]) -> None:
     """One entry of evaluation.json, in words."""
     shares = ", ".join(f"{name} {result[name]:.3f}" for name in ("validity", "uniqueness", "novelty"))
@@ -71,10 +76,12 @@ def print_evaluation(title: str, result: dict, objectives: list[Objective]) -> N
         share = f"controllability {entry['controllability']:.3f} ({low:.3f} to {high:.3f})"
         print(f"  {objective.name} ({entry['by']}): {share}{ceiling}")
         if "mean" in entry:
-            means = ", ".join("-" if value is None else f"{value:.4f}" for value in entry["mean"])
+            means = by_class(entry["mean"])
             print(
                 f"    mean accuracy by class asked {means}; 80th percentile of real {entry['real_80th_percentile']:.4f}"
             )
+        if "mean_place" in entry:
+            print(f"    mean place among real cells of its size, by class asked {by_class(entry['mean_place'])}")
         for label, row in enumerate(entry["asked_by_obtained"]):
             print(f"    asked {label}: " + " ".join(f"{n:6d}" for n in row))
     low, high = result["all"]["interval"]

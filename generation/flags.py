@@ -2,6 +2,7 @@
 
 import argparse
 
+from build_nas_dataset.objectives import ACCURACIES
 from genotypes import SPACES
 from models.discriminator import DiscriminatorConfig
 from models.generator import GeneratorConfig
@@ -9,9 +10,10 @@ from plumbing.checkpoint_files import LARGEST, MOST_LAYERS
 from plumbing.flags import UNREAD, ArgumentParser, add_common_flags, add_cuda_graphs_flag, number
 from utils import shipped
 
-# Objective -> the flags for its number of classes and the width of its label embedding.
+# Objective -> the flags for its number of classes and the width of its label embedding. The two of accuracy have the
+# same ones, since a generator is trained on one of them at most.
 OBJECTIVES = {
-    "accuracy": ("n_perf_classes", "cls_perf_embedding_size"),
+    **dict.fromkeys(ACCURACIES, ("n_perf_classes", "cls_perf_embedding_size")),
     "params": ("n_params_classes", "cls_params_embedding_size"),
     "macs": ("n_macs_classes", "cls_macs_embedding_size"),
 }
@@ -32,9 +34,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and labels").add_argument
     add("--nasbench_data", default=shipped("data/nasdata.jsonl"), help="NAS dataset: JSON lines, or a file of the "
         "reference")  # fmt: skip
+    add("--accuracy_column", default="accuracy", metavar="NAME", help="column of the NAS dataset that is the accuracy")
+    add("--held_out_cells", metavar="FILE", help="genotype file of cells that the NAS dataset must not hold, such as "
+        "those that a result is tested on")  # fmt: skip
     add("--space", choices=tuple(SPACES), help="search space (default: the one that the header of the file names)")
-    add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}")
-    for name, (classes, embedding) in OBJECTIVES.items():
+    add("--objectives", type=objectives_list, default=("accuracy",), help=f"some of {','.join(OBJECTIVES)}; "
+        "size_accuracy: how accuracy ranks among cells of about as many #params")  # fmt: skip
+    for classes, embedding in dict.fromkeys(OBJECTIVES.values()):
+        name = " or ".join(name for name, flags in OBJECTIVES.items() if flags[0] == classes)
         add(f"--{classes}", type=number(int, 2), default=3, help=f"classes that {name} is cut into")
         add(f"--{embedding}", type=size, default=10, help=f"width of the embedding of the {name} label")
 
@@ -114,6 +121,8 @@ def objectives_list(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if not set(names) <= set(OBJECTIVES) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(OBJECTIVES)}, each once, got {text!r}")
+    if set(names) >= set(ACCURACIES):
+        raise argparse.ArgumentTypeError(f"expected one of {' and '.join(ACCURACIES)}, got both")
     return names
 
 

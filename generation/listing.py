@@ -5,12 +5,12 @@ An entry is a dict: a genotype and what is known of it, as docs/formats.md says 
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from scipy.stats import rankdata
 
-from build_nas_dataset.objectives import Objective, labels_of
+from build_nas_dataset.objectives import ACCURACIES, Objective, labels_of, values_of
 from build_nas_dataset.records import Record
 from build_nas_dataset.scoring import SupernetScorer
 from generation.metrics import generation_metrics
@@ -53,13 +53,15 @@ def real_entries(
 ) -> dict[tuple, list[dict]]:
     """Labels -> entries of the NAS dataset's cells of that class, within the limits, that were not drawn for it.
 
-    Of each class they are the num_archs of the highest accuracy in the NAS dataset, which is written beside them.
+    Of each class they are the num_archs of the highest accuracy in the NAS dataset, which is written beside them, or of
+    the highest accuracy at their size, where that is an objective.
     """
+    measure = accuracy_among(objective.name for objective in objectives) or "accuracy"
     classes = map(tuple, labels_of(records, objectives).tolist())
-    best_first = sorted(zip(classes, records, strict=True), key=lambda pair: -pair[1].accuracy)
+    best_first = sorted(zip(classes, records, values_of(records, measure), strict=True), key=lambda found: -found[2])
     made = {labels: {g.canonical() for g in genotypes if g is not None} for labels, genotypes in drawn.items()}
     found: dict[tuple, list[dict]] = {labels: [] for labels in drawn}
-    for labels, record in best_first:
+    for labels, record, _ in best_first:
         wanted = labels in found and len(found[labels]) < num_archs and limits.keep(record.genotype)
         if wanted and record.genotype.canonical() not in made[labels]:
             entry = entry_of(record.genotype, labels, limits) | {"count": 0, "real": True, "novel": False}
@@ -79,10 +81,15 @@ def rank(entries: list[dict], predictor: Predictor, objectives: list[Objective],
         for entry, accuracy in zip(entries, scorer(genotypes).tolist(), strict=True):
             entry["supernet_accuracy"] = round(accuracy, 6)
         entries.sort(key=lambda entry: -entry["supernet_accuracy"])
-    elif "accuracy" in names:
-        entries.sort(key=lambda entry: -entry["predicted_unclipped"]["accuracy"])
+    elif (measure := accuracy_among(names)) is not None:
+        entries.sort(key=lambda entry: -entry["predicted_unclipped"][measure])
     for entry in entries:  # of the best ones, many are expected beyond all that the predictor has seen
         entry["predicted_quantiles"] = {n: min(max(q, 0.0), 1.0) for n, q in entry["predicted_unclipped"].items()}
+
+
+def accuracy_among(names: Iterable[str]) -> str | None:
+    """Which of the objectives says how well a genotype classifies: "accuracy", "size_accuracy" or None."""
+    return next((name for name in names if name in ACCURACIES), None)
 
 
 def add_ranks(entries: Sequence[dict]) -> None:
@@ -90,7 +97,8 @@ def add_ranks(entries: Sequence[dict]) -> None:
 
     entries: of all classes. Without a supernet and a predictor of accuracy there is no rank.
     """
-    measure = [e.get("supernet_accuracy", e["predicted_unclipped"].get("accuracy")) for e in entries]
+    predicted = [(e["predicted_unclipped"], accuracy_among(e["predicted_unclipped"])) for e in entries]
+    measure = [e.get("supernet_accuracy", of.get(name)) for e, (of, name) in zip(entries, predicted, strict=True)]
     if entries and None not in measure:
         for entry, place in zip(entries, rankdata([-value for value in measure], method="min"), strict=True):
             entry["rank"] = int(place)
@@ -132,7 +140,8 @@ class Listing:
 
     def __init__(self, limits: Limits, objectives: Sequence[Objective], random: bool, supernet: bool):
         self.limits, self.objectives, self.random, self.supernet = limits, objectives, random, supernet
-        self.ranked = supernet or any(objective.name == "accuracy" for objective in objectives)
+        self.at_its_size = not supernet and any(objective.name == "size_accuracy" for objective in objectives)
+        self.ranked = supernet or accuracy_among(objective.name for objective in objectives) is not None
 
     def title(self, labels: tuple[int, ...]) -> str:
         title = describe(labels, self.objectives)
@@ -158,7 +167,10 @@ class Listing:
         lines = ["index: the cell's place in genotypes.json"]
         if self.ranked:
             by = "the supernet" if self.supernet else "the predictor"
-            lines.append(f"rank: among all {candidates} candidates by the accuracy that {by} expects, 1 is the highest")
+            measure = "accuracy at its size" if self.at_its_size else "accuracy"
+            lines.append(
+                f"rank: among all {candidates} candidates by the {measure} that {by} expects, 1 is the highest"
+            )
         if self.limits.counted:
             kind = "ImageNet" if isinstance(self.limits.network, ImageNetConfig) else "CIFAR"
             size = f"{self.limits.network.layers} layers and {self.limits.network.channels} channels"

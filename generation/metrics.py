@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from build_nas_dataset.objectives import Objective, labels_of
+from build_nas_dataset.objectives import ACCURACIES, Objective, labels_of
 from build_nas_dataset.records import Record
 from build_nas_dataset.statistics import bootstrap_interval
 from genotypes import NAG_SPACE, Genotype, SearchSpace
@@ -128,7 +128,7 @@ def evaluate_cells(
     """Quality, controllability and likeness of genotypes drawn for each combination of labels.
 
     An invalid genotype has no class. drawn: labels -> genotypes as drawn, None where one is invalid.
-    scorer: a SupernetScorer that has cut the classes of accuracy, in the place of the predictor.
+    scorer: a SupernetScorer that has cut the classes of accuracy, in the place of the predictor of accuracy.
     """
     known = {record.genotype.canonical() for record in records}
     flat = [genotype for genotypes in drawn.values() for genotype in genotypes]
@@ -141,10 +141,12 @@ def evaluate_cells(
     obtained = obtained_classes(flat, objectives, predictor)  # (n, K)
     for k, objective in enumerate(objectives):
         entry = {"by": "exact count" if objective.is_counted(records[0].genotype.space) else "predictor"}
-        if objective.name == "accuracy" and scorer is not None:
-            accuracies = scorer([genotype for genotype in flat if genotype is not None])
-            obtained[valid, k] = scorer.classes(accuracies)
-            entry |= by_supernet(scorer, accuracies, asked[valid, k], np.unique(asked[:, k]))
+        if objective.name in ACCURACIES and scorer is not None:
+            those = [genotype for genotype in flat if genotype is not None]
+            obtained[valid, k] = scorer.classes(those)
+            entry |= by_supernet(scorer, those, asked[valid, k], np.unique(asked[:, k]))
+            if objective.name == "size_accuracy":
+                entry["mean_place"] = mean_by_class(scorer.values(those), asked[valid, k], np.unique(asked[:, k]))
         entry |= share_with_interval(obtained[:, k] == asked[:, k])
         counts = confusion(asked[valid, k], obtained[valid, k], objective.num_classes)
         result[objective.name] = entry | {"asked_by_obtained": counts.tolist()}
@@ -158,16 +160,19 @@ def share_with_interval(hits: np.ndarray) -> dict:
     return {"controllability": float(hits.mean()), "interval": bootstrap_interval(np.mean, hits)}
 
 
-def by_supernet(scorer, accuracies: np.ndarray, asked: np.ndarray, classes: np.ndarray) -> dict:
-    """What a supernet says of valid genotypes (n,): how far a class can be relied on, and the mean of each class asked.
+def by_supernet(scorer, genotypes: list[Genotype], asked: np.ndarray, classes: np.ndarray) -> dict:
+    """What a supernet says of valid genotypes (n,): how far a class can be relied on, and the mean accuracy of each.
 
-    asked: the class of accuracy asked for (n,). classes: all that were asked for; the mean of one without a valid
-    genotype is None.
+    asked: the class of accuracy asked for (n,). classes: all that were asked for.
     """
-    of_class = [accuracies[asked == c] for c in classes]
-    means = [float(values.mean()) if len(values) else None for values in of_class]
     known = {"by": "supernet", "ceiling": scorer.ceiling, "real_80th_percentile": scorer.percentile80}
-    return known | {"mean": means}
+    return known | {"mean": mean_by_class(scorer(genotypes), asked, classes)}
+
+
+def mean_by_class(values: np.ndarray, asked: np.ndarray, classes: np.ndarray) -> list[float | None]:
+    """The mean of the values (n,) of each class asked for; None where no genotype of it is valid. asked (n,)."""
+    of_class = [values[asked == c] for c in classes]
+    return [float(those.mean()) if len(those) else None for those in of_class]
 
 
 def distances_to_real(drawn: dict[tuple, list], records: list[Record], real_labels: np.ndarray) -> dict[str, float]:

@@ -22,7 +22,7 @@ def show_nas_dataset(log: RunLog, records: Sequence[Record], objectives: Sequenc
     from generation.figures import cloud, histogram, pixels
 
     for objective in objectives:
-        figure = histogram([objective.of(record) for record in records], objective.name, objective.boundaries)
+        figure = histogram(objective.values(records), objective.name, objective.boundaries)
         log.image(f"NAS dataset/{objective.name}", pixels(figure), 0)
     accuracy = [record.accuracy for record in records]
     for name in ("params", "macs"):

@@ -3,7 +3,7 @@
 import argparse
 from itertools import product
 
-from build_nas_dataset.objectives import Objective
+from build_nas_dataset.objectives import ACCURACIES, Objective
 from genotypes import NAG_SPACE, CellSpec, Genotype, SearchSpace
 from models.cost import Cost, network_cost
 from models.network import CifarConfig, ImageNetConfig
@@ -13,17 +13,16 @@ from utils import fail
 # What --limits_for takes -> the network whose #params and MACs are counted, at its published size.
 COUNTED_NETWORKS = {"cifar": CifarConfig, "imagenet": ImageNetConfig}
 RECORDS_NETWORK = CifarConfig()  # whose counts the NAS dataset has
-LABEL_FLAGS = {"accuracy": "perf_label", "params": "params_label", "macs": "macs_label"}
+LABEL_FLAGS = {**dict.fromkeys(ACCURACIES, "perf_label"), "params": "params_label", "macs": "macs_label"}
 
 
 def wanted_labels(args: argparse.Namespace, objectives: list[Objective]) -> list[tuple[int, ...]]:
     """The combinations of classes to draw cells for. Ends the script when the GAN was not trained on what is asked."""
     names = [objective.name for objective in objectives]
-    for name, flag in LABEL_FLAGS.items():
-        if getattr(args, flag) is not None and name not in names:
-            fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
-    for flag in ("target_acc", "target_quantile"):
-        if getattr(args, flag) is not None and "accuracy" not in names:
+    needs = {flag: {name for name, own in LABEL_FLAGS.items() if own == flag} for flag in LABEL_FLAGS.values()}
+    needs |= {"target_acc": {"accuracy"}, "target_quantile": set(ACCURACIES)}
+    for flag, wanted in needs.items():
+        if getattr(args, flag) is not None and not wanted & set(names):
             fail(f"--{flag}: the GAN was trained on {', '.join(names)} only")
     return list(product(*(wanted_classes(args, objective) for objective in objectives)))
 
@@ -44,7 +43,7 @@ def wanted_classes(args: argparse.Namespace, objective: Objective) -> list[int]:
                 f"trained on (by a supernet, below those of trained networks), got {args.target_acc:g}"
             )
         return [objective.class_of(args.target_acc)]
-    if objective.name == "accuracy" and args.target_quantile is not None:
+    if objective.name in ACCURACIES and args.target_quantile is not None:
         return [objective.class_of_quantile(args.target_quantile)]
     return list(range(highest + 1))
 
@@ -148,10 +147,10 @@ def si(value: float) -> str:
 
 
 def describe(labels: tuple[int, ...], objectives: list[Objective]) -> str:
-    """class 2 (accuracy 0.4805 to 0.5180)"""
+    """class 2 (accuracy 0.4805 to 0.5180), or class 9 (size_accuracy 0.8975 to 0.9975)"""
     parts = []
     for label, objective in zip(labels, objectives, strict=True):
         edges = [objective.minimum, *objective.boundaries, objective.maximum]
-        show = (lambda value: f"{value:.4f}") if objective.name == "accuracy" else si
+        show = (lambda value: f"{value:.4f}") if objective.name in ACCURACIES else si
         parts.append(f"{objective.name} {show(edges[label])} to {show(edges[label + 1])}")
     return f"class {','.join(map(str, labels))} ({', '.join(parts)})"

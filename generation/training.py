@@ -45,7 +45,7 @@ class TrainingData:
         self.max_vertices = max(int(cells.num_nodes.max()) for cells in self.cells)
         self.objectives = objectives_of(records, num_classes)
         self.labels = torch.tensor(labels_of(records, self.objectives), device=device)
-        ranks = [rankdata([objective.of(record) for record in records]) for objective in self.objectives]
+        ranks = [rankdata(objective.values(records)) for objective in self.objectives]
         quantiles = (np.stack(ranks, axis=1) - 0.5) / len(records)
         self.quantiles = torch.tensor(quantiles, dtype=torch.float32, device=device)
 

@@ -3,6 +3,7 @@
 It is an addition to the paper: the robust recipe takes its rewards from it, and generate_archs.py ranks cells by it.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def train_predictor(
 ) -> tuple[Predictor, list[float]]:
     """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
 
-    cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K).
+    cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K); NaN where it
+    is not known, which is left out. tau is NaN where fewer than two held-out records are known.
     Its root mean square error on the records held out is kept in it. Raises ValueError when the training diverges.
     """
     device = quantiles.device
@@ -117,7 +119,7 @@ def train_predictor(
     order = torch.randperm(len(quantiles), generator=torch.Generator().manual_seed(seed)).to(device)
     num_held_out = max(2, int(HELD_OUT * len(quantiles)))
     held_out, train = order[:num_held_out], order[num_held_out:]
-    batch_size = min(batch_size, len(train))
+    batch_size, whole = min(batch_size, len(train)), not quantiles.isnan().any()
     predictor = Predictor(quantiles.shape[1], space=space).to(device)
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(train) // batch_size)
@@ -125,7 +127,8 @@ def train_predictor(
     for epoch in progress_bar(range(EPOCHS), desc="predictor"):
         shuffled = train[torch.randperm(len(train), device=device)]
         for index in shuffled[: len(train) // batch_size * batch_size].split(batch_size):
-            loss = F.mse_loss(predictor(tuple(batch[index] for batch in cells)), quantiles[index])
+            predicted = predictor(tuple(batch[index] for batch in cells))
+            loss = F.mse_loss(predicted, quantiles[index]) if whole else known_mse(predicted, quantiles[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -134,5 +137,14 @@ def train_predictor(
             raise ValueError(f"the predictor's training diverged in epoch {epoch + 1}; another --batch_size may help")
     predictor.requires_grad_(False)
     predicted, truth = predictor(tuple(batch[held_out] for batch in cells)).cpu(), quantiles[held_out].cpu()
-    predictor.error.copy_((predicted - truth).square().mean(0).sqrt())
-    return predictor, [float(kendalltau(a, b).statistic) for a, b in zip(predicted.T, truth.T, strict=True)]
+    squares = (predicted - truth).square()
+    predictor.error.copy_((squares.mean(0) if whole else squares.nanmean(0)).sqrt())
+    known = [(a[~b.isnan()], b[~b.isnan()]) for a, b in zip(predicted.T, truth.T, strict=True)]
+    return predictor, [float(kendalltau(*pair).statistic) if len(pair[0]) > 1 else math.nan for pair in known]
+
+
+def known_mse(predicted: Tensor, quantiles: Tensor) -> Tensor:
+    """The mean over the objectives of the mean square error of the quantiles (B, K) that are known, not NaN."""
+    known = ~quantiles.isnan()
+    squares = torch.where(known, predicted - quantiles, 0.0).square()
+    return (squares.sum(0) / known.sum(0).clamp(min=1)).mean()

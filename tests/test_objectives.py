@@ -1,16 +1,26 @@
 """build_nas_dataset/objectives.py: classes of equal sizes, and one answer to the question which class a value is in."""
 
 import argparse
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import rankdata
 
-from build_nas_dataset.objectives import Objective, class_boundaries, labels_of, objectives_of, which_class
+from build_nas_dataset.objectives import (
+    Objective,
+    SizeRanking,
+    class_boundaries,
+    labels_of,
+    objectives_of,
+    values_of,
+    which_class,
+)
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, read_records
 from generation.targets import wanted_classes
+from genotypes import NAG_SPACE
 
 
 def records_with(accuracies):
@@ -79,6 +89,61 @@ def test_the_median_of_tied_accuracies_is_in_the_class_that_holds_it():
         args = argparse.Namespace(perf_label=None, target_acc=None, target_quantile=quantile)
         assert wanted_classes(args, accuracy) == [expected]
     assert accuracy.class_of(np.median([record.accuracy for record in records])) == 2
+
+
+def place_by_definition(accuracy, size, accuracies, params, neighbours=200):
+    """The place of an accuracy among the records nearest in log #params, all of them compared one by one."""
+    distances = [Fraction(max(other, size), min(other, size)) for other in params]  # the same order as that of logs
+    farthest = sorted(distances)[neighbours - 1]
+    near = [a for a, distance in zip(accuracies, distances, strict=True) if distance <= farthest]
+    return sum(1.0 if a < accuracy else 0.5 if a == accuracy else 0.0 for a in near) / len(near)
+
+
+@pytest.mark.parametrize("kind", ["shipped", "many ties", "few sizes"])
+def test_accuracy_at_its_size_is_the_place_among_the_200_records_nearest_in_log_params(kind):
+    rng = np.random.default_rng(0)
+    params, accuracies = np.exp(rng.normal(14, 1, 500)).round().astype(int).tolist(), rng.random(500).tolist()
+    if kind == "shipped":
+        records = read_records("data/nasdata.jsonl")
+        params, accuracies = [record.params for record in records], [record.accuracy for record in records]
+    if kind == "many ties":
+        accuracies = np.round(accuracies, 1).tolist()
+    if kind == "few sizes":  # 250 of each: all of them are as near as the 200th
+        params = [1000, 5000] * 250
+    records = [Record(i, None, a, p, 0) for i, (a, p) in enumerate(zip(accuracies, params, strict=True))]
+    found = values_of(records, "size_accuracy")
+    by_size = sorted(range(len(records)), key=params.__getitem__)
+    for i in [*by_size[:3], *by_size[-3:], *range(0, len(records), max(1, len(records) // 40))]:  # both ends too
+        assert found[i] == place_by_definition(accuracies[i], params[i], accuracies, params), i
+    if kind == "few sizes":
+        assert len({int(250 * place) for place in found[::2]}) == 250 and 0 < found.min() < 0.003
+    order = rng.permutation(len(records))
+    assert (values_of([records[i] for i in order], "size_accuracy") == found[order]).all()  # whatever their order
+    ranking = SizeRanking(accuracies, params)
+    for accuracy, size in ((0.45, 1), (0.48, 2_600_000), (0.48, 10**9), (accuracies[3], params[7])):  # of no record
+        assert ranking.places([accuracy], [size]) == [place_by_definition(accuracy, size, accuracies, params)]
+
+
+@pytest.mark.parametrize("classes", [3, 5, 10])
+def test_classes_of_accuracy_at_its_size_are_equally_large_at_every_size(classes):
+    records = read_records("data/nasdata.jsonl")
+    (at_size,) = objectives_of(records, {"size_accuracy": classes})
+    labels = labels_of(records, [at_size])[:, 0]
+    assert np.bincount(labels) == pytest.approx(4000 / classes, rel=0.1)
+    places = (rankdata(at_size.values(records)) - 0.5) / len(records)
+    assert (at_size.class_of_quantile(places) == labels).all()
+    assert at_size.class_of_quantile(1.0) == classes - 1
+    by_size = np.argsort([record.params for record in records])
+    for part in np.array_split(labels[by_size], 10):
+        assert (part == classes - 1).mean() == pytest.approx(1 / classes, abs=0.06)
+    assert not at_size.is_counted(NAG_SPACE) and Objective.from_dict(at_size.to_dict()) == at_size
+
+
+def test_accuracy_at_its_size_needs_sizes_and_more_records_than_are_compared():
+    with pytest.raises(ValueError, match="size_accuracy needs more than 200 records to compare with, got 200"):
+        values_of([Record(i, None, 0.5, 10, 10) for i in range(200)], "size_accuracy")
+    with pytest.raises(ValueError, match="no params for 1 of its 300 records"):
+        values_of([Record(i, None, 0.5, i or None, 10) for i in range(300)], "size_accuracy")
 
 
 @pytest.mark.parametrize("name", ["generator.pt", "generator_multiobj.pt"])

@@ -1,6 +1,7 @@
 """The NAS dataset file, its classes, and the metrics computed on it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
-from build_nas_dataset.records import Record, read_header, read_records, read_space, write_records
+from build_nas_dataset.records import Record, check_held_out, read_header, read_records, read_space, write_records
 from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, Genotype, read_genotypes
 from models.cost import genotype_cost
+from plumbing.files import write_json
 
 
 @pytest.fixture
@@ -44,6 +46,58 @@ def test_records_of_other_spaces_may_lack_costs_and_carry_further_columns(tmp_pa
     path.write_text(path.read_text().replace(f'"search_space": "{space.name}"', '"search_space": "darts"'))
     with pytest.raises(ValueError, match="line 1: unknown search space 'darts'"):
         read_records(path)
+
+
+def test_another_column_can_be_the_accuracy_if_every_record_has_it(tmp_path, records):
+    path = tmp_path / "nasdata.jsonl"
+    labelled = [replace(r, columns={"brief_accuracy": (r.id + 1) / 20, "source": "brief"}) for r in records]
+    write_records(path, labelled, {"columns": {"brief_accuracy": {"source": "brief", "epochs": 2}}})
+    assert read_records(path) == labelled
+    asked = read_records(path, accuracy_column="brief_accuracy")
+    assert [record.accuracy for record in asked] == [(record.id + 1) / 20 for record in records]
+    assert [record.params for record in asked] == [record.params for record in records]
+    write_records(path, [*labelled[:7], replace(records[7], columns={"source": "supernet"}), *labelled[8:]], {})
+    with pytest.raises(ValueError, match=r"nasdata.jsonl, line 9: record 7 has no brief_accuracy$"):
+        read_records(path, accuracy_column="brief_accuracy")
+    write_records(path, [replace(records[0], columns={"brief_accuracy": 71.2})], {})
+    with pytest.raises(ValueError, match=r"line 2: brief_accuracy must be a fraction from 0 to 1, got 71\.2"):
+        read_records(path, accuracy_column="brief_accuracy")
+    torch.save([], tmp_path / "reference.pkl")
+    with pytest.raises(ValueError, match="is a file of the reference, which has no column brief_accuracy"):
+        read_records(tmp_path / "reference.pkl", accuracy_column="brief_accuracy")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ({"classes": ["cat", "dog"], "columns": {"brief_accuracy": {"classes": ["a", "b"]}}},
+         "line 1: the file has accuracies on images of .'cat', 'dog'., the column brief_accuracy of .'a', 'b'."),
+        ({"columns": {"a": {"classes": ["x"]}, "b": {}, "c": {"classes": ["y"]}}},
+         "line 1: the column a has accuracies on images of .'x'., the column c of .'y'."),
+        ({"columns": ["brief_accuracy"]}, 'line 1: expected "columns" to be an object with an object for each'),
+    ],
+)  # fmt: skip
+def test_columns_of_different_data_are_refused(tmp_path, records, header, reason):
+    write_records(tmp_path / "nasdata.jsonl", records, header)
+    with pytest.raises(ValueError, match=reason):
+        read_records(tmp_path / "nasdata.jsonl")
+
+
+def test_a_held_out_cell_among_the_records_is_named_however_it_is_drawn(tmp_path, records):
+    cells = tmp_path / "truth.json"
+    apart = [genotype.to_dict() for genotype in random_pool(3, seed=2)]
+    write_json(cells, apart)
+    check_held_out(records, "nasdata.jsonl", cells)
+    normal, reduction = records[5].genotype.cells
+    with_idle_vertex = [[*row[:-1], 0, row[-1]] for row in normal.matrix]
+    with_idle_vertex.insert(-1, [0] * (normal.num_vertices + 1))
+    same = Genotype(CellSpec(with_idle_vertex, [*normal.ops[:-1], "identity", "output"]), reduction)
+    write_json(cells, [*apart, same.to_dict()])
+    with pytest.raises(ValueError, match=f"^record 5 of nasdata.jsonl is cell 3 of {cells}, which is held out$"):
+        check_held_out(records, "nasdata.jsonl", cells)
+    write_json(cells, [Genotype(*g.cells, space=g.space).to_dict() for g in random_pool(1, 1, NASBENCH201)])
+    with pytest.raises(ValueError, match=r"truth\.json, genotype 0"):
+        check_held_out(records, "nasdata.jsonl", cells)
 
 
 @pytest.mark.parametrize(

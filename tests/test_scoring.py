@@ -1,15 +1,19 @@
 """scoring.py: which images genotypes are scored on, and the classes of what a supernet finds."""
 
 import argparse
+import math
 
 import numpy as np
 import pytest
 import torch
+from small_objectives import objective
 
 from build_nas_dataset import scoring
+from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
 from build_nas_dataset.scoring import SupernetScorer, label_checksum, scoring_batches
+from models.cost import genotype_cost
 from models.supernet import Supernet
 from training.images import ImageSet, split
 
@@ -77,15 +81,38 @@ def test_classes_are_cut_at_the_quantiles_of_real_cells_and_the_ceiling_is_their
     now = [0.0, 0.125, 0.25, 0.375, 0.75, 0.625, 0.5, 0.875, 1.0]  # cells 4 and 6 have changed places
     scorer.scored = {genotype: torch.tensor(value) for genotype, value in zip(pool, now, strict=True)}
     assert scorer(pool[::-1]).tolist() == now[::-1]
-    scorer.cut_classes(records, [0.15, 0.5], seed=0)
+    scorer.cut_classes(records, objective("accuracy", 0.15, 0.5), seed=0)
     assert scorer.boundaries == pytest.approx([2 / 9, 5 / 9])
     assert scorer.percentile80 == pytest.approx(np.sort(now)[6] * 0.6 + np.sort(now)[7] * 0.4)
     # by the NAS dataset        0, 0, 1, 1, 1, 2, 2, 2, 2
     # by the new images         0, 0, 1, 1, 2, 2, 1, 2, 2
     assert scorer.ceiling == pytest.approx(7 / 9)
-    scorer.cut_classes(records, [0.5], seed=0)
+    scorer.cut_classes(records, objective("accuracy", 0.5), seed=0)
     assert scorer.boundaries == pytest.approx([5 / 9])
-    assert scorer.classes(np.array([0.5555, 5 / 9 + 1e-9, 0.5556])).tolist() == [0, 1, 1]
+    new = random_pool(3, seed=1)
+    values = (0.5555, 5 / 9 + 1e-6, 0.5556)
+    scorer.scored |= {genotype: torch.tensor(value) for genotype, value in zip(new, values, strict=True)}
+    assert scorer.classes(new).tolist() == [0, 1, 1]
+
+
+def test_at_its_size_a_generated_cell_is_ranked_among_real_cells_of_its_size_on_the_same_images(make_scorer):
+    """Accuracies by the supernet that rise with #params: large cells are not better than small ones at their size."""
+    scorer, pool = make_scorer(2), random_pool(450, seed=0)
+    params = [genotype_cost(genotype)[0] for genotype in pool]
+    noise = np.random.default_rng(0).permutation(450) / 450
+    now = (np.log(params) * 0.03 + noise / 1000).astype(np.float32)
+    records = [Record(i, g, float(now[i]) + 0.1, params[i], 1) for i, g in enumerate(pool)]
+    scorer.scored = {genotype: torch.tensor(value) for genotype, value in zip(pool, now, strict=True)}
+    (at_size,) = objectives_of(records, {"size_accuracy": 5})
+    scorer.cut_classes(records, at_size, seed=0)
+    assert scorer.ceiling == 1
+    size = sorted(params)[225]
+    near = sorted(range(450), key=lambda i: abs(math.log(params[i]) - math.log(size)))[:200]
+    asked = pool[params.index(size)]
+    own = now[params.index(size)]
+    expected = float(sum((now[i] < own) + 0.5 * (now[i] == own) for i in near) / 200)
+    assert scorer.values([asked]) == pytest.approx([expected])
+    assert scorer.classes([asked]).tolist() == [at_size.class_of(expected)]
 
 
 @pytest.mark.parametrize("sizes", [(10, 30, 60), (60, 30, 10), (1, 1, 98)])
@@ -94,6 +121,6 @@ def test_a_supernet_that_agrees_with_the_nas_dataset_is_cut_into_its_classes_tie
     accuracies = np.repeat([0.3, 0.4, 0.5], sizes)
     records = [Record(i, genotype, float(accuracies[i]), 1, 1) for i, genotype in enumerate(pool)]
     scorer.scored = {genotype: torch.tensor(a) for genotype, a in zip(pool, accuracies - 0.1, strict=True)}
-    scorer.cut_classes(records, [0.4, 0.5], seed=0)
+    scorer.cut_classes(records, objective("accuracy", 0.4, 0.5), seed=0)
     assert scorer.ceiling == 1
-    assert scorer.classes(accuracies - 0.1).tolist() == np.repeat([0, 1, 2], sizes).tolist()
+    assert scorer.classes(pool).tolist() == np.repeat([0, 1, 2], sizes).tolist()

@@ -335,7 +335,7 @@ def test_several_sampling_seeds_give_the_mean_and_deviation_of_their_evaluations
 def test_a_class_without_a_valid_cell_has_no_mean_accuracy(gan, nasdata, capsys):
     records, objectives = read_records(nasdata), torch.load(gan / "generator.pt", weights_only=True)["objectives"]
     scorer = Mock(side_effect=lambda genotypes: np.full(len(genotypes), 0.5), ceiling=1.0, percentile80=0.5)
-    scorer.classes = lambda accuracies: np.zeros(len(accuracies), int)
+    scorer.classes = lambda genotypes: np.zeros(len(genotypes), int)
     objectives = [Objective.from_dict(objective) for objective in objectives]
     drawn = {(0,): [None, None], (1,): [record.genotype for record in records[:3]]}
     predictor = Predictor.from_checkpoint(gan / "generator.pt", "cpu")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 
+from build_nas_dataset.objectives import ACCURACIES, values_of
 from build_nas_dataset.random_cells import RandomCells
 from generation import figures
-from generation.listing import network_flags
+from generation.listing import accuracy_among, network_flags
 from generation.metrics import cell_distributions
 from generation.report.nas_dataset import COSTS, dataset_section
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator, outside, real_text, strips_of
@@ -21,6 +22,7 @@ from plumbing.checkpoint_files import load_checkpoint
 from utils import shown
 
 BY = {"exact count": "exact count", "supernet": "the supernet"}  # what told the class that was obtained
+OBJECTIVES = (*ACCURACIES, "params", "macs")
 BEST = 12  # cells of each class on the contact sheet
 
 
@@ -73,7 +75,7 @@ def dataset_of(page: Page, run: Run, generator: TrainedGenerator | None, section
         section.missing.append("The NAS dataset is not known, so real cells are not drawn beside the generated ones.")
         return None
     try:
-        return page.dataset(path)
+        return page.dataset(path, generator.accuracy_column if generator else "accuracy")
     except (ValueError, OSError) as error:
         section.missing.append(f"The NAS dataset cannot be read, so real cells are not drawn: {error}.")
         return None
@@ -116,7 +118,7 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
     for title, entry in found.items():
         for name in ("drawn", "validity", "uniqueness", "novelty"):
             section.number(f"{title}: {name}", entry.get(name))
-        for objective in ("accuracy", "params", "macs"):
+        for objective in OBJECTIVES:
             if not isinstance(own := entry.get(objective), dict):
                 continue
             low, high = own["interval"]
@@ -135,7 +137,7 @@ def add_evaluation(page: Page, section: Section, run: Run, generator: TrainedGen
         for name, value in several.items():
             section.number(f"{title}: {name}, mean over sampling seeds", value["mean"])
             section.number(f"{title}: {name}, standard deviation over sampling seeds", value["std"])
-        if isinstance(entry.get("all"), dict) and sum(name in entry for name in ("accuracy", "params", "macs")) > 1:
+        if isinstance(entry.get("all"), dict) and sum(name in entry for name in OBJECTIVES) > 1:
             section.number(f"{title}: all labels at once", entry["all"]["controllability"])
 
 
@@ -174,16 +176,21 @@ def add_distributions(page: Page, section: Section, entries: list, dataset: NasD
 def add_over_cloud(
     page: Page, section: Section, run: Run, entries: list, numbers: list[int], dataset: NasDataset
 ) -> None:
-    """Generated cells over the cloud of real ones: accuracy, or the place in its ranking, against #params and MACs."""
+    """Generated cells over the cloud of real ones: accuracy, or the place in its ranking, against #params and MACs.
+
+    The ranking is that of the accuracy, or of the accuracy at its size, as the generator was trained.
+    """
     known = [entry for _, entry in entries]
     drawn = dataset.drawn
+    names = set.intersection(*(set(entry.get("predicted_quantiles") or {}) for entry in known))
+    ranking = accuracy_among(names)
     if all(entry.get("supernet_accuracy") is not None for entry in known):
         y, real_y, label = [e["supernet_accuracy"] for e in known], dataset.column("accuracy")[drawn], "accuracy"
         how = "The accuracy of generated cells is that of the supernet."
-    elif all("accuracy" in (entry.get("predicted_quantiles") or {}) for entry in known):
-        y = [entry["predicted_quantiles"]["accuracy"] for entry in known]
-        real_y = ((rankdata(dataset.column("accuracy")) - 0.5) / len(dataset.records))[drawn]
-        label = "place in the ranking by accuracy"
+    elif ranking:
+        y = [entry["predicted_quantiles"][ranking] for entry in known]
+        real_y = ((rankdata(values_of(dataset.records, ranking)) - 0.5) / len(dataset.records))[drawn]
+        label = f"place in the ranking by {'accuracy at its size' if ranking == 'size_accuracy' else ranking}"
         how = "Of generated cells, the place is what the predictor expects; 1 is the best of the NAS dataset."
     else:
         section.missing.append("No accuracy is expected of the cells, so they are not drawn over the real ones.")

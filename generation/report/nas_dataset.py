@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from build_nas_dataset.objectives import Objective
+from build_nas_dataset.objectives import ACCURACIES, Objective
 from build_nas_dataset.statistics import tau
 from generation import figures
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator
@@ -116,7 +116,7 @@ def held_out_quantiles(generator: TrainedGenerator, dataset: NasDataset, seed: i
     records = dataset.records
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = order[: max(2, int(HELD_OUT * len(records)))]
-    ranks = [rankdata([objective.of(record) for record in records]) for objective in generator.objectives]
+    ranks = [rankdata(objective.values(records)) for objective in generator.objectives]
     true = (np.stack(ranks, axis=1) - 0.5) / len(records)
     return generator.predictor.quantiles([records[i].genotype for i in held_out]), true[held_out]
 
@@ -150,7 +150,7 @@ def gan_sections(page: Page, run: Run) -> list[Section]:
     path = run.args.get("nasbench_data") or (generator.nasbench_data if generator else "data/nasdata.jsonl")
     sections = [section]
     try:
-        dataset = page.dataset(path)
+        dataset = page.dataset(path, run.args.get("accuracy_column", "accuracy"))
         if not dataset.shown:
             sections = [dataset_section(page, dataset, generator.objectives if generator else [], str(path)), section]
         if generator:
@@ -179,7 +179,7 @@ def chance_of(run: Run, generator: TrainedGenerator | None) -> dict[str, float]:
     """Objective -> one over its number of classes, the controllability of who does not know what is asked."""
     if generator:
         return {objective.name: 1 / objective.num_classes for objective in generator.objectives}
-    flags = {"accuracy": "n_perf_classes", "params": "n_params_classes", "macs": "n_macs_classes"}
+    flags = {**dict.fromkeys(ACCURACIES, "n_perf_classes"), "params": "n_params_classes", "macs": "n_macs_classes"}
     return {name: 1 / run.args.get(flags.get(name), 3) for name in run.args.get("objectives", ())}
 
 

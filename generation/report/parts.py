@@ -80,7 +80,7 @@ class Page:
         self.cells: list[list] = []  # [what is known of it, number of its space, packed cell, packed cell ...]
         self.spaces: list = []
         self.figures = 0
-        self._datasets: dict[Path, NasDataset] = {}
+        self._datasets: dict[tuple[Path, str], NasDataset] = {}
         self._generators: dict[Path, TrainedGenerator] = {}
 
     def cell(self, text: str, genotype: Genotype) -> int:
@@ -115,11 +115,11 @@ class Page:
         ]
         return {"spaces": spaces, "cells": self.cells}
 
-    def dataset(self, path: str | Path) -> "NasDataset":
-        """A NAS dataset, read once. Raises ValueError and OSError as read_records does."""
-        key = Path(path).resolve()
+    def dataset(self, path: str | Path, accuracy_column: str = "accuracy") -> "NasDataset":
+        """A NAS dataset, read once for each column. Raises ValueError and OSError as read_records does."""
+        key = Path(path).resolve(), accuracy_column
         if key not in self._datasets:
-            self._datasets[key] = NasDataset(Path(path), self)
+            self._datasets[key] = NasDataset(Path(path), self, accuracy_column)
         return self._datasets[key]
 
     def generator(self, path: str | Path) -> "TrainedGenerator":
@@ -133,9 +133,9 @@ class Page:
 class NasDataset:
     """A NAS dataset: its header and records, and its cells as numbers on the page."""
 
-    def __init__(self, path: Path, page: Page):
+    def __init__(self, path: Path, page: Page, accuracy_column: str = "accuracy"):
         self.path, self.page, self.shown = path, page, False
-        self.records = read_records(path)
+        self.records = read_records(path, accuracy_column=accuracy_column)
         self.header = read_header(path) if path.suffix == ".jsonl" else {}
 
     def column(self, name: str) -> np.ndarray:
@@ -175,6 +175,10 @@ class TrainedGenerator:
     @property
     def nasbench_data(self) -> str:
         return self.args["nasbench_data"]
+
+    @property
+    def accuracy_column(self) -> str:
+        return self.args.get("accuracy_column", "accuracy")
 
 
 def real_text(record: Record) -> str:
