@@ -26,7 +26,7 @@ from tests.test_tabular import STRINGS, csv_of
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 __all__ = ["nasdata", "small_settings"]  # fixtures
 
-SMALL = "--layers 1 --channels 4 --image_size 16 --auxiliary_weight 0 --epochs 1 --batch_size 8 --device cpu --amp off"
+SMALL = "--layers 1 --channels 4 --image_size 32 --auxiliary_weight 0 --epochs 1 --batch_size 8 --device cpu --amp off"
 FEW_GENOTYPES = (
     "--data IMAGES --epochs 2 --image_size 16 --auxiliary_weight 0 --auxiliary_weight 0 --pool_size 24 --device cpu"
 )
@@ -37,7 +37,7 @@ SMALLER = {
     "generate_archs": "--num_archs 4".split(),
     "generate_archs_multiobj": "--num_archs 4".split(),
     "train_cifar": [*"--dataset folder --data IMAGES".split(), *SMALL.split()],
-    "train_imagenet": [*"--data IMAGES --workers 0".split(), *SMALL.split(), "--image_size", "32"],
+    "train_imagenet": [*"--data IMAGES --workers 0".split(), *SMALL.split()],
     "build_nas_dataset.build_nas_dataset": [*SMALL_SUPERNET, *FEW_GENOTYPES.split()],
     "build_nas_dataset.eval_archs": [*FEW_CANDIDATES.split(), *SMALL.split()],
     "generation.search_benchmark": "--queries 22 --repeats 1 --workers 1".split(),

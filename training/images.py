@@ -100,7 +100,7 @@ def load_cifar(dataset: str, data: Path, image_size: int) -> tuple[ImageSet, Ima
     except Exception as error:  # no network, a proxy's answer, half a file, a full disk: each raises its own kind
         raise ValueError(
             f"{data} holds no complete {source.base_folder}, and {source.url} cannot be downloaded "
-            f"({short_reason(error)}): extract it there, or give a folder of your own images"
+            f"({short_reason(error)}): extract it there, or use --dataset folder"
         ) from None
     mean, std = CIFAR_STATISTICS[dataset]
     sets = []
