@@ -235,6 +235,8 @@ def label(args: argparse.Namespace, device: torch.device) -> None:
         chosen = chosen_records(records, args)
     with user_input("--shard"):
         shard_folders(run, count)
+        if count > len(chosen):
+            raise ValueError(f"expected at most {len(chosen)} shards, one for each of --brief_cells, got {count}")
     flags, folder = brief_flags(args), shard_folder(run, index, count)
     main = this_process().rank == 0
     if main:

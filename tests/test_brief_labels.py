@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import report
 from build_nas_dataset import build_nas_dataset, eval_archs
 from build_nas_dataset.brief_labels import predict_rest, train_briefly
 from build_nas_dataset.candidates import key_of, read_parts
@@ -139,6 +140,9 @@ def test_mixed_labels_without_records_train_a_supernet_first(images, tmp_path):
     by_supernet, mixed = read_records(tmp_path / "supernet" / "nasdata.jsonl"), read_records(tmp_path / "nasdata.jsonl")
     assert [r.columns["supernet_accuracy"] for r in mixed] == [r.accuracy for r in by_supernet]
     assert sum(r.columns["source"] == "brief" for r in mixed) == 3
+    report.main(report.parse_args([str(tmp_path), "--out", str(tmp_path / "page.html")]))
+    page = (tmp_path / "page.html").read_text()
+    assert "8 cells, of accuracy" in page and "could not be read whole" not in page
     settings = read_header(tmp_path / "supernet" / "nasdata.jsonl")["settings"]
     assert not {"labels", "brief_cells", "records"} & settings.keys() and settings["pool_size"] == 8
 
@@ -201,6 +205,8 @@ def test_bad_input_is_refused_before_anything_is_trained(images, nasdata, tmp_pa
     assert "argument --epochs: is of a supernet, and none is trained" in refused_with(*brief, "--epochs", 2)
     assert "argument --resume: expected without --labels" in refused_with(*brief, "--resume", tmp_path)
     assert f"--from: no such NAS dataset: {tmp_path / 'x'}" in refused_with(*brief, data=tmp_path / "x")
+    line = refused_with(*brief, "--brief_cells", 3, "--shard", "0/4")
+    assert "--shard: expected at most 3 shards, one for each of --brief_cells, got 4" in line
     shards = ["--labels", "mixed", "--data", str(images), "--dataset", "folder", "--shard", "0/2"]
     assert "argument --from: expected with several processes or --shard" in refused(capsys, build_nas_dataset, shards)
     assert not list(tmp_path.glob("out/**/*.jsonl")) and not (out / "brief").exists()
