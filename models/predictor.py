@@ -26,12 +26,15 @@ class PredictorConfig:
     """The settings of a predictor, which go into checkpoints as they are.
 
     num_objectives: K. vertex_size: width of a vertex state, D. num_layers: rounds of messages. space: of the cells.
+    reads_function: whether it reads what cells compute, CellBatch.computed, or cells as they are written. Both are the
+    same where no op is none_op or skip_op.
     """
 
     num_objectives: int
     vertex_size: int = 64
     num_layers: int = 3
     space: SearchSpace = NAG_SPACE
+    reads_function: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "space", SearchSpace.of(self.space))
@@ -82,6 +85,8 @@ class Predictor(nn.Module):
 
     def forward(self, cells: tuple[CellBatch, ...]) -> Tensor:
         """cells: one CellBatch of B cells for each cell of the space, hard or with straight-through gradients."""
+        if self.config.reads_function:
+            cells = tuple(batch.computed(self.config.space) for batch in cells)
         states = [encoder(batch) for encoder, batch in zip(self.encoders.values(), cells, strict=True)]
         return self.head(torch.cat(states, dim=-1))
 
@@ -116,7 +121,7 @@ def train_predictor(
     num_held_out = max(2, int(HELD_OUT * len(quantiles)))
     held_out, train = order[:num_held_out], order[num_held_out:]
     batch_size = min(batch_size, len(train))
-    predictor = Predictor(quantiles.shape[1], space=space).to(device)
+    predictor = Predictor(quantiles.shape[1], space=space, reads_function=True).to(device)
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=steps)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record
 from generation.training import TrainingData
-from genotypes import NAG_SPACE, Genotype
+from genotypes import NAG_SPACE, NASBENCH201, Genotype, from_nasbench201
 from models.cost import genotype_cost
 from models.graph import CellBatch
 from models.predictor import Predictor, train_predictor
@@ -55,6 +55,22 @@ def test_isomorphic_genotypes_get_the_same_quantiles(predictor):
     assert canonical != POOL  # some vertices have moved
     np.testing.assert_allclose(predictor.quantiles(POOL), predictor.quantiles(canonical), atol=1e-6)
     assert np.ptp(predictor.quantiles(POOL), axis=0).min() > 1e-3
+
+
+def test_strings_that_compute_the_same_get_the_same_quantile():
+    """nor_conv_3x3 of the input: on the edge 0>1 with skip_connect on 1>3, or on the edge 0>3."""
+    torch.manual_seed(0)
+    strings = (
+        "nor_conv_3x3~0|+|none~0|none~1|+|none~0|skip_connect~1|none~2",
+        "none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2",
+    )
+    genotypes = [from_nasbench201(f"|{text}|") for text in strings]
+    written = Predictor(1, space=NASBENCH201)
+    computed = Predictor(1, space=NASBENCH201, reads_function=True)
+    computed.load_state_dict(written.state_dict())
+    assert np.ptp(written.quantiles(genotypes)) > 1e-4
+    first, second = computed.quantiles(genotypes)
+    assert first == pytest.approx(second, abs=1e-6)
 
 
 def test_padding_does_not_count(predictor):
