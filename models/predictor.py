@@ -3,6 +3,8 @@
 It is an addition to the paper: the robust recipe takes its rewards from it, and generate_archs.py ranks cells by it.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,19 +109,38 @@ class Predictor(nn.Module):
         return self(tuple(batch.to(device) for batch in cells)).cpu().numpy()
 
 
+def split_records(canonical: Sequence[Genotype], seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the records that a predictor is measured on, HELD_OUT of them, and of those that it is trained on.
+
+    canonical: the genotype of each record in canonical form. Records of the same genotype stay together: of 1,000
+    random strings of NAS-Bench-201, the predictor would otherwise know half of those held out by another string.
+    Raises ValueError for fewer than four different genotypes: two to measure the predictor, two to train it.
+    """
+    count, held_out, measured = Counter(canonical), set(), 0
+    if len(count) < 4:
+        raise ValueError(f"there are {len(count)} different genotypes in the NAS dataset, at least 4 are needed")
+    order = torch.randperm(len(canonical), generator=torch.Generator().manual_seed(seed)).tolist()
+    for genotype in (canonical[i] for i in order):
+        if len(held_out) >= 2 and (measured >= int(HELD_OUT * len(order)) or len(held_out) == len(count) - 2):
+            break
+        if genotype not in held_out:
+            held_out.add(genotype)
+            measured += count[genotype]
+    return [i for i in order if canonical[i] in held_out], [i for i in order if canonical[i] not in held_out]
+
+
 def train_predictor(
-    cells: tuple[CellBatch, ...], quantiles: Tensor, batch_size: int, seed: int, space: SearchSpace = NAG_SPACE
+    cells: tuple[CellBatch, ...], quantiles: Tensor, canonical: Sequence[Genotype], batch_size: int, seed: int
 ) -> tuple[Predictor, list[float]]:
     """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
 
-    cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K).
-    Its root mean square error on the records held out is kept in it. Raises ValueError when the training diverges.
+    cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K). canonical:
+    the N genotypes in canonical form, see split_records. Its root mean square error on the records held out is kept in
+    it. Raises ValueError when there are too few genotypes, or when the training diverges.
     """
-    device = quantiles.device
+    device, space = quantiles.device, canonical[0].space
     set_seed(derive_seed(seed, 2))
-    order = torch.randperm(len(quantiles), generator=torch.Generator().manual_seed(seed)).to(device)
-    num_held_out = max(2, int(HELD_OUT * len(quantiles)))
-    held_out, train = order[:num_held_out], order[num_held_out:]
+    held_out, train = (torch.tensor(part, device=device) for part in split_records(canonical, seed))
     batch_size = min(batch_size, len(train))
     predictor = Predictor(quantiles.shape[1], space=space, reads_function=True).to(device)
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from build_nas_dataset.random_cells import random_pool
+from build_nas_dataset.random_cells import random_genotype, random_pool
 from build_nas_dataset.records import Record
 from generation.training import TrainingData
 from genotypes import NAG_SPACE, NASBENCH201, Genotype, from_nasbench201
 from models.cost import genotype_cost
 from models.graph import CellBatch
-from models.predictor import Predictor, train_predictor
+from models.predictor import Predictor, split_records, train_predictor
 from utils import save_checkpoint
 
 POOL = random_pool(40, seed=3)
@@ -127,7 +127,8 @@ def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch)
             return super().forward(cells)
 
     monkeypatch.setattr("models.predictor.Predictor", Spy)
-    predictor, taus = train_predictor(data.cells, data.quantiles, 16, seed=3)
+    canonical = [genotype.canonical() for genotype in pool]
+    predictor, taus = train_predictor(data.cells, data.quantiles, canonical, 16, seed=3)
     held_out = [i for i, genotype in enumerate(pool) if genotype not in trained_on]
     assert len(held_out) == 5
     predicted, truth = predictor.quantiles([pool[i] for i in held_out]), data.quantiles[held_out].numpy()
@@ -137,3 +138,28 @@ def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch)
             np.sign((predicted[i] - predicted[j]) * (truth[i] - truth[j]))[k] for i, j in combinations(range(5), 2)
         ]
         assert taus[k] == pytest.approx(np.mean(signs))
+
+
+def test_records_of_one_genotype_are_all_held_out_or_all_trained_on():
+    rng = np.random.default_rng(1)
+    drawn = [random_genotype(rng, NASBENCH201).canonical() for _ in range(330)]
+    canonical = [genotype for genotype in drawn if genotype is not None][:300]
+    assert len(set(canonical)) < 250
+    held_out, train = split_records(canonical, seed=3)
+    assert sorted(held_out + train) == list(range(300))
+    assert not {canonical[i] for i in held_out} & {canonical[i] for i in train}
+    assert 30 <= len(held_out) < 60
+    different = [genotype.canonical() for genotype in POOL]
+    held_out, train = split_records(different, seed=3)
+    assert held_out + train == torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    assert len(held_out) == 4
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 1, 96), (2, 40, 40, 2)])
+def test_two_genotypes_at_least_measure_the_predictor_and_two_train_it(counts):
+    canonical = [POOL[k].canonical() for k, n in enumerate(counts) for _ in range(n)]
+    for seed in range(20):
+        for part in split_records(canonical, seed):
+            assert len({canonical[i] for i in part}) >= 2
+    with pytest.raises(ValueError, match="3 different genotypes in the NAS dataset, at least 4"):
+        split_records([genotype for genotype in canonical if genotype != canonical[-1]], 0)
