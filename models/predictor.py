@@ -111,9 +111,9 @@ class Predictor(nn.Module):
 def split_records(canonical: Sequence[Genotype], seed: int) -> tuple[list[int], list[int]]:
     """Positions of the records that a predictor is measured on, and of those that it is trained on.
 
-    canonical: the genotype of each record in canonical form. HELD_OUT of the genotypes are held out, each with the first
-    of its records, and the predictor is trained on no record of theirs: of 1,000 random strings of NAS-Bench-201, it
-    would otherwise know half of those held out by another string that computes the same.
+    canonical: the genotype of each record in canonical form. HELD_OUT of the genotypes are held out, each by its first
+    record, and the predictor is trained on no record of theirs: of 1,000 random strings of NAS-Bench-201, it would
+    otherwise know half of those held out by another string that computes the same.
     Raises ValueError for fewer than four different genotypes: two to measure the predictor, two to train it.
     """
     first = {}
