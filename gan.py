@@ -237,6 +237,7 @@ def main(args: argparse.Namespace) -> None:
         data = TrainingData(records, num_classes, args.max_step, device)
     if args.n_critic > (steps := args.n_epochs * (len(data) // args.batch_size)):
         fail(f"--n_critic: expected at most the {steps} steps of the run, after which the generator has its first")
+    canonical = [record.genotype.canonical() for record in records]
     networks, start_epoch = build_networks(args, device, data.space), 0
     if args.resume:
         state = go_on_from(args, networks, data, device)
@@ -247,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.resume:
         with user_input("--nasbench_data"):
             networks.predictor, predictor_tau = train_predictor(
-                data.cells, data.quantiles, args.batch_size, args.seed, data.space
+                data.cells, data.quantiles, canonical, args.batch_size, args.seed
             )
     if args.compile:
         compile_parts(networks)
@@ -255,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
     print_start(records, data, networks, predictor_tau)
     if not args.resume:
         show_nas_dataset(log, records, data.objectives)
-    known = {record.genotype.canonical() for record in records}
+    known = set(canonical)
     trainer = Trainer(networks, data, args)
     pace.expect((args.n_epochs - start_epoch) * (len(data) // args.batch_size))
     for epoch in range(start_epoch + 1, args.n_epochs + 1):

@@ -178,7 +178,8 @@ def predict_rest(records: list[Record], brief: dict[int, float], seed: int) -> t
     places[trained, 1] = (rankdata(accuracies) - 0.5) / len(trained)
     cells = tuple(CellBatch.encode([record.genotype[name] for record in records]) for name in space.cells)
     quantiles = torch.tensor(places, dtype=torch.float32)
-    predictor, taus = train_predictor(cells, quantiles, PREDICTOR_BATCH, seed, space)
+    canonical = [record.genotype.canonical() for record in records]
+    predictor, taus = train_predictor(cells, quantiles, canonical, PREDICTOR_BATCH, seed)
     expected = predictor.quantiles([record.genotype for record in records])[:, 1]
     rest = [i for i in range(len(records)) if i not in brief]
     ranks = (rankdata(expected[rest]) - 0.5) / max(len(rest), 1)

@@ -154,7 +154,8 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least 4 are needed")
         data = TrainingData(records, num_classes, NAG_SPACE.max_vertices, device)
     with user_input("--nasbench_data"):
-        predictor, tau = train_predictor(data.cells, data.quantiles, args.batch_size, args.seed)
+        canonical = [record.genotype.canonical() for record in records]
+        predictor, tau = train_predictor(data.cells, data.quantiles, canonical, args.batch_size, args.seed)
     state = {
         "generator": generator.state_dict(),
         "generator_config": asdict(generator.config),

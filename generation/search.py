@@ -96,40 +96,13 @@ def run_search(
         after_round()
 
 
-def computed_cells(cells: CellBatch, space: SearchSpace) -> CellBatch:
-    """Hard cells as the predictor of a search reads them, where some ops are none_op or skip_op: what they compute.
-
-    A vertex of none_op, and what is then on no path from an input to the output, falls out; a vertex of skip_op gives
-    way to edges from all that it reads to all that read it, which may be there several times. (Trained on 32, 64 and
-    128 random cells of NAS-Bench-201, a predictor then has a Kendall's tau of 0.54, 0.65 and 0.68 with the signal of
-    the others, and of 0.42, 0.48 and 0.57 when it reads cells as they are written: means of 4 seeds.)
-    """
-    if space.none_op is None and space.skip_op is None:
-        return cells
-    adj, ops, size = cells.adj, cells.ops, cells.adj.shape[1]
-
-    def without(dropped: Tensor) -> tuple[Tensor, Tensor]:  # (B, V) of 0 and 1
-        keep = 1 - dropped
-        return adj * keep[:, :, None] * keep[:, None], ops * keep[..., None]
-
-    if space.none_op is not None:
-        adj, ops = without(ops[..., space.token_id[space.none_op]])
-    if space.skip_op is not None:
-        skips = ops[..., space.token_id[space.skip_op]]
-        for v in range(space.num_inputs, size - 1):
-            adj = adj + skips[:, v, None, None] * adj[:, :, v, None] * adj[:, None, v]
-        adj, ops = without(skips)
-    inputs, output = torch.arange(size) < space.num_inputs, ops[..., space.token_id[space.output]] > 0
-    reached, needed = inputs.expand(len(cells), -1), output
-    for _ in range(size):  # one edge farther each time
-        reached = reached | ((reached[:, None].to(adj.dtype) @ adj).squeeze(1) > 0)
-        needed = needed | ((adj @ needed[:, :, None].to(adj.dtype)).squeeze(2) > 0)
-    adj, ops = without(1 - (inputs | output | (reached & needed)).to(adj.dtype))
-    return CellBatch(adj, ops, cells.num_nodes)
-
-
 class Ensemble(nn.Module):
-    """Predictors of what cells compute. config, error: as those of a Predictor, so that likelihood.py takes it."""
+    """Predictors of what cells compute. config, error: as those of a Predictor, so that likelihood.py takes it.
+
+    They read CellBatch.computed: trained on 32, 64 and 128 random cells of NAS-Bench-201, a predictor then has a
+    Kendall's tau of 0.54, 0.65 and 0.68 with the signal of the others, and of 0.42, 0.48 and 0.57 when it reads cells
+    as they are written (means of 4 seeds).
+    """
 
     def __init__(self, space: SearchSpace, settings: SearchSettings):
         super().__init__()
@@ -142,7 +115,7 @@ class Ensemble(nn.Module):
 
     def forward(self, cells: tuple[CellBatch, ...]) -> Tensor:
         """The mean of the predicted quantiles (B, 1)."""
-        return torch.stack(self.of_members(tuple(computed_cells(batch, self.space) for batch in cells))).mean(0)
+        return torch.stack(self.of_members(tuple(batch.computed(self.space) for batch in cells))).mean(0)
 
     def of_members(self, computed: tuple[CellBatch, ...]) -> list[Tensor]:
         return [member(computed) for member in self.members]
@@ -223,7 +196,7 @@ class PredictorSearch:
 
     def learn_ranking(self) -> None:
         settings, optimizer = self.settings, self.optimizers[0]
-        cells = tuple(computed_cells(batch, self.space) for batch in self.encode(self.genotypes))
+        cells = tuple(batch.computed(self.space) for batch in self.encode(self.genotypes))
         quantiles, steps = self.quantiles(), settings.predictor_steps[self.rounds > 0]
         for step in range(steps):
             set_lr(optimizer, cosine(step, steps, settings.predictor_lr))

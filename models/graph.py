@@ -88,6 +88,37 @@ class CellBatch:
         valid = (reached & is_output).any(1)
         return pruned, valid if space.max_edges is None else valid & (pruned.adj.sum((1, 2)) <= space.max_edges)
 
+    def computed(self, space: SearchSpace = NAG_SPACE) -> "CellBatch":
+        """What hard cells compute, where some ops are none_op or skip_op; elsewhere the cells as they are.
+
+        A vertex of none_op, and what is then on no path from an input to the output, falls out; a vertex of skip_op
+        gives way to edges from all that it reads to all that read it, which may be there several times. Vertices keep
+        their places, and those that fall out leave rows and columns of zeros there.
+        """
+        if space.none_op is None and space.skip_op is None:
+            return self
+        adj, ops, size = self.adj, self.ops, self.adj.shape[1]
+
+        def without(dropped: Tensor) -> tuple[Tensor, Tensor]:  # (B, V) of 0 and 1
+            keep = 1 - dropped
+            return adj * keep[:, :, None] * keep[:, None], ops * keep[..., None]
+
+        if space.none_op is not None:
+            adj, ops = without(ops[..., space.token_id[space.none_op]])
+        if space.skip_op is not None:
+            skips = ops[..., space.token_id[space.skip_op]]
+            for v in range(space.num_inputs, size - 1):
+                adj = adj + skips[:, v, None, None] * adj[:, :, v, None] * adj[:, None, v]
+            adj, ops = without(skips)
+        inputs = (torch.arange(size, device=adj.device) < space.num_inputs).expand(len(self), -1)
+        output = ops[..., space.token_id[space.output]] > 0
+        reached, needed = inputs, output
+        for _ in range(size):  # one edge farther each time
+            reached = reached | ((reached[:, None].to(adj.dtype) @ adj).squeeze(1) > 0)
+            needed = needed | ((adj @ needed[:, :, None].to(adj.dtype)).squeeze(2) > 0)
+        adj, ops = without(1 - (inputs | output | (reached & needed)).to(adj.dtype))
+        return CellBatch(adj, ops, self.num_nodes)
+
     def close_up(self) -> "CellBatch":
         """The same cells with the vertices that pruning left out at the end: as encode lays out a pruned CellSpec."""
         present = self.ops.any(-1)  # (B, V)

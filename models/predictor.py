@@ -4,6 +4,7 @@ It is an addition to the paper: the robust recipe takes its rewards from it, and
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from plumbing.checkpoint_files import load_checkpoint, of_this_version
 from plumbing.console import progress_bar
 from utils import all_finite, derive_seed, set_seed
 
-HELD_OUT = 0.1  # share of the records that the predictor is measured on, and not trained on
+HELD_OUT = 0.1  # share of the genotypes that the predictor is measured on, and not trained on
 EPOCHS = 20
 PEAK_LR, WEIGHT_DECAY = 3e-3, 0.1  # of AdamW, in one cycle
 
@@ -29,12 +30,15 @@ class PredictorConfig:
     """The settings of a predictor, which go into checkpoints as they are.
 
     num_objectives: K. vertex_size: width of a vertex state, D. num_layers: rounds of messages. space: of the cells.
+    reads_function: whether it reads what cells compute, CellBatch.computed, or cells as they are written. Both are the
+    same where no op is none_op or skip_op.
     """
 
     num_objectives: int
     vertex_size: int = 64
     num_layers: int = 3
     space: SearchSpace = NAG_SPACE
+    reads_function: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "space", SearchSpace.of(self.space))
@@ -85,6 +89,8 @@ class Predictor(nn.Module):
 
     def forward(self, cells: tuple[CellBatch, ...]) -> Tensor:
         """cells: one CellBatch of B cells for each cell of the space, hard or with straight-through gradients."""
+        if self.config.reads_function:
+            cells = tuple(batch.computed(self.config.space) for batch in cells)
         states = [encoder(batch) for encoder, batch in zip(self.encoders.values(), cells, strict=True)]
         return self.head(torch.cat(states, dim=-1))
 
@@ -105,22 +111,41 @@ class Predictor(nn.Module):
         return self(tuple(batch.to(device) for batch in cells)).cpu().numpy()
 
 
+def split_records(canonical: Sequence[Genotype], seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the records that a predictor is measured on, and of those that it is trained on.
+
+    canonical: the genotype of each record in canonical form. HELD_OUT of the genotypes are held out, each by its first
+    record, and the predictor is trained on no record of theirs: of 1,000 random strings of NAS-Bench-201, it would
+    otherwise know half of those held out by another string that computes the same.
+    Raises ValueError for fewer than four different genotypes: two to measure the predictor, two to train it.
+    """
+    first = {}
+    for i, genotype in enumerate(canonical):
+        first.setdefault(genotype, i)
+    if len(first) < 4:
+        raise ValueError(f"there are {len(first)} different genotypes in the NAS dataset, at least 4 are needed")
+    order = torch.randperm(len(canonical), generator=torch.Generator().manual_seed(seed)).tolist()
+    different = [i for i in order if first[canonical[i]] == i]
+    held_out = different[: max(2, int(HELD_OUT * len(different)))]
+    measured = {canonical[i] for i in held_out}
+    return held_out, [i for i in order if canonical[i] not in measured]
+
+
 def train_predictor(
-    cells: tuple[CellBatch, ...], quantiles: Tensor, batch_size: int, seed: int, space: SearchSpace = NAG_SPACE
+    cells: tuple[CellBatch, ...], quantiles: Tensor, canonical: Sequence[Genotype], batch_size: int, seed: int
 ) -> tuple[Predictor, list[float]]:
     """A frozen predictor, and for each objective Kendall's tau of its predictions on records held out.
 
     cells: N genotypes, one CellBatch for each cell of the space. quantiles: what it is to predict, (N, K); NaN where it
-    is not known, which is left out. tau is NaN where fewer than two held-out records are known.
-    Its root mean square error on the records held out is kept in it. Raises ValueError when the training diverges.
+    is not known, which is left out. canonical: the N genotypes in canonical form, see split_records. tau is NaN where
+    fewer than two held-out records are known. Its root mean square error on the records held out is kept in it. Raises
+    ValueError when there are too few genotypes, or when the training diverges.
     """
-    device = quantiles.device
+    device, space = quantiles.device, canonical[0].space
     set_seed(derive_seed(seed, 2))
-    order = torch.randperm(len(quantiles), generator=torch.Generator().manual_seed(seed)).to(device)
-    num_held_out = max(2, int(HELD_OUT * len(quantiles)))
-    held_out, train = order[:num_held_out], order[num_held_out:]
+    held_out, train = (torch.tensor(part, device=device) for part in split_records(canonical, seed))
     batch_size, whole = min(batch_size, len(train)), not quantiles.isnan().any()
-    predictor = Predictor(quantiles.shape[1], space=space).to(device)
+    predictor = Predictor(quantiles.shape[1], space=space, reads_function=True).to(device)
     optimizer = torch.optim.AdamW(predictor.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(train) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=steps)

@@ -83,7 +83,7 @@ def trainer(name: str, **changes) -> Trainer:
     data = TrainingData(records, dict.fromkeys(args.objectives, 3), 10, device)
     set_seed(0)
     networks = gan.build_networks(args, device)
-    networks.predictor, _ = train_predictor(data.cells, data.quantiles, 8, 0)
+    networks.predictor, _ = train_predictor(data.cells, data.quantiles, [g.canonical() for g in pool], 8, 0)
     if networks.reference is not None:  # another policy than the generator's
         networks.reference.load_state_dict(gan.build_networks(args, device).generator.state_dict())
     return Trainer(networks, data, args)

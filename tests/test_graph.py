@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +106,37 @@ def test_straight_through_has_hard_values_and_soft_gradients():
     (hard.adj.sum() + hard.ops.sum()).backward()
     assert torch.equal(adj.grad, torch.ones_like(adj))
     assert torch.equal(ops.grad, torch.ones_like(ops))
+
+
+def computed_slowly(cell: CellSpec) -> tuple[np.ndarray, list[bool]]:
+    """How often each vertex reads each other one, once none and skip_connect are gone; and which vertices are left."""
+    size, paths = cell.num_vertices, np.array(cell.matrix)
+    gone = [op in ("none", "skip_connect") for op in cell.ops]
+    for v in range(size):
+        if gone[v]:
+            through = np.outer(paths[:, v], paths[v]) if cell.ops[v] == "skip_connect" else 0
+            paths = paths + through
+            paths[v], paths[:, v] = 0, 0
+    from_input = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[0] > 0
+    to_output = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[:, -1] > 0
+    left = [v in (0, size - 1) or bool(from_input[v] and to_output[v] and not gone[v]) for v in range(size)]
+    return paths * np.outer(left, left), left
+
+
+def test_what_a_batch_computes_has_neither_none_nor_skip_connect():
+    rng = random.Random(0)
+    cells = [random_cell(rng, NASBENCH201) for _ in range(300)]
+    written = CellBatch.encode(cells)
+    computed = written.computed(NASBENCH201)
+    for i, cell in enumerate(cells):
+        adj, left = computed_slowly(cell)
+        assert computed.adj[i].tolist() == adj.tolist()
+        assert torch.equal(computed.ops[i], written.ops[i] * torch.tensor(left)[:, None])
+    again = computed.computed(NASBENCH201)
+    assert torch.equal(again.adj, computed.adj) and torch.equal(again.ops, computed.ops)
+
+
+def test_cells_of_other_spaces_compute_what_is_written():
+    rng = random.Random(0)
+    cells = CellBatch.encode([random_cell(rng, NAG_SPACE) for _ in range(3)])
+    assert cells.computed(NAG_SPACE) is cells

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from build_nas_dataset.random_cells import random_pool
+from build_nas_dataset.random_cells import random_genotype, random_pool
 from build_nas_dataset.records import Record
 from generation.training import TrainingData
-from genotypes import NAG_SPACE, Genotype
+from genotypes import NAG_SPACE, NASBENCH201, Genotype, from_nasbench201
 from models.cost import genotype_cost
 from models.graph import CellBatch
-from models.predictor import Predictor, train_predictor
+from models.predictor import Predictor, split_records, train_predictor
 from plumbing.checkpoint_files import save_checkpoint
 
 POOL = random_pool(40, seed=3)
@@ -55,6 +55,22 @@ def test_isomorphic_genotypes_get_the_same_quantiles(predictor):
     assert canonical != POOL  # some vertices have moved
     np.testing.assert_allclose(predictor.quantiles(POOL), predictor.quantiles(canonical), atol=1e-6)
     assert np.ptp(predictor.quantiles(POOL), axis=0).min() > 1e-3
+
+
+def test_strings_that_compute_the_same_get_the_same_quantile():
+    """nor_conv_3x3 of the input: on the edge 0>1 with skip_connect on 1>3, or on the edge 0>3."""
+    torch.manual_seed(0)
+    strings = (
+        "nor_conv_3x3~0|+|none~0|none~1|+|none~0|skip_connect~1|none~2",
+        "none~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|none~2",
+    )
+    genotypes = [from_nasbench201(f"|{text}|") for text in strings]
+    written = Predictor(1, space=NASBENCH201)
+    computed = Predictor(1, space=NASBENCH201, reads_function=True)
+    computed.load_state_dict(written.state_dict())
+    assert np.ptp(written.quantiles(genotypes)) > 1e-4
+    first, second = computed.quantiles(genotypes)
+    assert first == pytest.approx(second, abs=1e-6)
 
 
 def test_padding_does_not_count(predictor):
@@ -111,7 +127,8 @@ def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch)
             return super().forward(cells)
 
     monkeypatch.setattr("models.predictor.Predictor", Spy)
-    predictor, taus = train_predictor(data.cells, data.quantiles, 16, seed=3)
+    canonical = [genotype.canonical() for genotype in pool]
+    predictor, taus = train_predictor(data.cells, data.quantiles, canonical, 16, seed=3)
     held_out = [i for i, genotype in enumerate(pool) if genotype not in trained_on]
     assert len(held_out) == 5
     predicted, truth = predictor.quantiles([pool[i] for i in held_out]), data.quantiles[held_out].numpy()
@@ -121,3 +138,32 @@ def test_the_predictor_is_measured_on_records_it_was_not_trained_on(monkeypatch)
             np.sign((predicted[i] - predicted[j]) * (truth[i] - truth[j]))[k] for i, j in combinations(range(5), 2)
         ]
         assert taus[k] == pytest.approx(np.mean(signs))
+
+
+def test_records_of_a_genotype_held_out_are_not_trained_on():
+    rng = np.random.default_rng(1)
+    drawn = [random_genotype(rng, NASBENCH201).canonical() for _ in range(330)]
+    canonical = [genotype for genotype in drawn if genotype is not None][:300]
+    different = len(set(canonical))
+    assert different < 250
+    held_out, train = split_records(canonical, seed=3)
+    measured = {canonical[i] for i in held_out}
+    assert len(held_out) == len(measured) == different // 10
+    assert sorted(train) == [i for i in range(300) if canonical[i] not in measured]
+    assert all(canonical.index(canonical[i]) == i for i in held_out)
+
+
+def test_different_genotypes_are_held_out_at_random():
+    held_out, train = split_records([genotype.canonical() for genotype in POOL], seed=3)
+    assert held_out + train == torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    assert len(held_out) == 4
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 1, 96), (2, 40, 40, 2)])
+def test_two_genotypes_at_least_measure_the_predictor_and_two_train_it(counts):
+    canonical = [POOL[k].canonical() for k, n in enumerate(counts) for _ in range(n)]
+    for seed in range(20):
+        for part in split_records(canonical, seed):
+            assert len({canonical[i] for i in part}) >= 2
+    with pytest.raises(ValueError, match="3 different genotypes in the NAS dataset, at least 4"):
+        split_records([genotype for genotype in canonical if genotype != canonical[-1]], 0)

@@ -10,24 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from build_nas_dataset.random_cells import random_cell, random_genotype
+from build_nas_dataset.random_cells import random_cell
 from build_nas_dataset.tabular import Benchmark, Row
 from generation import search_benchmark
-from generation.search import (
-    Candidates,
-    GeneratorSearch,
-    PredictorSearch,
-    SearchSettings,
-    computed_cells,
-    encode,
-    run_search,
-)
+from generation.search import Candidates, GeneratorSearch, PredictorSearch, SearchSettings, run_search
 from generation.search_report import summary_of, tables_of
 from generation.search_rivals import evolution, local_search, random_search
 from generation.search_table import SearchTable, changed_cells
-from genotypes import NAG_SPACE, NASBENCH101, NASBENCH201, CellSpec, to_nasbench201
+from genotypes import NASBENCH101, NASBENCH201, CellSpec, to_nasbench201
 from tests.small_training import ROOT, refused, start
 from tests.test_tabular import CHAIN, PAIR, STRINGS, payload, tfrecord
 
@@ -123,38 +114,6 @@ def test_rivals_can_query_a_whole_table(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- predictor and generator
-
-
-def computed_slowly(cell: CellSpec) -> tuple[np.ndarray, list[bool]]:
-    """How often each vertex reads each other one, once none and skip_connect are gone; and which vertices are left."""
-    size, paths = cell.num_vertices, np.array(cell.matrix)
-    gone = [op in ("none", "skip_connect") for op in cell.ops]
-    for v in range(size):
-        if gone[v]:
-            through = np.outer(paths[:, v], paths[v]) if cell.ops[v] == "skip_connect" else 0
-            paths = paths + through
-            paths[v], paths[:, v] = 0, 0
-    from_input = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[0] > 0
-    to_output = np.linalg.matrix_power(np.eye(size, dtype=int) + paths, size)[:, -1] > 0
-    left = [v in (0, size - 1) or bool(from_input[v] and to_output[v] and not gone[v]) for v in range(size)]
-    return paths * np.outer(left, left), left
-
-
-def test_the_predictor_reads_what_cells_compute(table):
-    rows = np.random.default_rng(0).permutation(len(table))[:300]
-    genotypes = [table.genotypes[row] for row in rows]
-    cells = computed_cells(encode(genotypes, 8)[0], NASBENCH201)
-    written = encode(genotypes, 8)[0]
-    for i, genotype in enumerate(genotypes):
-        adj, left = computed_slowly(genotype["cell"])
-        assert cells.adj[i].tolist() == adj.tolist()
-        assert torch.equal(cells.ops[i], written.ops[i] * torch.tensor(left)[:, None])
-
-
-def test_cells_of_free_edges_are_read_as_they_are():
-    rng = np.random.default_rng(0)
-    cells = encode([random_genotype(rng) for _ in range(3)], 10)[0]
-    assert computed_cells(cells, NAG_SPACE) is cells
 
 
 @pytest.mark.parametrize("kind", ["nag", "predictor"])

@@ -1,7 +1,6 @@
 """Of a NAS dataset and of a generator's training: what was scored, and what was learned from it."""
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
 from build_nas_dataset.objectives import ACCURACIES, Objective
@@ -9,7 +8,7 @@ from build_nas_dataset.statistics import tau
 from generation import figures
 from generation.report.parts import NasDataset, Page, Section, TrainedGenerator
 from generation.report.runs import Run
-from models.predictor import HELD_OUT
+from models.predictor import split_records
 from plumbing.checkpoint_files import load_checkpoint
 from utils import shown
 
@@ -114,8 +113,7 @@ def add_scorings(page: Page, section: Section, run: Run) -> None:
 def held_out_quantiles(generator: TrainedGenerator, dataset: NasDataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and true places in the ranking (n, K) of the records that train_predictor held out with that seed."""
     records = dataset.records
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = order[: max(2, int(HELD_OUT * len(records)))]
+    held_out, _ = split_records([record.genotype.canonical() for record in records], seed)
     ranks = [rankdata(objective.values(records)) for objective in generator.objectives]
     true = (np.stack(ranks, axis=1) - 0.5) / len(records)
     return generator.predictor.quantiles([records[i].genotype for i in held_out]), true[held_out]
