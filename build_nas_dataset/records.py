@@ -120,7 +120,7 @@ def read_records(path: str | Path, space: SearchSpace | None = None, accuracy_co
         lines = enumerate(file, 1)
         next(lines)
         filled = ((number, line) for number, line in lines if line.strip())
-        records = [_parse_record(path, number, line, named, accuracy_column) for number, line in filled]
+        records = [_parse_record(path, number, line, space or named, accuracy_column) for number, line in filled]
     if not records:
         raise ValueError(f"{path} holds no records")
     return records

@@ -145,7 +145,7 @@ def test_a_limit_of_file_sizes_ends_a_run_with_one_line_and_leaves_the_checkpoin
     save_checkpoint(tmp_path / "checkpoint.pt", "test", {"epoch": 1})
     code = """if True:
         import resource, sys, torch
-            from plumbing.checkpoint_files import save_checkpoint
+        from plumbing.checkpoint_files import save_checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         save_checkpoint(sys.argv[1], "test", {"weights": torch.zeros(10**6)})
     """
