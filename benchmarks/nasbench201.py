@@ -11,7 +11,8 @@ A cell is a function: strings of the benchmark that compute the same are one cel
 The true classes are cut at the quantiles of all strings. Of each class, --max_draws genotypes are drawn. The first
 --num_archs different cells among them that the generator was not trained on are judged: the share whose true class is
 the class asked for is the controllability. Coverage is the share of the class's untrained cells that all the draws
-reach. Beside it: random cells, and how often the class of the signal is the true class, over all strings.
+reach. Beside it: the same by the signal, which tells what is lost between signal and truth; random cells; and how often
+the class of the signal is the true class, over all strings and over all cells.
 """
 
 import argparse
@@ -34,21 +35,28 @@ from utils import derive_seed, user_input
 
 
 class Truth:
-    """The true class of every cell of a table, for a number of classes.
+    """The classes of every cell of a table by the truth and by the signal, for a number of classes.
 
-    of: canonical genotype -> class. agreement: the share of strings whose class by the signal is the true class.
+    of, by_signal: canonical genotype -> class. agreement: the share of strings whose class by the signal is the true
+    class. agreement_of_cells: the same of cells, as the mean over the classes of the signal, since generated cells are
+    judged so: equally many cells of each class that is asked for.
     """
 
     def __init__(self, table: list[Record], column: str, num_classes: int):
-        values = [record.columns[column] for record in table]
-        cuts = class_boundaries(values, num_classes)
-        signal = [record.accuracy for record in table]
-        by_signal = which_class(np.array(signal), class_boundaries(signal, num_classes))
-        self.agreement = float((by_signal == which_class(np.array(values), cuts)).mean())
-        accuracies = defaultdict(list)
-        for record, value in zip(table, values, strict=True):
-            accuracies[record.genotype.canonical()].append(value)
-        self.of = {cell: which_class(float(np.mean(own)), cuts) for cell, own in accuracies.items()}
+        values = {"truth": [record.columns[column] for record in table], "signal": [r.accuracy for r in table]}
+        cells, classes = defaultdict(list), {}
+        for i, record in enumerate(table):
+            cells[record.genotype.canonical()].append(i)
+        of = {}
+        for name, own in values.items():
+            cuts, own = class_boundaries(own, num_classes), np.array(own)
+            classes[name] = which_class(own, cuts)
+            of[name] = {cell: int(which_class(float(own[rows].mean()), cuts)) for cell, rows in cells.items()}
+        self.of, self.by_signal = of["truth"], of["signal"]
+        self.agreement = float((classes["signal"] == classes["truth"]).mean())
+        asked, obtained = (np.array([labels[cell] for cell in cells]) for labels in (self.by_signal, self.of))
+        shares = [(obtained[asked == label] == label).mean() for label in np.unique(asked)]
+        self.agreement_of_cells = float(np.mean(shares))
 
     def cells(self, label: int, known: set[Genotype]) -> int:
         """How many cells of a class are not among the known ones."""
@@ -57,7 +65,7 @@ class Truth:
 
 def measure(source: Generator | RandomCells, truth: Truth, classes: int, known: set[Genotype], args) -> dict:
     """Controllability, quality and coverage of a source of genotypes. known: what it was trained on."""
-    asked, obtained, quality, coverage, draws = [], [], [], [], []
+    asked, obtained, by_signal, quality, coverage, draws = [], [], [], [], [], []
     for label in range(classes):
         drawn = source.sample((label,), args.max_draws, derive_seed(args.seed, label))
         canonical = [genotype and genotype.canonical() for genotype in drawn]
@@ -66,14 +74,21 @@ def measure(source: Generator | RandomCells, truth: Truth, classes: int, known: 
         quality.append(generation_metrics(drawn[: args.num_archs], known))
         asked += [label] * len(first)
         obtained += [truth.of[cell] for cell in first]
+        by_signal += [truth.by_signal[cell] for cell in first]
         coverage.append(sum(truth.of[cell] == label for cell in new) / truth.cells(label, known))
         draws.append(canonical.index(first[-1]) + 1 if first else len(drawn))
     hits = np.array(asked) == np.array(obtained)
-    by_class = [float(hits[np.array(asked) == label].mean()) for label in range(classes)]
+    signal_hits = np.array(asked) == np.array(by_signal)
+
+    def by_class(hits):
+        return [float(hits[np.array(asked) == label].mean()) for label in range(classes)]
+
     means = {name: float(np.mean([values[name] for values in quality])) for name in quality[0]}
     return {
         **share_with_interval(hits),
-        "controllability_by_class": by_class,
+        "controllability_by_class": by_class(hits),
+        "controllability_by_signal": share_with_interval(signal_hits),
+        "controllability_by_signal_by_class": by_class(signal_hits),
         "asked_by_obtained": confusion(asked, obtained, classes).tolist(),
         "cells_by_class": np.bincount(asked, minlength=classes).tolist(),
         "draws_by_class": draws,
@@ -90,7 +105,8 @@ def evaluate(path: str, table: list[Record], args: argparse.Namespace) -> dict:
     records = read_records(checkpoint["args"]["nasbench_data"], generator.space)
     known, classes = {record.genotype.canonical() for record in records}, objective.num_classes
     truth = Truth(table, args.truth, classes)
-    settings = {name: checkpoint["args"].get(name) for name in ("recipe", "n_epochs", "batch_size", "seed")}
+    names = ("recipe", "n_epochs", "batch_size", "policy_gradient_cells", "inverse_temperature", "lr", "latent_dim")
+    settings = {name: checkpoint["args"].get(name) for name in (*names, "seed")}
     result = {
         "run": Path(path).name,
         "settings": settings | {"epoch": checkpoint["epoch"]},
@@ -98,16 +114,21 @@ def evaluate(path: str, table: list[Record], args: argparse.Namespace) -> dict:
         "trained_on": len(records),
         "predictor_tau": checkpoint["predictor_tau"][0],
         "agreement_of_signal_and_truth": truth.agreement,
+        "agreement_of_signal_and_truth_over_cells": truth.agreement_of_cells,
         "generated": measure(generator, truth, classes, known, args),
         "random": measure(RandomCells(space=generator.space), truth, classes, known, args),
     }
-    print(f"{path}: K = {classes}, agreement of signal and truth {truth.agreement:.3f}")
+    agreement = f"{truth.agreement:.3f} of strings, {truth.agreement_of_cells:.3f} of cells"
+    print(f"{path}: K = {classes}, agreement of signal and truth {agreement}")
     for name in ("generated", "random"):
         found = result[name]
         low, high = found["interval"]
         shares = ", ".join(f"{of} {found[of]:.3f}" for of in ("validity", "uniqueness", "novelty"))
         coverage = " ".join(f"{share:.2f}" for share in found["coverage_by_class"])
-        print(f"  {name}: controllability {found['controllability']:.3f} ({low:.3f} to {high:.3f}), {shares}")
+        by_signal = f"by the signal {found['controllability_by_signal']['controllability']:.3f}"
+        print(
+            f"  {name}: controllability {found['controllability']:.3f} ({low:.3f} to {high:.3f}), {by_signal}, {shares}"
+        )
         print(f"    cells {found['cells_by_class']} in draws {found['draws_by_class']}, coverage by class {coverage}")
         for label, row in enumerate(found["asked_by_obtained"]):
             print(f"    asked {label}: " + " ".join(f"{n:5d}" for n in row))

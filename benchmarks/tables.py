@@ -146,21 +146,35 @@ def supernet_labels(over_seeds: dict, others: dict) -> Rows:
     return [head, *rows, *rest]
 
 
+def training_flags(settings: dict) -> str:
+    """The flags of gan.py that a generator was trained with, as far as they are not the defaults of its recipe."""
+    robust = {"batch_size": 64, "policy_gradient_cells": 256, "inverse_temperature": 10, "lr": 2e-3, "latent_dim": 100}
+    flags = []
+    if settings["recipe"] == "paper":
+        flags.append("--recipe paper")
+    else:
+        flags += [f"--{name} {settings[name]:g}" for name, usual in robust.items() if settings[name] != usual]
+    title = f"`{' '.join(flags)}`" if flags else "defaults"
+    done, asked = settings["epoch"], settings["n_epochs"]
+    return title if done == asked else f"{title}, {done} of {asked} epochs"
+
+
 def nasbench201(data: dict) -> Rows:
     """Table of generators for NAS-Bench-201: asked against obtained by the truth, and random cells beside them."""
-    head = ["", "K", "n", "true class is the class asked for", "validity", "uniqueness", "novelty", "reached"]
+    of_class = ["true class is the class asked for", "by the signal"]
+    head = ["", "K", "n", *of_class, "validity", "uniqueness", "novelty", "reached"]
 
     def row(title: str, classes: int, found: dict) -> list[str]:
         low, high = found["interval"]
         hits = shown({"value": found["controllability"], "low": low, "high": high})
-        shares = [shown(found[name]) for name in ("validity", "uniqueness", "novelty")]
+        shares = [shown(found["controllability_by_signal"]["controllability"])]
+        shares += [shown(found[name]) for name in ("validity", "uniqueness", "novelty")]
         count = shown(sum(found["cells_by_class"]))
         return [title, str(classes), count, hits, *shares, shown(found["coverage_by_class"], 2)]
 
     rows, classes = [head], []
     for run in data["results"]:
-        title = "defaults" if run["run"].startswith("default") else f"`{data['small batches']}`"
-        rows.append(row(title, run["classes"], run["generated"]))
+        rows.append(row(training_flags(run["settings"]), run["classes"], run["generated"]))
         if run["classes"] not in classes:  # the random cells of runs with as many classes are the same
             classes.append(run["classes"])
             rows.append(row("random cells", run["classes"], run["random"]))

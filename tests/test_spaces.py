@@ -145,6 +145,7 @@ def test_the_truth_of_a_table_judges_what_is_drawn():
     table = [Record(i, g, 1 - value, columns={"truth": value}) for i, (g, value) in enumerate(truth.items())]
     classes = Truth(table, "truth", 3)
     assert classes.agreement == pytest.approx(1 / 3)  # the signal runs the other way: the middle class is the same
+    assert classes.agreement_of_cells == pytest.approx(1 / 3)
     assert [classes.cells(k, {g.canonical() for g in pool[:10]}) for k in range(3)] == [90, 100, 100]
     args = Namespace(seed=0, num_archs=20, max_draws=60)
 
@@ -159,6 +160,8 @@ def test_the_truth_of_a_table_judges_what_is_drawn():
     known = {g.canonical() for g in pool[:10]}
     found = measure(Source(0), classes, 3, known, args)
     assert found["controllability"] == 1 and found["cells_by_class"] == [20] * 3
+    assert found["controllability_by_signal_by_class"] == [0, 1, 0]
+    assert found["controllability_by_signal"]["controllability"] == pytest.approx(1 / 3)
     assert found["draws_by_class"] == [30, 20, 20] and found["asked_by_obtained"][1] == [0, 20, 0]
     assert found["coverage_by_class"] == pytest.approx([20 / 90, 0.3, 0.3])
     assert found["novelty"] == pytest.approx((10 / 20 + 2) / 3) and found["validity"] == 1
