@@ -66,7 +66,7 @@ def smaller(words: list[str]) -> tuple[str, list[str]]:
     if script.startswith("gan") and not {"--resume", "--nasbench_data"} & {*arguments}:
         more += ["--nasbench_data", "nasdata.jsonl"]
     if script.startswith("gan") and "paper" not in arguments:
-        more += "--warmup_epochs 1 --pool_size 600".split()
+        more += "--warmup_epochs 1 --pool_size 1000".split()
     if "--sampling_seeds" in arguments:
         more += ["--sampling_seeds", "2"]
     if "--sample" in arguments:
