@@ -32,7 +32,7 @@ from generation.training import Networks, Trainer, TrainingData, compile_parts
 from genotypes import NAG_SPACE, SearchSpace, find_space
 from models.discriminator import Discriminator, DiscriminatorConfig
 from models.generator import Generator, GeneratorConfig
-from models.predictor import Predictor, train_predictor
+from models.predictor import Predictor, split_records, train_predictor
 from plumbing.checkpoint_files import load_checkpoint, of_this_version, save_checkpoint
 from plumbing.console import pace
 from plumbing.files import write_json
@@ -110,7 +110,7 @@ def read_training_records(args: argparse.Namespace, num_classes: dict[str, int])
     if not space.min_vertices <= args.max_step <= space.max_vertices:
         fail(f"--max_step: expected {space.min_vertices} to {space.max_vertices}, got {args.max_step}")
     with user_input("--nasbench_data"):
-        needed = max(args.batch_size, 4, *num_classes.values())  # 4: two to train the predictor, two to measure it
+        needed = max(args.batch_size, *num_classes.values())
         if len(records) < needed:
             raise ValueError(f"{args.nasbench_data} holds {len(records)} records, at least {needed} are needed")
         largest = max(cell.num_vertices for record in records for cell in record.genotype.cells)
@@ -235,9 +235,10 @@ def main(args: argparse.Namespace) -> None:
     records = read_training_records(args, num_classes)
     with user_input("--nasbench_data"):
         data = TrainingData(records, num_classes, args.max_step, device)
+        canonical = [record.genotype.canonical() for record in records]
+        split_records(canonical, args.seed)  # too few different genotypes are refused before anything is written
     if args.n_critic > (steps := args.n_epochs * (len(data) // args.batch_size)):
         fail(f"--n_critic: expected at most the {steps} steps of the run, after which the generator has its first")
-    canonical = [record.genotype.canonical() for record in records]
     networks, start_epoch = build_networks(args, device, data.space), 0
     if args.resume:
         state = go_on_from(args, networks, data, device)

@@ -16,7 +16,7 @@ import torch
 HOME = Path(__file__).resolve().parent  # of the scripts and of what is shipped with them
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------- failures that end in one line
 
 
 @contextlib.contextmanager
@@ -40,6 +40,21 @@ def enough_memory(advice: str) -> Iterator[None]:
         if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
             raise
         fail(f"out of GPU memory: {advice}")
+
+
+@contextlib.contextmanager
+def writes(path: str | Path) -> Iterator[None]:
+    """Within it, a file is written. A full disk, a limit or a folder that is gone ends the script with one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+            reason = str(error).splitlines()[0]
+            if "PytorchStreamWriter" not in str(error) and "enforce fail" not in str(error):
+                raise
+        else:
+            reason = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
+        fail(f"cannot write {path}: {reason}; what was written before is whole", everywhere=True)
 
 
 def fail(message: str, everywhere: bool = False):
@@ -185,21 +200,6 @@ def derive_seed(seed: int, *keys: int) -> int:
     keeping the state of every random generator in its checkpoint.
     """
     return int(np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextlib.contextmanager
-def writes(path: str | Path) -> Iterator[None]:
-    """Within it, a file is written. A full disk, a limit or a folder that is gone ends the script with one line."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
-            reason = str(error).splitlines()[0]
-            if "PytorchStreamWriter" not in str(error) and "enforce fail" not in str(error):
-                raise
-        else:
-            reason = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
-        fail(f"cannot write {path}: {reason}; what was written before is whole", everywhere=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- paths

@@ -163,7 +163,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def count_flops(run: Run) -> int:
-    """Of the matrix products and convolutions in one run."""
+    """The floating-point operations of the matrix products and convolutions in one run."""
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: backward_flops}
     ) as counter:
@@ -172,7 +172,9 @@ def count_flops(run: Run) -> int:
 
 
 def backward_flops(grad_shape, x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
-    """Of a convolution's backward pass: those of the forward pass, for the input's and the weight's gradient each.
+    """The floating-point operations of a convolution's backward pass: as many as the forward pass has, a gradient.
+
+    The gradients are those of its input and of its weight, as far as they are asked for.
 
     torch's own formula takes a depthwise convolution for a full one.
     """

@@ -10,15 +10,11 @@
 and over those of equal size, with 95 % bootstrap intervals, and the difference to the supernet's tau with an interval
 from resampling the same cells for both. DIR holds the images that the supernet was trained on.
 
-Scores without training, all of a freshly initialised network of the size that the truth is trained at, on one batch of
-images, means over three initialisations:
-- naswot: log determinant of the matrix that counts, for each pair of images, the ReLUs on which both are on or both off
-  (Mellor et al. 2021, "Neural architecture search without training").
-- synflow: sum over all weights of |weight x gradient| for an image of ones and weights made positive, batch norms left
-  out (Tanaka et al. 2020, "Pruning neural networks without any data"); its logarithm.
-- gradient norm: of the cross entropy (Abdelfattah et al. 2021, "Zero-cost proxies for lightweight NAS").
-- wrcor: log determinant of the sum, over all ReLUs, of 2^cell x |correlations between images| of what a ReLU reads and
-  of the gradient there (Jing et al. 2025, "Zero-shot neural architecture search with weighted response correlation").
+The scores without training are naswot (Mellor et al. 2021, "Neural architecture search without training"), synflow
+(Tanaka et al. 2020, "Pruning neural networks without any data"), the gradient norm (Abdelfattah et al. 2021, "Zero-cost
+proxies for lightweight NAS") and wrcor (Jing et al. 2025, "Zero-shot neural architecture search with weighted response
+correlation"). Each is the mean over three fresh initialisations of a network of the size that the truth is trained at,
+on one batch of images; the function of its name computes it.
 """
 
 import argparse
@@ -72,7 +68,10 @@ class ReLUs(TorchFunctionMode):
 
 
 def naswot(network: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """See the top of this file. x (B, 3, S, S)."""
+    """The log determinant of the matrix that counts, for each pair of images x (B, 3, S, S), the ReLUs that agree.
+
+    Mellor et al. 2021: two images agree on a ReLU that is on for both or off for both.
+    """
     kernel = torch.zeros(len(x), len(x), dtype=torch.float64)
 
     def count_agreements(_, values: Tensor) -> None:
@@ -85,7 +84,10 @@ def naswot(network: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def synflow(network: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """See the top of this file. In eval mode a fresh batch norm is the identity."""
+    """The logarithm of the sum of |weight x gradient| over all weights, for an image of ones and weights made positive.
+
+    Tanaka et al. 2020. Batch norms count not: in eval mode a fresh one is the identity.
+    """
     network = network.double().eval()
     for parameter in network.parameters():
         parameter.data.abs_()
@@ -95,13 +97,19 @@ def synflow(network: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def gradient_norm(network: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """See the top of this file."""
+    """The norm of the gradient of the cross entropy, on images x (B, 3, S, S) with labels (B,).
+
+    Abdelfattah et al. 2021.
+    """
     F.cross_entropy(network.train()(x)[0], labels).backward()
     return float(torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm())
 
 
 def wrcor(network: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """See the top of this file."""
+    """The log determinant of a sum of |correlations between images|, of what each ReLU reads and of its gradient.
+
+    x: (B, 3, S, S). A ReLU of cell l, from 0, has the weight 2^l. Jing et al. 2025.
+    """
     kernel = torch.zeros(len(x), len(x), dtype=torch.float64)
 
     def add_correlations(layer: int, values: Tensor) -> None:

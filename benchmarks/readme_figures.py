@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.sampling_seeds import anywhere
 from generation import figures
 from genotypes import GENOTYPES
 from plumbing.files import from_json, write_json
@@ -42,7 +43,8 @@ def gather(run: Path) -> dict:
     shown = ("drawn", *TITLES)
     return {
         "what": "Cells by the class asked for (rows) and the class obtained (columns): the first picture of README.md",
-        **{name: config.get(name) for name in ("command", "commit", "clean", "device")},
+        "command": anywhere(config["command"]),
+        **{name: config.get(name) for name in ("commit", "clean", "device")},
         "versions": {name: version for name, version in config["versions"].items() if version},
         "rebuilt": True,
         "seed": config["args"]["seed"],

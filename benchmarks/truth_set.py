@@ -58,7 +58,7 @@ def draw_cells(n: int, seed: int, known: set[Genotype]) -> list[dict]:
 
 
 def commit() -> str:
-    """Of the code, for records of results; with "-dirty" when its files are not those of that commit."""
+    """The git commit of the code, for records of results, with "-dirty" when its files are not those of that commit."""
     found = code_version()
     return f"{found['commit']}{'' if found['clean'] else '-dirty'}" if found["commit"] else "not known"
 

@@ -13,6 +13,7 @@ Shard I of N trains every N-th genotype, in RUN/brief/shard-I-of-N; the shard th
 """
 
 import argparse
+import contextlib
 import math
 import subprocess
 import sys
@@ -244,7 +245,12 @@ def label(args: argparse.Namespace, device: torch.device) -> None:
         check_images(args, header.get("classes"))
         write_json(folder / "cells.json", [record.genotype.to_dict() for record in chosen[index::count]])
         print(f"{len(chosen[index::count])} of {len(records)} genotypes are trained briefly: {folder}")
-    train_briefly(flags, folder / "cells.json", folder)
+    try:
+        train_briefly(flags, folder / "cells.json", folder)
+    except SystemExit:
+        if main and not (folder / "checkpoint.pt").exists():
+            take_back(folder / "cells.json", run)
+        raise
     if not main:
         return
     wait_for_folder(run, "--output_dir")
@@ -261,6 +267,14 @@ def label(args: argparse.Namespace, device: torch.device) -> None:
     write_records(run / "nasdata.jsonl", found, header_with(header, columns))
     write_config(run, args, device)
     say_what_was_written(run / "nasdata.jsonl", found, columns["accuracy"])
+
+
+def take_back(path: Path, run: Path) -> None:
+    """Delete a file of a run in which no training began, and the folders left empty by it, up to that of the run."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a folder that is not empty: another shard works there
+        for folder in (f for f in path.parents if f == run or run in f.parents):
+            folder.rmdir()
 
 
 def say_what_was_written(path: Path, records: list[Record], about: dict) -> None:

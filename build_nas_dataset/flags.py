@@ -121,8 +121,7 @@ BRIEF_TRAINING = (
     "--epochs 2 --schedule_epochs 2"
 )
 OF_IMAGES = "dataset data test_share test_seed cache_dir skip_bad image_size num_images holdout".split()
-OF_LABELS = {"records": "from", "brief_cells": "brief_cells", "brief_flags": "brief_flags"}
-OF_LABELS |= {"held_out_cells": "held_out_cells"}  # attribute -> flag
+OF_LABELS = {"records": "from", **{name: name for name in ("brief_cells", "brief_flags", "held_out_cells")}}
 
 
 def add_label_flags(parser: argparse.ArgumentParser) -> None:

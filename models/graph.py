@@ -120,7 +120,11 @@ class CellBatch:
         return CellBatch(adj, ops, self.num_nodes)
 
     def close_up(self) -> "CellBatch":
-        """The same cells with the vertices that pruning left out at the end: as encode lays out a pruned CellSpec."""
+        """Pruned cells with the vertices that are left in front, in their order, and num_nodes counting these only.
+
+        Pruning a batch leaves rows and columns of zeros where vertices fell out; `encode` of a pruned CellSpec has none
+        between the others.
+        """
         present = self.ops.any(-1)  # (B, V)
         order = present.logical_not().to(torch.uint8).argsort(dim=1, stable=True)  # (B, V)
         rows = order[:, :, None]
@@ -139,7 +143,7 @@ class CellBatch:
         )
 
     def pad(self, max_vertices: int) -> "CellBatch":
-        """The same cells, padded to that many vertices, at least V."""
+        """The cells with vertices without op and edges behind the others, max_vertices in all (at least V)."""
         more = max_vertices - self.adj.shape[1]
         return CellBatch(F.pad(self.adj, (0, more, 0, more)), F.pad(self.ops, (0, 0, 0, more)), self.num_nodes)
 

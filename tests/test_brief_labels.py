@@ -67,6 +67,16 @@ def run(*flags) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_flags_that_eval_archs_does_not_take_are_refused_and_nothing_is_left(images, nasdata, tmp_path, capsys):
+    flags = flags_of(images, nasdata, tmp_path / "run", "--labels", "brief", "--brief_cells", 2)
+    flags[flags.index(BRIEF)] = "--layers many"
+    with pytest.raises(SystemExit) as error:
+        run(*flags)
+    assert error.value.code == 2 and "argument --layers: expected a whole number" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("in_process")
 def test_mixed_labels_say_where_they_are_from_and_more_cells_can_be_trained(
     images, nasdata, tmp_path, capsys, in_process
 ):
