@@ -1,29 +1,21 @@
-"""Runs of scripts with a fault in them: a process that has imported the scripts forks one for each run.
+"""Faults that happen to a script, in a process of its own: see tests/starting.py.
 
-    python -m tests.faults MODULE ...     # reads a request a line, as JSON, and answers each by the exit status
-
-The modules are imported before: those that the scripts need most time for.
-
-A request: {"command": ["train_cifar.py", ...], "output": file for stdout and stderr, "fault": a fault}. The child runs
-the script as python would, to the interpreter's end. A fault: {"do": what, "at": where, "n": when, ...}.
+A fault: {"do": what, "at": where, "n": when, ...}.
     at   "step": after the n-th step of any optimizer; "before" or "after": the n-th os.replace; "batch": the n-th batch
          of an evaluation; "score": the n-th genotype that a supernet scores; "seconds": n seconds after the start
     do   a signal by its name; "full": fill the disk of the folder in "path"; "size": limit files to "bytes" bytes;
          "remove": delete the folder in "path"; "twice": SIGINT, and 1.2 seconds later SIGINT again
-A script that comes to its end says in a file beside its output, .count, how often it was there.
+A script that comes to its end says in the file "count", if one is named, how often it was there.
 Nothing of the project knows of this: the places are found by patching functions.
 """
 
 import atexit
 import contextlib
 import importlib
-import json
 import os
 import resource
-import runpy
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -51,7 +43,7 @@ def happen(fault: dict) -> None:
             os.kill(os.getpid(), getattr(signal, name))
 
 
-def prepare(fault: dict, output: str) -> None:
+def prepare(fault: dict) -> None:
     """Arrange for the fault to happen at its place."""
     been = []
 
@@ -71,7 +63,8 @@ def prepare(fault: dict, output: str) -> None:
 
         return call
 
-    atexit.register(lambda: Path(f"{output}.count").write_text(str(len(been))))
+    if "count" in fault:
+        atexit.register(lambda: Path(fault["count"]).write_text(str(len(been))))
     match fault["at"]:
         case "step":
             register_optimizer_step_post_hook(count)
@@ -86,45 +79,3 @@ def prepare(fault: dict, output: str) -> None:
             timer.start()
         case "before" | "after" as when:
             os.replace = counted(os.replace, when == "before")
-
-
-def run(request: dict) -> None:
-    """Be the script, in a forked child."""
-    command = list(map(str, request["command"]))
-    for number in (signal.SIGINT, signal.SIGTERM):  # whatever this process was started with
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    prepare(request["fault"], request["output"])
-    sys.orig_argv = ["python", *command]
-    as_module = command[0] == "-m"
-    sys.argv = command[1:] if as_module else command
-    if as_module:
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(command[0], run_name="__main__")
-
-
-def serve() -> dict | None:
-    """Fork a process for each request and answer it; the request, in the child, and None at the end of the input."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        reading, writing = os.pipe()  # not a file, which a limit of file sizes would be for too
-        if (pid := os.fork()) == 0:
-            os.dup2(writing, 1)
-            os.dup2(writing, 2)
-            os.close(reading)
-            os.close(writing)
-            return request
-        os.close(writing)
-        with open(reading, "rb") as pipe:
-            Path(request["output"]).write_bytes(pipe.read())
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
-    return None
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
-    if (request := serve()) is not None:
-        run(request)

@@ -1,9 +1,10 @@
 """What tests of training share: images, commands, a number of threads."""
 
-import subprocess
-import sys
+import multiprocessing
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from plumbing.locks import hold_folder
+from tests import starting
 from training.images import ImageSet
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +21,8 @@ NAMES = ["NAG_ENSEMBLE_A", "NAG_ENSEMBLE_B", "NAG_ENSEMBLE_C"]
 PHOTO_CLASSES = ("blue", "dark", "green", "light", "red", "white")
 TINY = "--dataset folder --layers 1 --channels 4 --batch_size 8 --device cpu --amp off".split()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-TWO_PROCESSES = (*TORCHRUN, "-m", "tests.two_processes")  # for scripts that are files
+NO_THREADS_LEFT = ("-m", "tests.two_processes")  # for scripts that are files
+TWO_PROCESSES = (*TORCHRUN, *NO_THREADS_LEFT)
 
 
 def as_by_torchrun(patch: pytest.MonkeyPatch, rank: int, world: int) -> None:
@@ -67,12 +71,11 @@ def words(line: str, **paths) -> list[str]:
     return [str(paths.get(word, word)) for word in line.split()]
 
 
-def start(*command) -> str:
-    """Standard output of a script that must succeed."""
-    command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def start(*command, **options) -> str:
+    """Standard output of a script that must succeed, in a process of its own; see tests/starting.py."""
+    done = starting.start(*command, **options)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def refused(capsys, script, argv: list) -> str:
@@ -100,3 +103,18 @@ def augmented_by(x: torch.Tensor) -> tuple[int, int]:
     """Of many augmented white images: by how many pixels they are shifted at most, and the side of a whole cutout."""
     outside = (x[:, 0] < 0.5).all(2).sum(1).max()  # rows that no white pixel is left in: a cutout is narrower
     return outside.item(), (x[:, 0] == 0).any(2).sum(1).max().item()
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[Process]:
+    """Another process that holds the lock of a folder, until it is killed or for a minute."""
+    processes = multiprocessing.get_context("fork")
+    held = processes.Event()
+    other = processes.Process(target=lambda: (hold_folder(folder), held.set(), time.sleep(60)))
+    other.start()
+    try:
+        assert held.wait(30)
+        yield other
+    finally:
+        other.kill()
+        other.join()

@@ -22,6 +22,7 @@ from models.generator import Generator
 from models.graph import CellBatch
 from models.network import CifarNetwork
 from models.supernet import Supernet
+from tests.small_training import start
 from training.images import normalize
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,7 @@ def test_training_a_convolution_takes_three_times_its_forward_pass(groups):
     assert count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_for_the_variant():
     ballast = torch.ones(2**28)  # 1 GiB of this process, which must not count
     command = [sys.executable, "-m", "benchmarks.gan", "--quick", "--device", "cpu", "--memory_of"]
@@ -167,10 +169,10 @@ SLOW = pytest.mark.slow
     "script", ["train_cifar", pytest.param("supernet", marks=SLOW), pytest.param("image_stream", marks=SLOW)]
 )
 def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path):
-    command = [sys.executable, "benchmarks/all.py", "--quick", "--rounds", "2", "--device", "cpu", "--only", script]
+    flags = ["--quick", "--rounds", 1, "--device", "cpu", "--only", script]
     kept = {"gan": {"cuda": json_result("step", "1.5")}, script: {"cuda": json_result("other", "2.5")}}
     (tmp_path / "results.json").write_text(json.dumps(kept))
-    subprocess.run([*command, "--output_dir", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    start("benchmarks/all.py", *flags, "--output_dir", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["gan"] == kept["gan"] and results[script]["cuda"] == kept[script]["cuda"]
     rows, figures = results[script]["cpu"]["rows"], results[script]["cpu"]["figures"]
@@ -179,10 +181,7 @@ def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path)
     text = (tmp_path / "speed.md").read_text()
     assert all(text.index("GAN: one D + G step") < text.index(figure["what"]) for figure in figures)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["results.json", "speed.md"]
-    direct = subprocess.run(
-        [sys.executable, f"benchmarks/{script}.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert f"python benchmarks/{script}.py" in direct.stdout
+    assert f"python benchmarks/{script}.py" in start(f"benchmarks/{script}.py", "--help")
 
 
 def json_result(work: str, seconds: str) -> dict:

@@ -2,13 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_training import ROOT, augmented_by, make_images, white_images
+from small_training import augmented_by, make_images, start, white_images
 
 from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.build_nas_dataset import parse_args
@@ -65,10 +63,9 @@ def test_there_are_at_most_as_many_scorings_as_epochs(capsys):
     assert "argument --scorings: expected at most --epochs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("start", ["-m build_nas_dataset", "build_nas_dataset/build_nas_dataset.py"])
-def test_the_script_starts_as_a_module_and_as_a_file(start):
-    command = [sys.executable, *start.split(), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+@pytest.mark.parametrize("words", ["-m build_nas_dataset", "build_nas_dataset/build_nas_dataset.py"])
+def test_the_script_starts_as_a_module_and_as_a_file(words):
+    text = start(*words.split(), "--help")
     assert text.startswith("usage: python -m build_nas_dataset ")
     assert all(f"\n{group}:\n" in text for group in "data pool supernet training scoring run".split())
     assert "num_sampled_arch" not in text and "(default: 10, or --epochs if that is less)" in " ".join(text.split())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import NAMES, TINY, TORCHRUN, make_images, refused, start, white_images, words
+from small_training import NAMES, TINY, make_images, refused, start, white_images, words
 
 import train_cifar
 from build_nas_dataset import candidate_training, candidates, eval_archs
@@ -195,7 +195,7 @@ def test_seconds_are_those_of_all_rounds(monkeypatch):
 def test_two_processes_find_what_one_finds(halved, images, archs, tmp_path):
     _, expected = halved
     flags = [*candidate_flags(images, tmp_path, archs), *HALVING]
-    output = start(*TORCHRUN, "-m", "build_nas_dataset.eval_archs", *flags)
+    output = start("-m", "build_nas_dataset.eval_archs", *flags, processes=2)
     assert "-m build_nas_dataset.eval_archs " in json.loads((tmp_path / "config.json").read_text())["command"]
     results = {result["name"]: result for result in json.loads((tmp_path / "results.json").read_text())}
     found = {name: rounds(result) for name, result in results.items()}

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +27,7 @@ from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from plumbing.files import whole_lines, write_json
 from plumbing.run_folder import versions
+from tests.starting import Server, server
 
 SMALL_GAN = """
     --batch_size 8 --latent_dim 8 --g_emb_size 16 --g_hidden_size 8 --eval_size 12 --pool_size 1000 --n_epochs 3
@@ -61,17 +61,15 @@ class Script:
 
 @dataclass
 class Bench:
-    """Scripts on small inputs, and a process that runs them with faults, see tests/faults.py.
+    """Scripts on small inputs, and a process that starts them, with faults, see tests/faults.py.
 
-    modules: that the process imports at its start.
     whole, seconds, steps: of each script, what a run without a fault finds, what time it takes, and how many steps of
     optimizers it has.
     """
 
     folder: Path
-    modules: tuple[str, ...] = MODULES
+    server: Server
     scripts: dict[str, Script] = field(default_factory=dict)
-    server: subprocess.Popen | None = None
     whole: dict[str, dict] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -117,19 +115,11 @@ class Bench:
                 within=False,
             ),
         }
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.faults", *self.modules]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
     def start(self, *command, fault: dict) -> tuple[int, str]:
         """Run a script: its exit status, less than 0 for a signal, and what it printed."""
-        output = self.folder / "output.txt"
-        request = {"command": list(map(str, command)), "output": str(output), "fault": fault}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        status = json.loads(self.server.stdout.readline())
-        return status, output.read_text()
+        status, out, err = self.server.start(*command, fault=fault | {"count": str(self.folder / "count")})
+        return status, out + err
 
     def unbroken(self, name: str) -> dict:
         """What a run without a fault finds; its folder is named after the script."""
@@ -140,7 +130,7 @@ class Bench:
             status, output = self.start(*self.scripts[name].command, "--output_dir", self.folder / name, fault=COUNT)
             assert status == 0, output
             self.seconds[name] = time.monotonic() - started
-            self.steps[name] = int((self.folder / "output.txt.count").read_text())
+            self.steps[name] = int((self.folder / "count").read_text())
             self.whole[name] = findings(self.folder / name, self.scripts[name])
         return self.whole[name]
 
@@ -185,10 +175,6 @@ class Bench:
             self.goes_on(name, folder)
         shutil.rmtree(folder, ignore_errors=True)
         return found
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(30)
 
 
 def findings(folder: Path, script: Script) -> dict:
@@ -324,18 +310,18 @@ SCRIPTS = (
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    bench = Bench(tmp_path_factory.mktemp("faults"))
-    yield bench
-    bench.close()
+    server = Server(*MODULES)
+    yield Bench(tmp_path_factory.mktemp("faults"), server)
+    server.close()
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_results(tmp_path):
     """A short form of the test below."""
-    bench = Bench(tmp_path, MODULES[:2])
-    try:
-        assert bench.endure("train_cifar.py", {"do": "SIGKILL", "at": "step", "n": 8}, KILLED) == KILLED
-    finally:
-        bench.close()
+    bench = Bench(tmp_path, server())
+    script = bench.scripts["train_cifar.py"]
+    smaller = (*script.command, *"--arch NAG_FEW_PARAMS --num_images 24 --epochs 2".split())
+    bench.scripts["train_cifar.py"] = replace(script, command=smaller)  # two steps an epoch
+    assert bench.endure("train_cifar.py", {"do": "SIGKILL", "at": "step", "n": 3}, KILLED) == KILLED
 
 
 @pytest.mark.slow
@@ -359,9 +345,9 @@ def main(names: list[str]) -> None:
     """With the name of a script: print how many faults of each kind it has endured. Without: try all, and write."""
     if names:
         with TemporaryDirectory() as folder:
-            bench = Bench(Path(folder))
-            print(json.dumps(all_faults(bench, *names)))
-            bench.close()
+            server = Server(*MODULES)
+            print(json.dumps(all_faults(Bench(Path(folder), server), *names)))
+            server.close()
         return
     command = [sys.executable, "-m", "tests.test_faults"]
     processes = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in SCRIPTS}

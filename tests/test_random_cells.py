@@ -23,7 +23,7 @@ def test_random_batches_of_all_spaces_are_pruned_valid_and_distinct(space):
 
 @pytest.mark.parametrize("max_vertices", [None, 6])
 def test_a_random_batch_is_random_genotypes(max_vertices):
-    n = 4000
+    n = 2000
     batch = random_batch(2 * n, torch.Generator().manual_seed(0), max_vertices=max_vertices)
     again = random_batch(2 * n, torch.Generator().manual_seed(0), max_vertices=max_vertices)
     assert all(torch.equal(a.adj, b.adj) and torch.equal(a.ops, b.ops) for a, b in zip(batch, again, strict=True))
@@ -33,7 +33,7 @@ def test_a_random_batch_is_random_genotypes(max_vertices):
     others = list({random_genotype(rng, max_vertices=max_vertices): None for _ in range(2 * n)})[:n]
     ours, theirs = cell_distributions(drawn), cell_distributions(others)
     for name in ours:
-        assert total_variation(ours[name], theirs[name]) < 0.02, name
+        assert total_variation(ours[name], theirs[name]) < 0.03, name
     for name in NAG_SPACE.cells:  # normal and reduction cell alike
         first, second = ([g[name].num_vertices for g in those] for those in (drawn, others))
         assert np.mean(first) == pytest.approx(np.mean(second), abs=0.15)

@@ -7,39 +7,21 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from small_training import other_process
 
 from genotypes import read_genotypes
 from plumbing import run_folder
-from plumbing.checkpoint_files import (
-    save_checkpoint,
-)
+from plumbing.checkpoint_files import save_checkpoint
 from plumbing.files import from_json, whole_lines, write_json
 from plumbing.locks import hold_folder, release_folder
 from plumbing.run_folder import RunLog, code_version, write_config
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
-
-
-HOLD = """
-import pathlib, sys, time
-from plumbing.locks import hold_folder
-hold_folder(pathlib.Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def other_process(folder) -> subprocess.Popen:
-    """Another process that holds the lock of a folder, for a minute at most."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    return other
 
 
 def test_a_folder_in_use_is_refused_with_its_holder_until_that_one_is_killed(tmp_path, capsys):
@@ -53,7 +35,6 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_one_is_killed(tmp
             assert f"{'--resume' if step else '--output_dir'}: {tmp_path} is in use" in line
             assert f"process {other.pid} on {platform.node()}, since 20" in line
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
-        other.kill()
     log = RunLog(tmp_path, args, CPU)
     log.close()
 
@@ -63,10 +44,9 @@ def test_a_forked_process_does_not_hold_the_lock_beyond_the_end_of_the_run(tmp_p
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     child.start()
     release_folder(tmp_path)
-    other = other_process(tmp_path)  # the lock is free, though the child lives
-    assert child.is_alive()
-    assert f"process {other.pid} on" in (tmp_path / "run.lock").read_text()
-    other.kill()
+    with other_process(tmp_path) as other:  # the lock is free, though the child lives
+        assert child.is_alive()
+        assert f"process {other.pid} on" in (tmp_path / "run.lock").read_text()
     child.kill()
 
 

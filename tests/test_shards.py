@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import ROOT, as_by_torchrun, make_images, refused
+from small_training import ROOT, as_by_torchrun, make_images, other_process, refused
 
 from build_nas_dataset import build_nas_dataset, scoring, shards
 from build_nas_dataset.build_nas_dataset import main, parse_args
@@ -166,21 +166,10 @@ def test_parts_that_do_not_belong_together_are_refused_by_name_and_nothing_is_wr
 
 def test_shards_work_side_by_side_but_one_process_at_each(one, run, capsys):
     """Another process holds shard 0; the run's own lock is taken for the merging only."""
-    hold = """if True:
-        import sys, time
-        from pathlib import Path
-        from plumbing.locks import hold_folder
-        hold_folder(Path(sys.argv[1]))
-        print("held", flush=True)
-        time.sleep(60)
-    """
-    command = [sys.executable, "-c", hold, shards.part_file(run, 0, 2).parent]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with other_process(shards.part_file(run, 0, 2).parent) as other:
         line = refused(capsys, build_nas_dataset, ["--resume", run, "--score_only", "--shard", "0/2"])
         assert "--shard: " in line and f"is in use: process {other.pid} " in line
         build("--resume", run, "--score_only", "--shard", "1/2")
-        other.kill()
     build("--resume", run, "--score_only", "--shard", "0/2")
     assert dataset(run) == dataset(one)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_training import (
+    NO_THREADS_LEFT,
     ROOT,
     TINY,
     TWO_PROCESSES,
@@ -171,9 +172,8 @@ def one_thread():
 def two(images, tmp_path_factory) -> tuple[Path, str]:
     """A finished run of two processes, without dropout and drop path, and what they printed."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    return folder, start(
-        *TWO_PROCESSES, "train_cifar.py", *PLAIN, "--data", images, "--epochs", 2, "--output_dir", folder
-    )
+    flags = [*PLAIN, "--data", images, "--epochs", 2, "--output_dir", folder]
+    return folder, start(*NO_THREADS_LEFT, "train_cifar.py", *flags, processes=2)
 
 
 def test_two_processes_equal_one_that_accumulates(two, images, tmp_path, one_thread):

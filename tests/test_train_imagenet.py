@@ -1,18 +1,15 @@
 """train_imagenet.py, as a user starts it, on tiny trees of images and a tiny network."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import small_training
 import torch
-from small_training import PHOTO_CLASSES, ROOT, TWO_PROCESSES, make_photos, threads, words
+from small_training import NO_THREADS_LEFT, PHOTO_CLASSES, ROOT, make_photos, start, threads, words
 
 import train_imagenet
 from generation.report.trained import read_predictions
@@ -42,15 +39,6 @@ def run(images, tmp_path_factory) -> tuple[Path, str]:
     """A finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "trained"
     return folder, start("train_imagenet.py", *TINY, "--data", images, "--output_dir", folder)
-
-
-def start(*command, launcher: tuple = ()) -> str:
-    """Standard output of a script that must succeed."""
-    command = [sys.executable, *launcher, *map(str, command)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +275,9 @@ def two(images, tmp_path_factory) -> tuple[Path, str, list[str]]:
         (broken / "val" / name).write_bytes(b"no image")
     (folder / "compare.py").write_text(COMPARISON)
     flags = words("--data IMAGES --output_dir OUT --epochs 1 --accumulate 2 --skip_bad", IMAGES=broken, OUT=folder)
-    return folder, start(folder / "compare.py", *TINY, *flags, launcher=TWO_PROCESSES), list(map(str, names))
+    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    output = start(*NO_THREADS_LEFT, folder / "compare.py", *TINY, *flags, processes=2, environment=own)
+    return folder, output, list(map(str, names))
 
 
 def test_two_processes_have_the_loss_and_the_gradients_of_one(two):

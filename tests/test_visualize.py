@@ -4,8 +4,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -15,14 +13,14 @@ import visualize
 from generation.strips import ascii_picture, codes_of, match, strip
 from genotypes import GENOTYPES, NAG_SPACE, CellSpec, Genotype, SearchSpace
 from tests.small_training import refused
+from tests.starting import Done, start
 
 ROOT = Path(__file__).parent.parent
 MAGIC = {"svg": b"<?xml", "png": b"\x89PNG\r\n\x1a\n", "pdf": b"%PDF-"}
 
 
-def run_script(*arguments, cwd):
-    command = [sys.executable, str(ROOT / "visualize.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+def run_script(*arguments, cwd) -> Done:
+    return start(ROOT / "visualize.py", *arguments, cwd=cwd)
 
 
 def random_cell(seed: int) -> CellSpec:
@@ -46,8 +44,7 @@ def vertices_and_edges(source: str):
 @pytest.mark.parametrize("format", visualize.PICTURES)
 def test_script_writes_a_picture_and_a_source_for_each_cell(tmp_path, format):
     result = run_script("--arch", "NAG_HIGH_ACC", "--output_dir", "figures", "--format", format, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert (result.status, result.err) == (0, "")
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert written == {"normal.gv", f"normal.{format}", "reduction.gv", f"reduction.{format}"}
     for name in ("normal", "reduction"):
@@ -58,7 +55,7 @@ def test_script_writes_a_picture_and_a_source_for_each_cell(tmp_path, format):
 
 def test_default_folder_is_a_run_folder(tmp_path):
     result = run_script("--arch", "NAG_FEW_PARAMS", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("visualize-")
     assert (folder / "normal.svg").is_file()
