@@ -153,7 +153,10 @@ def test_training_a_convolution_takes_three_times_its_forward_pass(groups):
     assert count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
 
 
-@pytest.mark.slow
+SLOW = pytest.mark.slow
+
+
+@SLOW
 def test_peak_memory_is_that_of_a_process_for_the_variant():
     ballast = torch.ones(2**28)  # 1 GiB of this process, which must not count
     command = [sys.executable, "-m", "benchmarks.gan", "--quick", "--device", "cpu", "--memory_of"]
@@ -162,12 +165,8 @@ def test_peak_memory_is_that_of_a_process_for_the_variant():
     assert 100 < float(result.stdout.split()[-1]) < ballast.nbytes / 2**20
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "script", ["train_cifar", pytest.param("supernet", marks=SLOW), pytest.param("image_stream", marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("script", ["train_cifar", "supernet", "image_stream"])
 def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path):
     flags = ["--quick", "--rounds", 1, "--device", "cpu", "--only", script]
     kept = {"gan": {"cuda": json_result("step", "1.5")}, script: {"cuda": json_result("other", "2.5")}}
@@ -182,6 +181,20 @@ def test_scripts_run_as_files_and_results_are_merged_by_device(script, tmp_path)
     assert all(text.index("GAN: one D + G step") < text.index(figure["what"]) for figure in figures)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["results.json", "speed.md"]
     assert f"python benchmarks/{script}.py" in start(f"benchmarks/{script}.py", "--help")
+
+
+def test_a_run_replaces_the_results_of_its_script_and_device_only(tmp_path, monkeypatch):
+    kept = {"gan": {"cpu": json_result("step", "1.5")}, "generate": {"cuda": json_result("drawing", "2.5")}}
+    (tmp_path / "results.json").write_text(json.dumps(kept | {"startup": {"cpu": json_result("old", "9.5")}}))
+    found = {"kind": "cpu"} | json_result("new", "0.5")
+    monkeypatch.setattr(all_benchmarks, "run_script", lambda script, args: found | {"note": script})
+    flags = ["--quick", "--only", "generate", "startup", "--output_dir", str(tmp_path)]
+    all_benchmarks.main(flags)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["gan"] == kept["gan"] and results["generate"]["cuda"] == kept["generate"]["cuda"]
+    assert [results[script]["cpu"]["note"] for script in ("generate", "startup")] == ["generate", "startup"]
+    text = (tmp_path / "speed.md").read_text()
+    assert text.index("| step") < text.index("| drawing") < text.index("| new") and "| old" not in text
 
 
 def json_result(work: str, seconds: str) -> dict:
