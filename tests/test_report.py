@@ -22,7 +22,7 @@ from build_nas_dataset.records import read_records
 from build_nas_dataset.statistics import tau
 from generation.figures import heat_map, in_view, new_axes, pareto_front, svg
 from generation.pictures import show_confusions, show_nas_dataset, show_samples
-from generation.report.cells import nearest
+from generation.report.cells import estimates, nearest
 from generation.report.nas_dataset import held_out_quantiles
 from generation.report.parts import Page, pack
 from generation.report.runs import name_apart, read_run
@@ -533,3 +533,8 @@ def test_axe_finds_nothing_serious(folder, browser, dark):
         passes, found = browser.js(script)
         assert passes > 10
         assert [problem for problem in found if problem[0] in ("serious", "critical")] == []
+
+
+def test_a_place_beyond_the_nas_dataset_is_shown_as_it_is():
+    known = {"rank": 1, "predicted_quantiles": {"accuracy": 1.0}, "predicted_unclipped": {"accuracy": 1.0643}}
+    assert estimates(known) == ["rank 1 among all candidates", "predicted place in accuracy 1.0643"]

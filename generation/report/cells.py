@@ -88,10 +88,10 @@ def entry_text(i: int, genotype: Genotype, known: dict) -> str:
 
 
 def estimates(known: dict) -> list[str]:
-    """What predictor and supernet say of a cell, in words."""
-    quantiles = known.get("predicted_quantiles") or {}
+    """What predictor and supernet say of a cell, in words; a place beyond 0 to 1 as generate_archs.py shows it."""
+    places = known.get("predicted_unclipped") or {}
     words = [f"rank {known['rank']} among all candidates"] if isinstance(known.get("rank"), int) else []
-    words += [f"predicted place in {name} {value:.4f}" for name, value in quantiles.items()]
+    words += [f"predicted place in {name} {value:.4f}" for name, value in places.items()]
     if known.get("supernet_accuracy") is not None:
         words.append(f"re-scored accuracy {known['supernet_accuracy']:.4f}")
     return words
