@@ -177,6 +177,7 @@ def build_optimizer(network: torch.nn.Module, args: argparse.Namespace) -> torch
 def go_on_from(args: argparse.Namespace, networks: Networks, data: TrainingData, device: torch.device) -> dict:
     """Load a run's weights, its optimizers and its predictor into the networks. Returns the checkpoint.
 
+    The caller takes the epoch from it. Random numbers need none: every epoch seeds them from --seed and its own number.
     Ends the script when it is not that of a run on the same NAS dataset.
     """
     with user_input("--resume"):

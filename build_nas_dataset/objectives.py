@@ -53,7 +53,7 @@ class Objective:
     name: "accuracy", "params" or "macs", a column of the NAS dataset; or "size_accuracy", which is a place from 0 to 1.
     boundaries: the values between its classes, one fewer than classes.
     quantiles: the place of each boundary in the ranking of the NAS dataset, from 0 to 1: the share of its records that
-        are below the boundary. Where many records have the same value, this is not k / classes.
+        are below the boundary: i / classes for the i-th, except where many records have the same value.
     minimum, maximum: of the values in the NAS dataset.
     """
 
@@ -98,7 +98,7 @@ class SizeRanking:
     The neighbours of a genotype are the records nearest to it in log #params: as many as `neighbours` says, whichever
     side they are on, and those that are just as far as the last of them. Its place is the share of the neighbours with
     a lower accuracy, plus half of the share with the same accuracy. A record is a neighbour of itself, so that among
-    n others of its size it has the place (rank - 1/2) / n of its mean rank, as in the ranking of the other objectives.
+    the n records of its size, itself included, it has the place (rank - 1/2) / n, as in the ranking of the others.
 
     accuracies, params (N,): of the records, at least `neighbours`.
     """

@@ -158,10 +158,11 @@ def load_images_and_pool(
 
 
 def scoring_batches(held_out: ImageSet, settings: argparse.Namespace, scoring: int = 0) -> list[tuple]:
-    """The class-balanced batches of held-out images, (x, labels) each, that every genotype is scored on.
+    """The class-balanced batches of images held out of the training, (x, labels) each, that score every genotype.
 
     settings: the flags of the supernet's run, of which score_images, score_batch_size and seed are read.
-    scoring: its number. Scorings 0, 1, 2, ... take disjoint images, and begin anew when all are used up.
+    scoring: genotypes are scored several times, once after each of the last epochs; this is the number of that time,
+        from 0. Scorings 0, 1, 2, ... take disjoint images, and begin anew when all are used up.
     Raises ValueError when there are too few held-out images for one scoring.
     """
     disjoint = max(1, num_scorings(held_out, settings))

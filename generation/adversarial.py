@@ -27,7 +27,7 @@ def generate(generator: Generator, request: Request, straight_through: bool) -> 
 def discriminator_loss(
     discriminator: Discriminator, real: LabelledCells, fake: LabelledCells
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half of mean (D(real) - 1)^2 + mean D(generated)^2; and values to record.
+    """(mean (D(real) - 1)^2 + mean D(generated)^2) / 2, and values to record.
 
     Real and generated genotypes go through the discriminator together; a score depends on its own genotype only.
     """

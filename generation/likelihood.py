@@ -11,8 +11,8 @@ So with weights w, a step minimises
 
     w_likelihood x mean -log p(example) + w_policy x mean -(r - mean r) log p(drawn),   r = reward - w_kl log(p / p_ref)
 
-where p_ref is the reference policy, and the warm-up has the first term only; its examples are as many more as are drawn
-in a later step.
+where p_ref is the reference policy. The warm-up has the first term only, with more examples in a step, so that it too
+is of --batch_size + --policy_gradient_cells genotypes.
 
 The reward of a genotype is the expected number of the labels asked for that it has. #params and MACs are counted; of
 accuracy, a predictor that was trained on the NAS dataset gives the probability of the class.
@@ -41,7 +41,7 @@ def class_probabilities(
 
     #params and MACs are counted: one class is sure. The true quantile of the accuracy is taken to be normal around the
     predicted one, with the predictor's error on records that it was not trained on; a class has the mass between its
-    cuts. So have #params and MACs in spaces where they cannot be counted.
+    cuts. Where #params and MACs cannot be counted, because the space has no networks, they are predicted likewise.
     """
     space = predictor.config.space
     pruned, valid = zip(*(batch.prune(space) for batch in cells), strict=True)
@@ -132,8 +132,9 @@ def likelihood_pass(
 ) -> LikelihoodPass:
     """One call of the generator for both: the likelihood of the examples, and genotypes that are drawn.
 
-    The examples are asked for with noise that forces every decision; the likelihood is that of the logits without the
-    noise. z: noise that the examples are given (B, latent_dim). request: D genotypes to draw; None: none are drawn.
+    The examples are had by adding to the logits of each decision a noise that forces it (teacher forcing); the
+    likelihood is that of the logits alone. z: the latent noise (B, latent_dim) that the generator starts from for each
+    example. request: D genotypes to draw; None: none are drawn.
     """
     forced = Request(z, examples.labels, forcing_noise(examples.cells))
     together = forced if request is None else Request.cat(forced, request)

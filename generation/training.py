@@ -121,7 +121,8 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """len(data) // batch_size steps; epochs count from 0. Returns the means of losses, scores and rewards.
 
-        It is a pass over the NAS dataset where the discriminator or the likelihood takes its cells from there.
+        Where the discriminator, or the likelihood (--pool_size 0), takes its real cells from the NAS dataset, an epoch
+        sees each record once, in random order.
         """
         args, optimizers = self.args, self.networks.optimizers
         set_seed(derive_seed(args.seed, epoch))  # dropout
@@ -157,9 +158,8 @@ class Trainer:
         adversarial = after_warmup and args.adversarial_weight > 0
         policy_gradient = after_warmup and args.policy_gradient_weight > 0
         draws = args.policy_gradient_cells or args.batch_size
-        example_count = (
-            args.batch_size if policy_gradient else args.batch_size + draws
-        )  # in the warm-up, as many more as are drawn later
+        # without a policy gradient, examples take the place of the cells that it would draw
+        example_count = args.batch_size + (0 if policy_gradient else draws)
 
         def request(n: int, temperature: float) -> Request:
             z, noise = generator.draw_noise(n, source, temperature)
@@ -204,7 +204,8 @@ class Trainer:
         """A step of the discriminator, if it is trained, and one of the generator.
 
         The generator minimises adversarial_weight x generator_loss + likelihood_weight x NLL of the examples +
-        policy_gradient_weight x policy_gradient_loss, as far as the recipe and the warm-up have these terms.
+        policy_gradient_weight x policy_gradient_loss, as far as the recipe and the warm-up have these terms. The KL
+        term is in the last one: _rewards lowers rewards by kl_weight x the divergence from the reference policy.
         """
         args, networks, values, loss = self.args, self.networks, {}, 0.0
         if x.real is not None:

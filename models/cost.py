@@ -24,7 +24,8 @@ def genotype_cost(
 ) -> tuple[int, int]:
     """(#params, MACs) of CifarNetwork for one genotype, its auxiliary head left out. image_size: in pixels.
 
-    The numbers are those of count_parameters and count_macs, thousands of times sooner: for pools and hard limits.
+    The numbers equal those of count_parameters and count_macs, but no network is built, so that they come thousands of
+    times sooner, for whole pools and hard limits.
     Raises ValueError when the genotype is not valid, or of a space without networks.
     """
     return network_cost(genotype, CifarConfig(num_classes, layers, channels), image_size)
@@ -94,7 +95,7 @@ class CellCounts(NamedTuple):
 
     reads: whether anything reads cell input 0, and cell input 1.
     depthwise: weights of the ops' depthwise convolutions for each channel.
-    pointwise: 1x1 convolutions C -> C with a batch norm, those in ops and FactorizedReduce modules.
+    pointwise: 1x1 convolutions C -> C with a batch norm, in ops and FactorizedReduce modules; two C -> C/2 are one.
     outputs: states that the output concatenates.
     """
 

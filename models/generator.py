@@ -8,8 +8,9 @@ of the edges before it (autoregressive_edges).
     generator = Generator.from_checkpoint("runs/gan/checkpoint.pt")
     genotypes = generator.sample(labels=(2,), n=100, seed=1997)     # 2: the highest of three accuracy classes
 
-Growth follows hard decisions. What the discriminator sees is soft: the probabilities of tokens and edges. As
-published, a decision takes the likelier side; with a temperature it is drawn, and the soft values are its
+Growth follows hard decisions. The discriminator's gradient comes through soft ones, the probabilities of tokens and
+edges, which are also what it sees, as published, or it sees hard cells (straight_through). As published, a decision
+takes the likelier side; with a temperature it is drawn, and the soft values are its
 Gumbel-softmax relaxation.
 """
 
@@ -252,10 +253,11 @@ class CellGenerator(nn.Module):
 
         states: of the existing vertices (b, t, D). context: [h_v, h_G, c] of the same samples, v being the new vertex.
         It is the MLP of [h_j, context] for every j, but the context's share of the first layer is computed once.
-        (The reference takes the contexts of other samples here, which cuts the edges off from the labels.)
-        With autoregressive edges, every edge also sees the sum over the sources of the edges decided before it. These
-        are decided here with the noise (b, t), or they are `forced` (b, t) of 0/1.
-        Where the wiring is fixed, they are those of its edges, infinite.
+        (The public code takes the contexts of other samples here, which cuts the edges off from the labels.)
+        With autoregressive edges, the hidden layer of every edge also has the sum of `earlier_edges(h_i)` over the
+        sources i of those edges before it that are present. Which are present is decided here, with the noise (b, t),
+        or given by `forced` (b, t) of 0/1.
+        Where the space fixes the wiring, the logits are +inf for its edges and -inf for all others.
         """
         if self.wiring is not None:
             vertex = states.shape[1]

@@ -166,9 +166,10 @@ def init_weights(module: nn.Module) -> None:
 
 
 def drop_path_keep(keep_prob: float, layer: int, num_layers: int, progress: float | Tensor) -> float | Tensor | None:
-    """The keep probability of drop path in cell `layer` of `num_layers`, from 0; None: no drop path.
+    """The keep probability of drop path in cell `layer` (0 is the first) of `num_layers`; None: no drop path.
 
-    Drop path grows linearly with the depth of the cell and with the progress of the training, 0 to 1.
+    A path is dropped with probability 1 - keep_prob in the last cell at the end of the schedule. That grows linearly
+    with the depth of the cell and with `progress`, the share of the schedule that is done, from 0 to 1.
     """
     return None if keep_prob == 1 else 1 - (1 - keep_prob) * (layer + 1) / num_layers * progress
 
@@ -191,7 +192,7 @@ class Stack(nn.Module):
         """From s0 and s1, which the stem gives, to logits (B, classes) and, in train mode, the auxiliary head's.
 
         cells: each is called with the outputs of the two before it and the keep probability of drop path.
-        progress: the part of the training that is done, 0 to 1.
+        progress: the share of the schedule that is done, 0 to 1, see drop_path_keep.
         """
         auxiliary = None
         keep_probs = self.keep_probs(progress) if self.training else [None] * len(cells)
@@ -213,7 +214,7 @@ class NetworkConfig:
 
     num_classes: classes of the images. layers: N, the normal cells per stack. channels: C of the first stack, which
     each reduction cell doubles. keep_prob: the keep probability of the dropout before the classifier.
-    drop_path_keep_prob: that of drop path in the last cell at the end of the training. auxiliary: whether there is an
+    drop_path_keep_prob: that of drop path in the last cell at the end of the schedule. auxiliary: whether there is an
     auxiliary head.
     """
 
@@ -266,8 +267,8 @@ class Network(Stack):
     def forward(self, images: Tensor, progress: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
         """images (B, 3, S, S) -> logits (B, classes) and, in train mode, the auxiliary head's.
 
-        progress: the strength of drop path, (step + 1) / steps of the run, in (0, 1]. A tensor, in the place of a
-            float, does not compile the cells anew when it changes.
+        progress: the share of the schedule that is done, (step + 1) / its steps, by which drop path grows. A tensor, in
+            the place of a float, does not compile the cells anew when it changes.
         """
         as_they_are = self.compiled and not self.training
         cells = [cell.forward for cell in self.cells] if as_they_are else self.cells

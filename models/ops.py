@@ -86,10 +86,10 @@ class Identity(nn.Module):
 class Op:
     """How an op is built, and what it costs.
 
-    build: (channels, strided, norm) -> its module. strided: whether that may be called with stride 2.
+    build: (channels, strided, norm) -> its module. strided: whether the module must accept stride 2.
     depthwise: weights of its depthwise convolutions for each channel.
-    pointwise: how many 1x1 convolutions C -> C it has, each with a batch norm. strided_pointwise: how many it uses
-    when it is called with stride 2, where that is another number.
+    pointwise: how many 1x1 convolutions C -> C it has, each with a batch norm.
+    strided_pointwise: how many of them it uses with stride 2; None: as many as with stride 1.
 
     At C channels it has depthwise * C + pointwise * (C * C + 2 * C) parameters, and takes
     depthwise * C + pointwise * C * C multiply-accumulates for each pixel of its output (see models/cost.py).

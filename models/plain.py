@@ -123,7 +123,7 @@ class PlainCellGenerator(nn.Module):
     def edge_logits(self, states: list[Tensor], new: Tensor, graph: Tensor, condition: Tensor) -> Tensor:
         """Whether each existing vertex is a source of the new one, (B, t). All four inputs are of the same sample.
 
-        Where the wiring of the space is fixed, it says so.
+        Where the space fixes the wiring, the logits are +inf for its edges and -inf for all others.
         """
         if self.space.wiring is not None:
             sure = [math.inf if row[len(states)] else -math.inf for row in self.space.wiring[: len(states)]]
@@ -133,7 +133,7 @@ class PlainCellGenerator(nn.Module):
 
 
 class PlainGenerator(nn.Module):
-    """Noise and labels -> genotypes. The cells of a genotype have these in common, and separate weights."""
+    """Noise and labels -> genotypes. The cells of one share noise and labels; each kind has weights of its own."""
 
     cell_generator = PlainCellGenerator  # benchmarks/plain_gan.py has another, with what the robust recipe adds
 

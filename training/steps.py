@@ -199,7 +199,7 @@ def train_steps(
 
     batches: this process's part of each step's batch, x (B, 3, S, S) and labels (B,), without those of the
     checkpoints.done steps that were done before a stop.
-    progress: (steps,), the share of the whole run that is done after each step, by which drop path grows.
+    progress: (steps,), the share of the schedule that is done after each step, by which drop path grows.
     learning_rate: the learning rate of each step of the epoch, which are numbered from 0. epoch: its number, from 0.
     """
     checkpoints = checkpoints or Checkpoints(network=step.network)
