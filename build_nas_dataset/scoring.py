@@ -193,6 +193,11 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
+def with_images(settings: dict, data: str) -> dict:
+    """The settings of a supernet's file with the folder of its images, which they leave out, and how that is split."""
+    return {"test_share": None, "test_seed": TEST_SEED, **settings, "data": data}
+
+
 def split_of(train: ImageSet, held_out: ImageSet) -> dict:
     """What a checkpoint remembers of the images of its run, for check_split."""
     return {
@@ -265,7 +270,7 @@ class SupernetScorer:
     def __init__(self, supernet: Supernet, settings: argparse.Namespace, data: str, cache_dir: str | None):
         self.supernet, device = supernet, next(supernet.parameters()).device
         source = (settings.dataset, data, settings.image_size, cache_dir, settings.skip_bad)
-        settings = argparse.Namespace(**{"test_share": None, "test_seed": TEST_SEED, "data": data, **vars(settings)})
+        settings = argparse.Namespace(**with_images(vars(settings), data))
         images, test = load_images(*source, device, asked_split(settings))
         settle_split(settings, images, test)
         self.settings = settings

@@ -16,9 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import generate_archs
 import report
 import train_cifar
+from build_nas_dataset import build_nas_dataset
 from build_nas_dataset.candidates import rank_correlations
 from build_nas_dataset.objectives import objectives_of
 from build_nas_dataset.records import read_records
+from build_nas_dataset.scoring import settings_of
 from build_nas_dataset.statistics import tau
 from generation.figures import heat_map, in_view, new_axes, pareto_front, svg
 from generation.pictures import show_confusions, show_nas_dataset, show_samples
@@ -266,19 +268,13 @@ def test_commands_train_the_same_network_on_the_same_images_by_the_same_optimize
         found = train_cifar.parse_args(shlex.split(command)[2:])
         assert (found.optimizer, found.lr_max, found.batch_size, found.epochs) == ("adabelief", 0.002, 64, 30)
         assert (found.dataset, found.data, found.layers) == ("folder", "my photos", 2)
-    settings = {
-        "dataset": "folder",
-        "data": "d",
-        "image_size": 16,
-        "test_share": None,
-        "test_seed": 1997,
-        "skip_bad": True,
-    }
+    flags = "--dataset folder --data another --image_size 16 --skip_bad"  # the file does not hold the folder
+    settings = settings_of(build_nas_dataset.parse_args(flags.split()))
     weights = {"supernet": {}, "supernet_config": {}, "settings": settings}
     save_checkpoint(tmp_path / "supernet.pt", "supernet weights", weights)
     entries = json.loads((folder / "cells" / "genotypes.json").read_text())[:2]
     for args, expected in (
-        ({"supernet": str(tmp_path / "supernet.pt"), "layers": 3},
+        ({"supernet": str(tmp_path / "supernet.pt"), "data": "d", "layers": 3},
          "train_cifar.py --arch ARCH --layers 3 --dataset folder --data d --image_size 16 --skip_bad"),
         ({"num_classes": 100}, "train_cifar.py --arch ARCH --dataset cifar100"),
         ({"limits_for": "imagenet", "channels": 40}, "train_imagenet.py --arch ARCH --channels 40"),

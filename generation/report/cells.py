@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 
 from build_nas_dataset.objectives import ACCURACIES, values_of
 from build_nas_dataset.random_cells import RandomCells
+from build_nas_dataset.scoring import with_images
 from generation import figures
 from generation.listing import accuracy_among, network_flags
 from generation.metrics import cell_distributions
@@ -297,7 +298,8 @@ def training_flags(run: Run, section: Section) -> str:
     images = None
     if run.args.get("supernet"):
         try:
-            images = load_checkpoint(run.args["supernet"], "supernet weights", ("settings",))["settings"]
+            settings = load_checkpoint(run.args["supernet"], "supernet weights", ("settings",))["settings"]
+            images = with_images(settings, run.args["data"])
         except (ValueError, OSError) as error:
             section.missing.append(f"The supernet cannot be read, so the commands do not name its images: {error}.")
     return network_flags(Namespace(**{**defaults, **run.args}), images)
