@@ -101,7 +101,7 @@ class Ensemble(nn.Module):
 
     They read CellBatch.computed: trained on 32, 64 and 128 random cells of NAS-Bench-201, a predictor then has a
     Kendall's tau of 0.54, 0.65 and 0.68 with the signal of the others, and of 0.42, 0.48 and 0.57 when it reads cells
-    as they are written (means of 4 seeds).
+    as they are written (means of 3 or 4 seeds).
     """
 
     def __init__(self, space: SearchSpace, settings: SearchSettings):

@@ -1,9 +1,11 @@
 """plumbing/checkpoint_files.py: checkpoints come back as they were written, or are refused by name."""
 
+import hashlib
 import math
 import multiprocessing
 import random
 import resource
+import struct
 import time
 import zipfile
 
@@ -77,6 +79,11 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(saved, tmp_pat
     assert (tmp_path / "bomb.pt").stat().st_size < 10**6
     with pytest.raises(ValueError, match="is compressed"):
         load_checkpoint(tmp_path / "bomb.pt", "test")
+    content = (tmp_path / "bomb.pt").read_bytes()[:-2]  # a digest is no signature: anyone can add the right one
+    comment = DIGEST + hashlib.sha256(content + b"\0\0").hexdigest().encode()
+    (tmp_path / "with_digest.pt").write_bytes(content + struct.pack("<H", len(comment)) + comment)
+    with pytest.raises(ValueError, match="is compressed"):
+        load_checkpoint(tmp_path / "with_digest.pt", "test")
 
 
 def test_checking_takes_a_small_part_of_loading(tmp_path):
