@@ -49,8 +49,8 @@ class HashedFile:
 def check_whole(content: bytes) -> None:
     """Raise ValueError when the content of a checkpoint file is not what save_checkpoint wrote: a bit may have flipped.
 
-    Files without a digest, of other programs or older versions, are checked by the checksums of their parts. A part
-    that is compressed is refused in any file, because torch compresses nothing and a few bytes could stand for gigabytes.
+    Files without a digest, of other programs or older versions, are checked by the checksums of their parts. In any
+    file, a part that is compressed is refused: torch compresses nothing, and a few bytes could stand for gigabytes.
     """
     end = content.rfind(DIGEST, -len(DIGEST) - 64)
     has_digest = end > 2 and content[end - 2 : end] == struct.pack("<H", len(content) - end)
