@@ -227,7 +227,7 @@ COMMANDS = {
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",
     "sampling_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/sampling_seeds.json",
-    "supernet_seeds.json": "python -m benchmarks.sampling_seeds RUN --out docs/results/supernet_seeds.json",
+    "supernet_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/supernet_seeds.json",
 }
 
 

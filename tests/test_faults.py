@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from small_training import NAMES, ROOT, TINY, make_images, make_photos
 
 from build_nas_dataset.random_cells import random_pool
 from build_nas_dataset.records import Record, write_records
@@ -27,6 +26,7 @@ from genotypes import GENOTYPES
 from models.cost import genotype_cost
 from plumbing.files import whole_lines, write_json
 from plumbing.run_folder import versions
+from tests.small_training import NAMES, ROOT, TINY, make_images, make_photos
 from tests.starting import Server, server
 
 SMALL_GAN = """
