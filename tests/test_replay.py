@@ -178,6 +178,7 @@ def passes_over_cells() -> Genotype:
     return Genotype(cell(1), cell(0))
 
 
+@pytest.mark.slow
 def test_gradients_of_replayed_parts_are_those_of_the_parts_themselves(graphs_on_cpu):
     """In float64, where hardly any ReLU is decided otherwise by rounding; cells that nothing reads included."""
     found = []
