@@ -76,7 +76,7 @@ def whole(images, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("n", [2, 5, 9])  # of five steps an epoch
+@pytest.mark.parametrize("n", [2, pytest.param(5, marks=pytest.mark.slow), 9])  # of five steps an epoch
 def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_within_the_epoch(
     whole, images, tmp_path, monkeypatch, capsys, number, status, n
 ):
