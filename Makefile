@@ -1,5 +1,5 @@
 # make demo      set up, train a small generator, draw cells with it, write a page about it: runs/demo/report.html
-# make test      the tests, 6 minutes on 2 quiet cores      make test-all   with those that take minutes each
+# make test      the tests, 5 minutes on 2 quiet cores      make test-all   with those that take minutes each
 # make tables    the tables of docs/results.md and docs/speed.md, from the result files; needs no packages
 # make lint      ruff, as in CI                   make clean      remove the environment and caches; runs/ stays
 #
