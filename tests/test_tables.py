@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sampling_seeds, tables
+from benchmarks import sampling_seeds, table_rows, tables
 from genotypes import GENOTYPES
 from models.cost import genotype_cost
 
@@ -51,16 +51,16 @@ def test_a_number_that_was_changed_in_a_page_is_found_and_mended(project, capsys
     assert not list(project.rglob("*.tmp"))
     out = capsys.readouterr().out
     assert "docs/results/sampling_seeds.json\n    python generate_archs_multiobj.py --num_archs 400 --evaluate" in out
-    assert "docs/results/ablation.json (not rebuilt: " in out
+    assert "docs/results/pilot_taus.json (not rebuilt: " in out
 
 
 def test_a_number_that_is_changed_in_a_file_changes_that_cell_of_the_table(project):
-    path = project / tables.FOLDER / "ablation.json"
+    path = project / tables.FOLDER / "pilot_groups.json"
     data = json.loads(path.read_text())
-    data["rows"][0][2] = 0.5
+    data["rows"][0][1] = 0.5
     path.write_text(json.dumps(data))
     tables.main([], project)
-    assert (project / tables.PAGE).read_text() == PAGE.replace("| 1.000 | 0.957 | 0.774", "| 1.000 | 0.500 | 0.774")
+    assert (project / tables.PAGE).read_text() == PAGE.replace("| 0.98 | 0.0093", "| 0.50 | 0.0093")
 
 
 def test_nothing_is_taken_for_a_table_where_an_end_is_missing(project, capsys):
@@ -98,7 +98,21 @@ def test_a_new_table_takes_a_caption_two_markers_and_a_file(project):
     ],
 )
 def test_values_are_shown_as_in_the_tables(value, digits, expected):
-    assert tables.shown(value, digits) == expected
+    assert table_rows.shown(value, digits) == expected
+
+
+def test_a_row_of_the_ablation_is_named_by_what_its_training_was_given():
+    found = {f"distance {name}": {"mean": 0.1, "std": 0.01} for name in ("vertices", "ops", "density")}
+    for name in ("uniqueness", "params controllability", "all controllability"):
+        found[name] = {"mean": 0.9, "std": 0.01}
+    found["accuracy controllability"] = {"mean": 0.8, "std": 0.02}
+    start = "python gan_multiobj.py --n_epochs 12 --warmup_epochs 8 --device cpu"
+    trainings = [start, f"{start} --pool_size 0", f"{start} --warmup_epochs 0 --kl_weight 0"]
+    runs = [{"training": one, "over sampling seeds": {"generated cells": found}} for one in trainings]
+    _, first, *others = table_rows.ablation({"runs": runs})
+    assert first == ["as it is", *["0.900 +- 0.010"] * 2, "0.800 +- 0.020", "0.900 +- 0.010", "0.100, 0.100, 0.100"]
+    titles = ["likelihood of the NAS dataset's own cells (`--pool_size 0`)", "`--warmup_epochs 0 --kl_weight 0`"]
+    assert [row[0] for row in others] == titles
 
 
 TABLE = "**Table 1.** A caption.\n\n<!-- table: a -->\n| a |\n|---|\n<!-- end -->\n"
@@ -125,16 +139,19 @@ def test_tables_without_caption_marker_or_number_are_named(page, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "docs/results/ablation.json: No such file"),
-        ("{", "docs/results/ablation.json is not JSON"),
-        ("{}", "table ablation cannot be made of docs/results/ablation.json: KeyError: 'columns'"),
-        ('{"columns": ["a"], "rows": [[1, 2]], "command": "b"}', "table ablation cannot be made of .*: ValueError"),
-        ('{"columns": ["a"], "rows": [[1]]}', 'ablation.json: expected the "command" that makes it'),
-        ('{"columns": ["a"], "rows": [[1]], "rebuilt": false}', "table ablation cannot be made of .*: KeyError: 'why'"),
+        (None, "docs/results/pilot_groups.json: No such file"),
+        ("{", "docs/results/pilot_groups.json is not JSON"),
+        ("{}", "table pilot_groups cannot be made of docs/results/pilot_groups.json: KeyError: 'columns'"),
+        ('{"columns": ["a"], "rows": [[1, 2]], "command": "b"}', "table pilot_groups cannot be made of .*: ValueError"),
+        ('{"columns": ["a"], "rows": [[1]]}', 'pilot_groups.json: expected the "command" that makes it'),
+        (
+            '{"columns": ["a"], "rows": [[1]], "rebuilt": false}',
+            "table pilot_groups cannot .*: KeyError: 'why'",
+        ),
     ],
 )
 def test_a_result_file_that_does_not_give_the_table_is_named_in_one_line(project, content, expected, capsys):
-    path = project / tables.FOLDER / "ablation.json"
+    path = project / tables.FOLDER / "pilot_groups.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(SystemExit) as stopped:
         tables.main([], project)
@@ -182,9 +199,9 @@ def test_gathered_evaluations_are_what_the_runs_hold(tmp_path):
     assert made["commit"] == "abc" and made["rebuilt"] is True
     assert [set(run) for run in made["runs"]] == [set(run) for run in data["runs"]]
     trusted = json.loads((ROOT / tables.FOLDER / "training_seeds.json").read_text())
-    rows = tables.controllability(made, trusted)
+    rows = table_rows.controllability(made, trusted)
     expected = [
-        [cell.replace("`data/", f"`{ROOT}/data/") for cell in row] for row in tables.controllability(data, trusted)
+        [cell.replace("`data/", f"`{ROOT}/data/") for cell in row] for row in table_rows.controllability(data, trusted)
     ]
     assert rows == expected
 
