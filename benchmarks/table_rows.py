@@ -3,6 +3,7 @@
 A function for each layout of files; `plain` is for those that hold columns and rows. Needs no package.
 """
 
+from statistics import mean, stdev
 from typing import Any
 
 Rows = list[list[str]]  # the first is the head
@@ -54,20 +55,51 @@ def nas_dataset(lines: list[dict], trusted: dict) -> Rows:
     ]
 
 
-def controllability(over_seeds: dict, others: dict) -> Rows:
-    """Table of controllability: the shipped generators over sampling seeds, then what was drawn with one seed."""
+MEASURES = (
+    "validity",
+    "uniqueness",
+    "novelty",
+    "params controllability",
+    "accuracy controllability",
+    "all controllability",
+)
+DISTANCES = tuple(f"distance {name}" for name in ("vertices", "ops", "density"))
+
+
+def measures(found: dict) -> list[str]:
+    """The cells of a row of controllability, after its title and count. Of one label alone, "both" is left empty."""
+    both = "params controllability" in found
+    names = MEASURES if both else MEASURES[:-1]
+    return [*(shown(found.get(name)) for name in names), *([] if both else [""]), shown([found[n] for n in DISTANCES])]
+
+
+def over_training_seeds(runs: list[dict]) -> dict:
+    """Of generated cells: mean and standard deviation over training seeds of the means over sampling seeds."""
+    found = [run["over sampling seeds"]["generated cells"] for run in runs]
+    means = {name: [one[name]["mean"] for one in found] for name in (*MEASURES, *DISTANCES)}
+    return {name: {"mean": mean(values), "std": stdev(values)} for name, values in means.items()}
+
+
+def controllability(over_seeds: dict, trained: dict, others: dict) -> Rows:
+    """Table of controllability: the shipped generators, those of other training seeds, what was drawn with one seed.
+
+    over_seeds, trained: over sampling seeds; the first of over_seeds is the generator of which `trained` has other seeds.
+    """
     rows = []
     for run in over_seeds["runs"]:
         if "--temperature" in run["command"]:  # told in the text
             continue
         found, count = run["over sampling seeds"], f"{run['cells_of_each_sampling_seed']:,} each"
         first = f"`{run['generator']}`; over {len(run['sampling_seeds'])} sampling seeds"
-        for title, key in ((first, "generated cells"), ("random cells; over the same", "random cells")):
-            names = ["validity", "uniqueness", "novelty", "params controllability", "accuracy controllability"]
-            cells = [shown(found[key].get(name)) for name in names]
-            both = shown(found[key]["all controllability"]) if "params controllability" in found[key] else ""
-            distance = shown([found[key][f"distance {name}"] for name in ("vertices", "ops", "density")])
-            rows.append([title, count, *cells, both, distance])
+        rows.append([first, count, *measures(found["generated cells"])])
+        rows.append(["random cells; over the same", count, *measures(found["random cells"])])
+    for run in trained["runs"]:
+        title = f"`gan_multiobj.py --seed {run['training_seed']}`; over {len(run['sampling_seeds'])} sampling seeds"
+        count = f"{run['cells_of_each_sampling_seed']:,} each"
+        rows.append([title, count, *measures(run["over sampling seeds"]["generated cells"])])
+    together = [over_seeds["runs"][0], *trained["runs"]]
+    title = f"`gan_multiobj.py`; over {len(together)} training seeds, of the means over sampling seeds"
+    rows.append([title, count, *measures(over_training_seeds(together))])
     head, *rest = plain(others)
     return [head, *rows, *rest]
 

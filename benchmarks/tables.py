@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
-    "controllability": Table(("sampling_seeds.json", "training_seeds.json"), controllability),
+    "controllability": Table(("sampling_seeds.json", "multiobj_seeds.json", "training_seeds.json"), controllability),
     "supernet_labels": Table(("supernet_seeds.json", "supernet_labels.json"), supernet_labels),
     "ablation": Table(("ablation.json",), ablation),
     "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
@@ -96,6 +96,7 @@ COMMANDS = {
     "faults.json": "python -m tests.test_faults",
     "labels.json": "python -m benchmarks.label_candidates compare, see its docstring",
     "equal_size.json": "python -m benchmarks.equal_size compare, see its docstring",
+    "multiobj_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/multiobj_seeds.json",
     "sampling_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/sampling_seeds.json",
     "ablation.json": "python -m benchmarks.sampling_seeds RUN RUN ... --out docs/results/ablation.json",
     "supernet_seeds.json": "python -m benchmarks.sampling_seeds RUN RUN --out docs/results/supernet_seeds.json",

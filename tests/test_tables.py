@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import sampling_seeds, table_rows, tables
@@ -198,12 +199,15 @@ def test_gathered_evaluations_are_what_the_runs_hold(tmp_path):
     made = json.loads((tmp_path / "out.json").read_text())
     assert made["commit"] == "abc" and made["rebuilt"] is True
     assert [set(run) for run in made["runs"]] == [set(run) for run in data["runs"]]
-    trusted = json.loads((ROOT / tables.FOLDER / "training_seeds.json").read_text())
-    rows = table_rows.controllability(made, trusted)
-    expected = [
-        [cell.replace("`data/", f"`{ROOT}/data/") for cell in row] for row in table_rows.controllability(data, trusted)
-    ]
-    assert rows == expected
+    files = ("multiobj_seeds.json", "training_seeds.json")
+    others = [json.loads((ROOT / tables.FOLDER / name).read_text()) for name in files]
+    rows = table_rows.controllability(made, *others)
+    expected = table_rows.controllability(data, *others)
+    assert rows == [[cell.replace("`data/", f"`{ROOT}/data/") for cell in row] for row in expected]
+    (title,) = [row for row in rows if "over 3 training seeds, of the means" in row[0]]
+    seeds = [data["runs"][0], *others[0]["runs"]]
+    both = [np.mean(run["over sampling seeds"]["generated cells"]["all controllability"]["values"]) for run in seeds]
+    assert title[7] == f"{np.mean(both):.3f} +- {np.std(both, ddof=1):.3f}"
 
 
 def test_a_command_in_a_result_file_names_no_folder_of_the_machine():
