@@ -83,7 +83,7 @@ def over_training_seeds(runs: list[dict]) -> dict:
 def controllability(over_seeds: dict, trained: dict, others: dict) -> Rows:
     """Table of controllability: the shipped generators, those of other training seeds, what was drawn with one seed.
 
-    over_seeds, trained: over sampling seeds; the first of over_seeds is the generator of which `trained` has other seeds.
+    over_seeds, trained: over sampling seeds; the first of over_seeds is what `trained` has other training seeds of.
     """
     rows = []
     for run in over_seeds["runs"]:

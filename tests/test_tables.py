@@ -204,8 +204,8 @@ def test_gathered_evaluations_are_what_the_runs_hold(tmp_path):
     rows = table_rows.controllability(made, *others)
     expected = table_rows.controllability(data, *others)
     assert rows == [[cell.replace("`data/", f"`{ROOT}/data/") for cell in row] for row in expected]
-    (title,) = [row for row in rows if "over 3 training seeds, of the means" in row[0]]
     seeds = [data["runs"][0], *others[0]["runs"]]
+    (title,) = [row for row in rows if f"over {len(seeds)} training seeds, of the means" in row[0]]
     both = [np.mean(run["over sampling seeds"]["generated cells"]["all controllability"]["values"]) for run in seeds]
     assert title[7] == f"{np.mean(both):.3f} +- {np.std(both, ddof=1):.3f}"
 
