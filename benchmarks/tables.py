@@ -74,8 +74,8 @@ class Table(NamedTuple):
 
 TABLES = {
     "nas_dataset": Table(("data/nasdata.jsonl", "nas_dataset.json"), nas_dataset),
-    "controllability": Table(("sampling_seeds.json", "multiobj_seeds.json", "training_seeds.json"), controllability),
-    "supernet_labels": Table(("supernet_seeds.json", "supernet_labels.json"), supernet_labels),
+    "controllability": Table(("sampling_seeds.json", "multiobj_seeds.json"), controllability),
+    "supernet_seeds": Table(("supernet_seeds.json",), supernet_labels),
     "ablation": Table(("ablation.json",), ablation),
     "nasbench201": Table(("nasbench201_controllability.json",), nasbench201),
     "search_nasbench201": Table(("search_nasbench201.json",), searches),
