@@ -110,7 +110,7 @@ class Bench:
             ),
             "generate_archs.py": Script(
                 ("generate_archs.py", "--checkpoint", self.folder / "gan.py", "--num_archs", 12, "--evaluate"),
-                ("genotypes.json", "evaluation.json"),
+                ("genotypes.json", "best.json", "evaluation.json"),
                 checkpoint=None,
                 within=False,
             ),
