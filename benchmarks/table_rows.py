@@ -67,14 +67,21 @@ DISTANCES = tuple(f"distance {name}" for name in ("vertices", "ops", "density"))
 
 
 def measures(found: dict) -> list[str]:
-    """The cells of a row of controllability, after its title and count. Of one label alone, "both" is left empty."""
+    """What a row of the table of controllability holds after its title and its number of cells.
+
+    found: measure -> {"mean", "std"}. Of a generator with one label, the column "both" is left empty.
+    """
     both = "params controllability" in found
     names = MEASURES if both else MEASURES[:-1]
     return [*(shown(found.get(name)) for name in names), *([] if both else [""]), shown([found[n] for n in DISTANCES])]
 
 
 def over_training_seeds(runs: list[dict]) -> dict:
-    """Of generated cells: mean and standard deviation over training seeds of the means over sampling seeds."""
+    """Mean and standard deviation, over generators of several training seeds, of each measure of their cells.
+
+    runs: one for each training seed, of a file of benchmarks/sampling_seeds.py. A generator's value is the mean of its
+    evaluations with several sampling seeds. Returns {measure: {"mean", "std"}}.
+    """
     found = [run["over sampling seeds"]["generated cells"] for run in runs]
     means = {name: [one[name]["mean"] for one in found] for name in (*MEASURES, *DISTANCES)}
     return {name: {"mean": mean(values), "std": stdev(values)} for name, values in means.items()}
@@ -83,7 +90,8 @@ def over_training_seeds(runs: list[dict]) -> dict:
 def controllability(over_seeds: dict, trained: dict) -> Rows:
     """Table of controllability: the shipped generators, random cells, and generators of other training seeds.
 
-    over_seeds, trained: over sampling seeds; the first of over_seeds is what `trained` has other training seeds of.
+    over_seeds, trained: files of benchmarks/sampling_seeds.py. The first run of over_seeds is of the generator with the
+        training seed 1997, those of trained are of generators by the same command with other training seeds.
     """
     rows = []
     for run in over_seeds["runs"]:

@@ -91,7 +91,9 @@ def test_predictions_on_large_images_are_those_of_an_evaluation(photos, runs, tm
     run("train_imagenet.py", "--evaluate", runs / "large" / "best.pt", *flags)
     _, images = open_images(photos, (1.0, 0))
     (batch,) = [x for x, _ in EvalStream(images, 32, 100).epoch(0, CPU)]
-    check_rows(read(tmp_path / "out"), network_of(runs / "large" / "best.pt", "imagenet")(batch)[0], images.classes)
+    rows = read(tmp_path / "out")
+    assert [row["file"] for row in rows] == sorted(str(path) for path in photos.rglob("*.jpg"))
+    check_rows(rows, network_of(runs / "large" / "best.pt", "imagenet")(batch)[0], images.classes)
 
 
 def test_with_data_the_error_is_measured_too_and_agrees_with_the_predictions(photos, runs, tmp_path):
