@@ -86,7 +86,7 @@ def naswot(network: nn.Module, x: Tensor, labels: Tensor) -> float:
 def synflow(network: nn.Module, x: Tensor, labels: Tensor) -> float:
     """The logarithm of the sum of |weight x gradient| over all weights, for an image of ones and weights made positive.
 
-    Tanaka et al. 2020. Batch norms count not: in eval mode a fresh one is the identity.
+    Tanaka et al. 2020. Batch norms do not count: in eval mode a fresh one is the identity.
     """
     network = network.double().eval()
     for parameter in network.parameters():

@@ -8,10 +8,10 @@ of the edges before it (autoregressive_edges).
     generator = Generator.from_checkpoint("runs/gan/checkpoint.pt")
     genotypes = generator.sample(labels=(2,), n=100, seed=1997)     # 2: the highest of three accuracy classes
 
-Growth follows hard decisions. The discriminator's gradient comes through soft ones, the probabilities of tokens and
-edges, which are also what it sees, as published, or it sees hard cells (straight_through). As published, a decision
-takes the likelier side; with a temperature it is drawn, and the soft values are its
-Gumbel-softmax relaxation.
+Growth follows hard decisions. As published, a decision takes the likelier side; with a temperature it is drawn. Beside
+every hard decision there is a soft one, the probabilities of tokens and edges (with a temperature, its Gumbel-softmax
+relaxation), through which the discriminator's gradient reaches the generator. As published, the discriminator sees the
+soft decisions; by CellBatch.straight_through it sees the hard ones.
 """
 
 import math

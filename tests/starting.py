@@ -73,7 +73,7 @@ def server() -> Server:
 
 
 def start(*command, **options) -> Done:
-    """See Server.start."""
+    """Run a script to its end in a child of the process that the tests share; options as of Server.start."""
     return server().start(*command, **options)
 
 
