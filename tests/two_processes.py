@@ -1,4 +1,4 @@
-"""Run a script as it is, as one of several processes; fail if it leaves threads of the process group: see distributed.finish.
+"""Run a script as one of several processes; fail if it leaves threads of the process group: see distributed.finish.
 
 python -m torch.distributed.run ... -m tests.two_processes train_cifar.py ...
 """
