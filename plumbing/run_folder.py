@@ -44,7 +44,8 @@ def versions() -> dict:
 def code_version() -> dict[str, str | bool | None]:
     """The git commit of the code, and whether its tracked files are "clean": those of that commit.
 
-    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 2 s.
+    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 10 s,
+    of which a busy machine may need several.
     Files that git does not track do not count, since nothing that is tracked imports them. The repository is named, not
     searched for, so that it may belong to another user; nothing is written to it.
     """
@@ -54,7 +55,7 @@ def code_version() -> dict[str, str | bool | None]:
     command += ["--no-ahead-behind", "--no-renames"]
     options = {"env": variables, "cwd": HOME, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        found = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=2, check=True).stdout.splitlines()
+        found = subprocess.run(command, **options, stdout=subprocess.PIPE, timeout=10, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         found = []
     commits = [line.split()[2].decode() for line in found if line.startswith(b"# branch.oid ")]

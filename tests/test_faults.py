@@ -41,7 +41,8 @@ MODULES = (
     "generation.metrics",
     "build_nas_dataset.candidates",
 )
-TIMES = {"seconds", "data_wait", "versions", "device", "output_dir", "resume", "checkpoint_minutes"}
+# What the clock, the folder and the machine have to do with; git may not answer in time on a busy one.
+TIMES = {"seconds", "data_wait", "versions", "device", "output_dir", "resume", "checkpoint_minutes", "commit", "clean"}
 COUNT = {"do": "nothing", "at": "step", "n": 0}
 EVERY_STEP = ("--checkpoint_minutes", "0")
 
@@ -192,7 +193,7 @@ def findings(folder: Path, script: Script) -> dict:
 
 
 def without_times(value):
-    """A value of JSON without what the clock, the folder and the machine have to do with."""
+    """A value of JSON without its entries of TIMES."""
     if isinstance(value, dict):
         return {name: without_times(part) for name, part in value.items() if name not in TIMES}
     return [without_times(part) for part in value] if isinstance(value, list) else value
