@@ -44,8 +44,8 @@ def versions() -> dict:
 def code_version() -> dict[str, str | bool | None]:
     """The git commit of the code, and whether its tracked files are "clean": those of that commit.
 
-    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in 10 s,
-    of which a busy machine may need several.
+    Both are None without git, where the scripts lie in no repository of their own, and when git does not answer in ten
+    seconds, of which a busy machine may need several.
     Files that git does not track do not count, since nothing that is tracked imports them. The repository is named, not
     searched for, so that it may belong to another user; nothing is written to it.
     """
